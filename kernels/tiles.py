@@ -1,0 +1,53 @@
+"""Which tiles a mask leaves alive. Integers only: Python ints or traced int32 scalars.
+
+A tile of queries [row_start, row_stop) needs the keys of one contiguous range, and the other way round, under every
+mask but the caller's boolean mask and the segments. Ranges are half open and may be empty (start >= stop).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mqa_jax.masks import Mask
+
+Index = int | Array
+
+
+def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
+    """Keys that some query of the tile may attend to. `mask` holds one batch row."""
+    offset = 0 if mask.query_offset is None else mask.query_offset[0]
+    start: Index = 0
+    stop: Index = columns
+    if mask.is_causal:
+        stop = jnp.minimum(stop, offset + row_stop)
+    if mask.window is not None:
+        start = jnp.maximum(start, offset + row_start - mask.window[0])
+        stop = jnp.minimum(stop, offset + row_stop + mask.window[1])
+    if mask.key_lengths is not None:
+        stop = jnp.minimum(stop, mask.key_lengths[0])
+    if mask.query_lengths is not None:
+        stop = jnp.where(row_start < mask.query_lengths[0], stop, 0)
+    return start, stop
+
+
+def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
+    """Queries that may attend to some key of the tile: `key_range` seen from the other side."""
+    offset = 0 if mask.query_offset is None else mask.query_offset[0]
+    start: Index = 0
+    stop: Index = rows
+    if mask.is_causal:
+        start = jnp.maximum(start, column_start - offset)
+    if mask.window is not None:
+        start = jnp.maximum(start, column_start - mask.window[1] - offset)
+        stop = jnp.minimum(stop, column_stop + mask.window[0] - offset)
+    if mask.query_lengths is not None:
+        stop = jnp.minimum(stop, mask.query_lengths[0])
+    if mask.key_lengths is not None:
+        stop = jnp.where(column_start < mask.key_lengths[0], stop, 0)
+    return start, stop
+
+
+def tile_range(start: Index, stop: Index, tile: int, tiles: int) -> tuple[Array, Array]:
+    """Numbers of the tiles that a range of positions touches."""
+    first = jnp.clip(start // tile, 0, tiles)
+    last = jnp.clip(-(-stop // tile), 0, tiles)
+    return first, jnp.maximum(first, last)

@@ -1,0 +1,79 @@
+"""The plain-XLA implementation: which of its two forward passes runs, with which tiles, on which platform."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mqa_jax.inputs import Inputs, Operands, Sizes
+from mqa_jax.kernels import xla_backward, xla_decode, xla_forward
+from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.shapes import LogSumExp, Output
+
+
+def forward(inputs: Inputs) -> tuple[Output, LogSumExp]:
+    if _nothing_to_do(inputs.sizes):
+        return _empty(inputs)
+    return lax.platform_dependent(inputs, cpu=_forward_on_cpu, default=_forward_on_accelerator)
+
+
+def backward(inputs: Inputs, out: Output, log_sum_exp: LogSumExp, d_out: Output, d_log_sum_exp: LogSumExp) -> Operands:
+    arguments = inputs, out, log_sum_exp, d_out, d_log_sum_exp
+    if _nothing_to_do(inputs.sizes):
+        return jax.tree.map(jnp.zeros_like, inputs.operands)
+    with_tiles = lambda tiles: functools.partial(xla_backward.backward, shape=tiles(inputs.sizes))
+    return lax.platform_dependent(*arguments, cpu=with_tiles(tiles_for_cpu), default=with_tiles(tiles_for_accelerator))
+
+
+def tiles_for_cpu(size: Sizes) -> TileShape:
+    """Measured on 2 AVX2 cores, float32, H = 64.
+
+    A product runs on all cores only from about 2**17 scores on, and slows down once scores leave the caches at 2**19.
+    """
+    columns = min(size.S, 256 if size.G > 2 else 512)
+    rows = min(size.T, max(16, min(512, 2048 // size.G // 8 * 8)))  # at most 512: what a causal mask wastes
+    if rows * size.G < 128:  # few rows: wider, so that the work of a step still outweighs its start
+        columns = min(size.S, 2048)
+    return TileShape(rows, columns, _heads(size, rows, columns, 1 << 19), upcast=True)
+
+
+def tiles_for_accelerator(size: Sizes) -> TileShape:
+    """Every step starts several GPU kernels, so steps are large: up to 2**25 scores, 128 MiB. Not tuned on a device."""
+    rows, columns = min(size.T, 512), min(size.S, 1024)
+    return TileShape(rows, columns, _heads(size, rows, columns, 1 << 25), upcast=False)
+
+
+def _heads(size: Sizes, rows: int, columns: int, scores: int) -> int:
+    """The largest divisor of K that keeps a tile within `scores`, at least 1."""
+    fits = lambda heads: size.K % heads == 0 and heads * size.G * rows * columns <= scores
+    return max(filter(fits, range(1, size.K + 1)), default=1)
+
+
+def _forward_on_cpu(inputs: Inputs) -> tuple[Output, LogSumExp]:
+    size, lengths = inputs.sizes, inputs.mask.key_lengths
+    tiled = lambda: xla_forward.forward(inputs, tiles_for_cpu(size))
+    one_pass = lambda: xla_decode.forward(inputs, xla_decode.products_for_cpu(size.K))
+    # A step of the tiled loop costs some 50 microseconds beside its arithmetic, and every batch row and head has one.
+    if size.T > 1 or size.B * size.K < 16:
+        return tiled()
+    if lengths is None:
+        return one_pass()
+    return lax.cond(2 * jnp.max(lengths) > size.S, one_pass, tiled)  # tiles stop at the length of each row
+
+
+def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, LogSumExp]:
+    if inputs.sizes.T == 1:
+        return xla_decode.forward(inputs, xla_decode.PLAIN)
+    return xla_forward.forward(inputs, tiles_for_accelerator(inputs.sizes))
+
+
+def _nothing_to_do(size: Sizes) -> bool:
+    return 0 in (size.B, size.T, size.S, size.N)
+
+
+def _empty(inputs: Inputs) -> tuple[Output, LogSumExp]:
+    """No query, or no key: every row is empty."""
+    size = inputs.sizes
+    rows = size.B, size.T, size.N
+    return jnp.zeros((*rows, size.V), inputs.dtype), jnp.full(rows, -jnp.inf, jnp.float32)

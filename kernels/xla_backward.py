@@ -1,0 +1,142 @@
+"""The backward pass in plain XLA: FlashAttention-2 (arXiv 2307.08691), algorithm 2, one sweep over the tiles.
+
+With p the weights and D = sum(d_out * out) - d_log_sum_exp per row, the gradient of a score is p * (d_out . v - D).
+dK and dV are summed over the G heads of a group by the matrix products themselves: the heads are rows of the tile.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mqa_jax.inputs import Inputs, Operands
+from mqa_jax.kernels import online_softmax
+from mqa_jax.kernels.xla_tile import Place, Scores, TileShape, Tiling
+from mqa_jax.shapes import LogSumExp, Output
+
+
+class Saved(NamedTuple):
+    """Query-side arrays that every tile reads, `[B, T, N, ...]`."""
+
+    query: Array
+    d_out: Array
+    log_sum_exp: Array
+    delta: Array
+
+
+class Sums(NamedTuple):
+    """Gradients as they grow over the tiles, float32."""
+
+    query: Float[Array, "B T K G H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    bias: Float[Array, "#B #N #T #S"] | None
+    alibi_slopes: Float[Array, "K G"] | None
+
+    @classmethod
+    def zeros(cls, inputs: Inputs) -> "Sums":
+        operands, size = inputs.operands, inputs.sizes
+        zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+        return cls(
+            zeros(size.B, size.T, size.K, size.G, size.H),
+            zeros(*operands.key.shape),
+            zeros(*operands.value.shape),
+            None if operands.bias is None else zeros(*operands.bias.shape),
+            None if operands.alibi_slopes is None else zeros(size.K, size.G),
+        )
+
+
+def backward(
+    inputs: Inputs, out: Output, log_sum_exp: LogSumExp, d_out: Output, d_log_sum_exp: LogSumExp, shape: TileShape
+) -> Operands:
+    """For each tile of keys, all tiles of queries that see it; five matrix products a tile."""
+    tiling, operands = Tiling(inputs, shape), inputs.operands
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_log_sum_exp  # [B, T, N]
+    saved = Saved(operands.query, d_out, log_sum_exp[..., None], delta[..., None])
+
+    def key_tile(index: Array, sums: Sums) -> Sums:
+        place = tiling.place(index // tiling.column_tiles)
+        place = tiling.at_column_tile(place, index % tiling.column_tiles)
+        key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
+
+        def query_tile(tile: Array, carry: tuple[Sums, Array, Array]) -> tuple[Sums, Array, Array]:
+            return differentiate(tiling, tiling.at_row_tile(place, tile), saved, key, value, carry)
+
+        zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+        sums, d_key, d_value = lax.fori_loop(*tiling.row_tile_range(place), query_tile, (sums, *zeros))
+        return sums._replace(
+            key=tiling.add_keys(sums.key, d_key, place), value=tiling.add_keys(sums.value, d_value, place)
+        )
+
+    sums = lax.fori_loop(0, tiling.head_blocks * tiling.column_tiles, key_tile, Sums.zeros(inputs))
+    return gradients(inputs, sums, log_sum_exp, delta)
+
+
+def differentiate(
+    tiling: Tiling,
+    place: Place,
+    saved: Saved,
+    key: Float[Array, "P bk H"],
+    value: Float[Array, "P bk V"],
+    carry: tuple[Sums, Array, Array],
+) -> tuple[Sums, Array, Array]:
+    """Adds what one tile contributes to every gradient."""
+    inputs, may_attend = tiling.inputs, tiling.visible(place)
+
+    def step(carry: tuple[Sums, Array, Array]) -> tuple[Sums, Array, Array]:
+        sums, d_key, d_value = carry
+        query, d_out, log_sum_exp, delta = (tiling.queries(x, place) for x in saved)
+        score, tanh = tiling.scores(query, key, may_attend, place)
+        weight = jnp.exp(tiling.as_matrix(score) - online_softmax.finite(log_sum_exp))  # [P, R, bk]
+        d_weight = tiling.product("prv,pkv->prk", d_out, value)
+        d_value = d_value + tiling.product("prk,prv->pkv", tiling.drop(weight, place), d_out)
+        d_weight = tiling.drop(d_weight, place)
+        d_score = weight * (d_weight - delta)
+        sums = add_to_score_terms(tiling, place, tiling.as_tile(d_score), sums)
+        if tanh is not None:
+            d_score = d_score * (1 - tiling.as_matrix(tanh) ** 2)
+        d_score = d_score * inputs.scale
+        d_key = d_key + tiling.product("prk,prh->pkh", d_score, query)
+        d_query = tiling.product("prk,pkh->prh", d_score, key)
+        return sums._replace(query=tiling.add_queries(sums.query, d_query, place)), d_key, d_value
+
+    return tiling.unless_hidden(may_attend, step, carry)
+
+
+def add_to_score_terms(tiling: Tiling, place: Place, d_score: Scores, sums: Sums) -> Sums:
+    """The gradients of what is added to the scores: bias and ALiBi slopes."""
+    if sums.bias is not None:
+        sums = sums._replace(bias=tiling.add_pairs(sums.bias, d_score, place))
+    if sums.alibi_slopes is not None:
+        slopes = -jnp.sum(d_score * tiling.distance(place), axis=(1, 3))  # [P, G]
+        start = place.head, 0
+        slopes = lax.dynamic_slice(sums.alibi_slopes, start, slopes.shape) + slopes
+        sums = sums._replace(alibi_slopes=lax.dynamic_update_slice(sums.alibi_slopes, slopes, start))
+    return sums
+
+
+def gradients(inputs: Inputs, sums: Sums, log_sum_exp: LogSumExp, delta: Float[Array, "B T N"]) -> Operands:
+    """The sums, in the shapes and dtypes of the operands."""
+    operands = inputs.operands
+
+    def like(x: Array | None, operand: Array | None) -> Any:
+        return None if x is None or operand is None else x.reshape(operand.shape).astype(operand.dtype)
+
+    return Operands(
+        query=like(sums.query, operands.query),
+        key=like(sums.key, operands.key),
+        value=like(sums.value, operands.value),
+        bias=like(sums.bias, operands.bias),
+        alibi_slopes=like(sums.alibi_slopes, operands.alibi_slopes),
+        sinks=like(d_sinks(operands.sinks, log_sum_exp, delta), operands.sinks),
+    )
+
+
+def d_sinks(sinks: Array | None, log_sum_exp: LogSumExp, delta: Float[Array, "B T N"]) -> Array | None:
+    """A sink is a score whose value is 0: its gradient is -p * D, where its weight p is 0 in rows without keys."""
+    if sinks is None:
+        return None
+    empty = log_sum_exp == -jnp.inf
+    weight = jnp.where(empty, 0.0, jnp.exp(sinks.astype(jnp.float32) - online_softmax.finite(log_sum_exp)))
+    return -jnp.sum(weight * delta, axis=(0, 1))

@@ -1,0 +1,63 @@
+"""The forward pass in plain XLA: FlashAttention-2 (arXiv 2307.08691), algorithm 1, with memory linear in T and S."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels import online_softmax
+from mqa_jax.kernels.xla_tile import Place, TileShape, Tiling
+from mqa_jax.shapes import LogSumExp, Output
+
+
+def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, LogSumExp]:
+    """For each tile of queries, a running softmax over the tiles of keys that it can see."""
+    tiling, size = Tiling(inputs, shape), inputs.sizes
+
+    def query_tile(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        place = tiling.place(index // tiling.row_tiles)
+        place = tiling.at_row_tile(place, index % tiling.row_tiles)
+        place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, and stored alike
+        query = tiling.queries(inputs.operands.query, place)
+        key_tile = lambda tile, state: attend(tiling, tiling.at_column_tile(place, tile), query, state)
+        state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V)
+        state = lax.fori_loop(*tiling.column_tile_range(place), key_tile, state)
+        out, log_sum_exp = online_softmax.finish(state, sinks_of_rows(tiling, place))
+        return (
+            tiling.store_queries(results[0], out, place),
+            tiling.store_queries(results[1], log_sum_exp, place),
+        )
+
+    out = jnp.zeros((size.B, size.T, size.K, size.G, size.V), inputs.dtype)
+    log_sum_exp = jnp.zeros((size.B, size.T, size.K, size.G, 1), jnp.float32)
+    out, log_sum_exp = lax.fori_loop(0, tiling.head_blocks * tiling.row_tiles, query_tile, (out, log_sum_exp))
+    return out.reshape(size.B, size.T, size.N, size.V), log_sum_exp.reshape(size.B, size.T, size.N)
+
+
+def attend(
+    tiling: Tiling, place: Place, query: Float[Array, "P R H"], state: online_softmax.State
+) -> online_softmax.State:
+    """Adds one tile of keys to the running softmax."""
+    may_attend = tiling.visible(place)
+
+    def step(state: online_softmax.State) -> online_softmax.State:
+        operands = tiling.inputs.operands
+        key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
+        score, _ = tiling.scores(query, key, may_attend, place)
+        score = tiling.as_matrix(score)
+        highest = jnp.maximum(state.highest, jnp.max(score, axis=-1, keepdims=True))
+        shift = online_softmax.finite(highest)
+        weight, rescale = jnp.exp(score - shift), jnp.exp(state.highest - shift)
+        total = state.total * rescale + jnp.sum(weight, axis=-1, keepdims=True)
+        weighted = state.weighted * rescale + tiling.product("prk,pkv->prv", tiling.drop(weight, place), value)
+        return online_softmax.State(highest, total, weighted)
+
+    return tiling.unless_hidden(may_attend, step, state)
+
+
+def sinks_of_rows(tiling: Tiling, place: Place) -> Float[Array, "P R 1"] | None:
+    sinks = tiling.inputs.operands.sinks
+    if sinks is None:
+        return None
+    shape = tiling.shape.heads, tiling.shape.rows, tiling.sizes.G, 1
+    return jnp.broadcast_to(tiling.heads(sinks, place), shape).reshape(tiling.shape.heads, -1, 1)

@@ -1,0 +1,276 @@
+"""Attention cut into tiles in plain XLA: where a tile lies, reading and writing its slices, its scores.
+
+One tile is P key/value heads x bq query positions x bk keys of one batch row. The G query heads of a key/value head are
+packed into the rows (R = bq * G), so K/V are never repeated and every matrix product has R rows. Where a length is no
+multiple of the tile, the last tile is moved back inside the array, and what it covers a second time is masked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from mqa_jax import dropout, masks
+from mqa_jax.inputs import Inputs, Sizes
+from mqa_jax.kernels import tiles
+
+Scores = Float[Array, "P bq G bk"]
+Carry = TypeVar("Carry")
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """How much one step computes.
+
+    Attributes:
+      rows: query positions, bq <= T.
+      columns: keys, bk <= S.
+      heads: key/value heads, P; divides K.
+      upcast: multiply in float32 whatever the dtype of the inputs (CPUs have no fast 16-bit products).
+    """
+
+    rows: int
+    columns: int
+    heads: int
+    upcast: bool
+
+
+class Place(NamedTuple):
+    """Where a tile lies (int32 scalars): batch row, first key/value head, query and key; and the first it owns.
+
+    A tile owns all it covers, except where it was moved back inside the array.
+    """
+
+    batch: Array
+    head: Array
+    row: Array
+    column: Array
+    owned_row: Array
+    owned_column: Array
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The inputs, seen as tiles."""
+
+    inputs: Inputs
+    shape: TileShape
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.inputs.sizes
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.sizes.T // self.shape.rows)
+
+    @property
+    def column_tiles(self) -> int:
+        return -(-self.sizes.S // self.shape.columns)
+
+    @property
+    def head_blocks(self) -> int:
+        """Blocks of P heads in all batch rows."""
+        return self.sizes.B * self.sizes.K // self.shape.heads
+
+    # -- places ---------------------------------------------------------------------------------------------------
+
+    def place(self, head_block: Array) -> Place:
+        """The first tile of a block of heads."""
+        blocks = self.sizes.K // self.shape.heads
+        zero = jnp.zeros((), jnp.int32)
+        return Place(head_block // blocks, head_block % blocks * self.shape.heads, zero, zero, zero, zero)
+
+    def at_row_tile(self, place: Place, tile: Array) -> Place:
+        owned = tile * self.shape.rows
+        return place._replace(row=jnp.minimum(owned, self.sizes.T - self.shape.rows), owned_row=owned)
+
+    def at_column_tile(self, place: Place, tile: Array) -> Place:
+        owned = tile * self.shape.columns
+        return place._replace(column=jnp.minimum(owned, self.sizes.S - self.shape.columns), owned_column=owned)
+
+    def column_tile_range(self, place: Place) -> tuple[Array, Array]:
+        """Tiles of keys that the tile of queries here can see."""
+        mask = self._mask_of_row(place)
+        start, stop = tiles.key_range(mask, place.row, place.row + self.shape.rows, self.sizes.S)
+        return tiles.tile_range(start, stop, self.shape.columns, self.column_tiles)
+
+    def row_tile_range(self, place: Place) -> tuple[Array, Array]:
+        """Tiles of queries that can see the tile of keys here."""
+        mask = self._mask_of_row(place)
+        start, stop = tiles.row_range(mask, place.column, place.column + self.shape.columns, self.sizes.T)
+        return tiles.tile_range(start, stop, self.shape.rows, self.row_tiles)
+
+    # -- slices ---------------------------------------------------------------------------------------------------
+
+    def queries(self, x: Float[Array, "B T N X"], place: Place) -> Float[Array, "P R X"]:
+        """Rows of a query-side array, the heads of a group side by side: R = bq * G."""
+        features = x.shape[-1]
+        start, size = self._queries_slice(place, features)
+        x = lax.dynamic_slice(x.reshape(self._grouped(features)), start, size)[0]  # [bq, P, G, X]
+        lengths = self.inputs.mask.query_lengths
+        if lengths is not None:
+            x = jnp.where((self.rows(place) < lengths[place.batch])[:, None, None, None], x, jnp.zeros((), x.dtype))
+        return x.transpose(1, 0, 2, 3).reshape(self.shape.heads, -1, features)
+
+    def store_queries(self, into: Array, x: Float[Array, "P R X"], place: Place) -> Array:
+        """Writes rows into a query-side array `[B, T, K, G, X]`."""
+        start, _ = self._queries_slice(place, x.shape[-1])
+        return lax.dynamic_update_slice(into, self._ungroup(x).astype(into.dtype), start)
+
+    def add_queries(self, into: Array, x: Float[Array, "P R X"], place: Place) -> Array:
+        start, size = self._queries_slice(place, x.shape[-1])
+        return lax.dynamic_update_slice(into, lax.dynamic_slice(into, start, size) + self._ungroup(x), start)
+
+    def keys(self, x: Float[Array, "B S K X"], place: Place) -> Float[Array, "P bk X"]:
+        """Rows of a key-side array; 0 beyond the length, where NaN may lie and 0 * NaN would be NaN."""
+        start, size = self._keys_slice(place, x.shape[-1])
+        x = lax.dynamic_slice(x, start, size)[0]  # [bk, P, X]
+        lengths = self.inputs.mask.key_lengths
+        if lengths is not None:
+            x = jnp.where((self.columns(place) < lengths[place.batch])[:, None, None], x, jnp.zeros((), x.dtype))
+        return x.transpose(1, 0, 2)
+
+    def add_keys(self, into: Float[Array, "B S K X"], x: Float[Array, "P bk X"], place: Place) -> Array:
+        start, size = self._keys_slice(place, x.shape[-1])
+        return lax.dynamic_update_slice(into, lax.dynamic_slice(into, start, size) + x.transpose(1, 0, 2)[None], start)
+
+    def pairs(self, x: Array, place: Place) -> Array:
+        """`[#B, #N, #T, #S]` cut to `[1, #PG, #bq, #bk]`; axes of size 1 stay."""
+        return lax.dynamic_slice(x, *self._pairs_slice(x, place))
+
+    def add_pairs(self, into: Array, x: Scores, place: Place) -> Array:
+        """Adds to `[#B, #N, #T, #S]`, summing over its axes of size 1."""
+        x = x.transpose(0, 2, 1, 3).reshape(1, -1, *self._tile)  # [1, PG, bq, bk]
+        start, size = self._pairs_slice(into, place)
+        x = jnp.sum(x, axis=[axis for axis, n in enumerate(size) if n == 1 and into.shape[axis] == 1], keepdims=True)
+        return lax.dynamic_update_slice(into, lax.dynamic_slice(into, start, size) + x, start)
+
+    def heads(self, x: Float[Array, " N"], place: Place) -> Float[Array, "P 1 G 1"]:
+        x = lax.dynamic_slice_in_dim(x, place.head * self.sizes.G, self.shape.heads * self.sizes.G)
+        return x.astype(jnp.float32).reshape(self.shape.heads, 1, self.sizes.G, 1)
+
+    def rows(self, place: Place) -> Array:
+        return place.row + jnp.arange(self.shape.rows)
+
+    def columns(self, place: Place) -> Array:
+        return place.column + jnp.arange(self.shape.columns)
+
+    # -- scores ---------------------------------------------------------------------------------------------------
+
+    def product(self, equation: str, left: Array, right: Array) -> Array:
+        """A matrix product with float32 sums."""
+        if self.shape.upcast:
+            left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        else:
+            left, right = left.astype(self.inputs.dtype), right.astype(self.inputs.dtype)
+        return jnp.einsum(equation, left, right, precision=self.inputs.precision, preferred_element_type=jnp.float32)
+
+    def scores(
+        self, query: Float[Array, "P R H"], key: Float[Array, "P bk H"], may_attend: Array | None, place: Place
+    ) -> tuple[Scores, Scores | None]:
+        """The scores of a tile, -inf where hidden, and tanh of the soft cap, which the backward pass needs."""
+        operands, cap, tanh = self.inputs.operands, self.inputs.logits_soft_cap, None
+        score = self.as_tile(self.product("prh,pkh->prk", query, key) * self.inputs.scale)
+        if cap is not None:
+            tanh = jnp.tanh(score / cap)
+            score = cap * tanh
+        if operands.bias is not None:
+            score = score + self._split_heads(self.pairs(operands.bias, place)).astype(jnp.float32)
+        if operands.alibi_slopes is not None:
+            score = score - self.heads(operands.alibi_slopes, place) * self.distance(place)
+        return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf), tanh
+
+    def distance(self, place: Place) -> Float[Array, "1 bq 1 bk"]:
+        """|query position - key position|."""
+        difference = masks.key_minus_query_position(self._mask_of_row(place), self.rows(place), self.columns(place))
+        return jnp.abs(self._split_heads(difference)).astype(jnp.float32)
+
+    def visible(self, place: Place) -> Bool[Array, "#P #bq #G #bk"] | None:
+        """True where a query may attend to a key and the tile owns both; None if nothing is removed."""
+        rows, columns = self.rows(place), self.columns(place)
+        may_attend = masks.visible(self._mask_of_tile(place), rows, columns)
+        may_attend = None if may_attend is None else self._split_heads(may_attend)
+        if self.sizes.T % self.shape.rows:
+            may_attend = _both(may_attend, (rows >= place.owned_row)[:, None, None])
+        if self.sizes.S % self.shape.columns:
+            may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, :])
+        return may_attend
+
+    def unless_hidden(self, may_attend: Array | None, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
+        """Runs `step`, but skips it where a boolean mask or segments hide the whole tile."""
+        mask = self.inputs.mask
+        if may_attend is None or (mask.allowed is None and mask.query_segments is None):
+            return step(carry)
+        return lax.cond(jnp.any(may_attend), step, lambda carry: carry, carry)
+
+    def drop(self, weight: Float[Array, "P R bk"], place: Place) -> Float[Array, "P R bk"]:
+        """Dropout, of the weights or of their gradients."""
+        spec, shape = self.inputs.dropout, self.shape
+        if spec is None:
+            return weight
+        head = place.head * self.sizes.G + jnp.arange(shape.heads * self.sizes.G).reshape(-1, 1, self.sizes.G, 1)
+        row, column = self.rows(place)[:, None, None], self.columns(place)
+        kept = dropout.keep(spec, spec.batch[place.batch], head, row, column)
+        return jnp.where(self.as_matrix(kept), weight * spec.scale, 0.0)
+
+    def as_tile(self, x: Float[Array, "P R bk"]) -> Scores:
+        return x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, self.shape.columns)
+
+    def as_matrix(self, x: Scores) -> Float[Array, "P R bk"]:
+        return x.reshape(self.shape.heads, -1, self.shape.columns)
+
+    # -- details --------------------------------------------------------------------------------------------------
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        return self.shape.rows, self.shape.columns
+
+    def _grouped(self, features: int) -> tuple[int, ...]:
+        size = self.sizes
+        return size.B, size.T, size.K, size.G, features
+
+    def _queries_slice(self, place: Place, features: int) -> tuple[tuple, tuple]:
+        size = 1, self.shape.rows, self.shape.heads, self.sizes.G, features
+        return (place.batch, place.row, place.head, 0, 0), size
+
+    def _keys_slice(self, place: Place, features: int) -> tuple[tuple, tuple]:
+        return (place.batch, place.column, place.head, 0), (1, self.shape.columns, self.shape.heads, features)
+
+    def _pairs_slice(self, x: Array, place: Place) -> tuple[list, list]:
+        start = place.batch, place.head * self.sizes.G, place.row, place.column
+        size = 1, self.shape.heads * self.sizes.G, *self._tile
+        whole = [n == 1 for n in x.shape]
+        return [0 if one else s for one, s in zip(whole, start)], [1 if one else n for one, n in zip(whole, size)]
+
+    def _ungroup(self, x: Float[Array, "P R X"]) -> Float[Array, "1 bq P G X"]:
+        x = x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, x.shape[-1])
+        return x.transpose(1, 0, 2, 3)[None]
+
+    def _split_heads(self, x: Array) -> Array:
+        """`[1, #PG, #bq, #bk]` -> `[#P, #bq, #G, #bk]`."""
+        heads = (1, 1) if x.shape[1] == 1 else (self.shape.heads, self.sizes.G)
+        return x.reshape(*heads, *x.shape[2:]).transpose(0, 2, 1, 3)
+
+    def _mask_of_row(self, place: Place) -> masks.Mask:
+        """The mask of one batch row, without the boolean mask of the caller."""
+        cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, place.batch if x.shape[0] > 1 else 0, 1)
+        return jax.tree.map(cut, replace(self.inputs.mask, allowed=None), is_leaf=lambda x: x is None)
+
+    def _mask_of_tile(self, place: Place) -> masks.Mask:
+        mask, allowed = self._mask_of_row(place), self.inputs.mask.allowed
+        cut = lambda x, start, size: None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis=1)
+        return replace(
+            mask,
+            allowed=None if allowed is None else self.pairs(allowed, place),
+            query_segments=cut(mask.query_segments, place.row, self.shape.rows),
+            key_segments=cut(mask.key_segments, place.column, self.shape.columns),
+        )
+
+
+def _both(may_attend: Array | None, condition: Array) -> Array:
+    return condition[None] if may_attend is None else may_attend & condition

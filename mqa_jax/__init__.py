@@ -1,0 +1,1 @@
+from mqa_jax.attention import dot_product_attention as dot_product_attention

@@ -1,0 +1,162 @@
+"""`dot_product_attention`, and the table of implementations behind it."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray
+
+from mqa_jax import cudnn, reference
+from mqa_jax.batch_axes import Results, over_flat_batch
+from mqa_jax.checks import checked_inputs
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels import flash, xla
+from mqa_jax.options import Options
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention.
+
+    Attributes:
+      run: output and log-sum-exp (None if it has none) of inputs with one batch axis.
+      cannot: why it cannot compute this call, or None if it can.
+      automatic: whether `implementation=None` may take it.
+    """
+
+    run: Callable[[Inputs], Results]
+    cannot: Callable[[Inputs], str | None] = lambda inputs: None
+    automatic: bool = True
+
+
+# In the order in which `implementation=None` tries them.
+IMPLEMENTATIONS = {
+    # Runs everywhere and does everything, in linear memory; which tiles it uses is settled per platform at lowering.
+    "xla": Implementation(functools.partial(flash.attend, flash.Kernels(xla.forward, xla.backward))),
+    # The oracle, and the way to second derivatives and forward mode. Builds [B, N, T, S], so never chosen unasked.
+    "reference": Implementation(jax.jit(reference.forward), automatic=False),
+    # NVIDIA's, through jax.nn. It wants the GPU when the call is traced, so it cannot be chosen when it is lowered.
+    "cudnn": Implementation(cudnn.forward, cudnn.cannot, automatic=False),
+}
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    query_offset: ArrayLike = 0,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Array | tuple[Array, Array]:
+    r"""Multi-head, grouped-query or multi-query attention; a drop-in for `jax.nn.dot_product_attention`.
+
+    For every query head, with the key/value head it reads (see `mqa_jax.shapes` for the letters),
+
+        score  = soft_cap(scale * q . k) + bias - alibi_slope * |query position - key position|
+        output = sum over the keys it may attend to of dropout(softmax(score)) * v
+
+    A query that may attend to no key gets output 0, gradient 0 and log-sum-exp -inf. `mqa_jax.masks` draws what each
+    masking option leaves; they combine by AND. All options combine, with any number of leading axes.
+
+    Args:
+      query: float32, bfloat16 or float16 `[..., T, N, H]`.
+      key: same dtype, `[..., S, K, H]`; K divides N. K = N is MHA, K = 1 MQA, in between GQA. Never repeated.
+      value: same dtype, `[..., S, K, V]`.
+      bias: added to the scores; any float dtype, broadcasts to `[..., N, T, S]`. Its gradient has its own shape.
+      mask: bool, broadcasts to `[..., N, T, S]`; True = may attend.
+      scale: multiplies q . k. Default 1 / sqrt(H).
+      is_causal: key position <= query position.
+      query_seq_lengths: int `[...]`; queries from there on are padding, and get output 0.
+      key_value_seq_lengths: int `[...]`; keys from there on are padding, whatever they hold, NaN included.
+      local_window_size: how far a query sees, `(left, right)` or one int for both: positions p - left to p + right.
+      implementation: None, or a name from the table below.
+      return_residual: also return the log-sum-exp of the scores.
+      query_offset: position of the first query, an int or int `[...]`; keys count from 0.
+      query_segment_ids, key_value_segment_ids: int `[..., T]` and `[..., S]`; only equal ids attend to each other.
+      logits_soft_cap: c in c * tanh(score / c), applied to scale * q . k before anything is added (Gemma 2).
+      alibi_slopes: float `[N]`, differentiable (Press et al. 2021, arXiv 2108.12409).
+      sinks: float `[N]`, differentiable: one more score per head, that takes probability and gives no value (gpt-oss).
+      dropout_rate: static; rounded to 1/65536. Which weights are dropped depends on the key, batch row, head, row and
+        column alone (`mqa_jax.dropout`), so every implementation drops the same.
+      dropout_rng: a JAX random key, may be traced; needed when dropout_rate > 0.
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+
+    Returns:
+      The output `[..., T, N, V]` in the dtype of the query; with return_residual also the log-sum-exp, float32
+      `[..., T, N]`. Both are differentiable.
+
+    Raises:
+      ValueError: the call is wrong; the message has the rule, the values and the remedy.
+      NotImplementedError: the named implementation cannot compute this call.
+
+    Implementations:
+      None: the first of these that can; today 'xla', which always can.
+      'xla': FlashAttention-2 in plain XLA, on every platform. Memory linear in T and S; tiles that the mask empties
+        are not computed; one derivative, in reverse mode.
+      'reference': a textbook, memory N * T * S; derivatives of any order and mode.
+      'cudnn': `jax.nn`'s cuDNN kernel, where it supports the call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mqa_jax
+      >>> query = jnp.ones((2, 5, 8, 64))          # 8 query heads ...
+      >>> key = value = jnp.ones((2, 7, 2, 64))    # ... on 2 key/value heads
+      >>> mqa_jax.dot_product_attention(query, key, value, is_causal=True, query_offset=2).shape
+      (2, 5, 8, 64)
+    """
+    options = Options(
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        precision=precision,
+    )
+    inputs = checked_inputs(query, key, value, bias, mask, options)
+    name = choose(implementation, inputs)
+    out, log_sum_exp = over_flat_batch(IMPLEMENTATIONS[name].run, inputs)
+    if not return_residual:
+        return out
+    if log_sum_exp is None:
+        raise NotImplementedError(
+            f"implementation={name!r} has no differentiable float32 log-sum-exp: return_residual={return_residual}. "
+            "Use implementation=None."
+        )
+    return out, log_sum_exp
+
+
+def choose(implementation: str | None, inputs: Inputs) -> str:
+    """The name of the implementation that computes these inputs."""
+    if implementation is None:
+        return next(name for name, way in IMPLEMENTATIONS.items() if way.automatic and way.cannot(inputs) is None)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"Unknown implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}.")
+    reason = IMPLEMENTATIONS[implementation].cannot(inputs)
+    if reason is not None:
+        raise NotImplementedError(f"implementation={implementation!r} cannot compute this call: {reason}.")
+    return implementation

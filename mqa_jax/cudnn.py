@@ -1,0 +1,59 @@
+"""cuDNN's fused attention, through `jax.nn`, for the calls in which it means what this library means."""
+
+import jax
+import jax.numpy as jnp
+
+from mqa_jax import masks
+from mqa_jax.inputs import Inputs
+from mqa_jax.shapes import Output
+
+_REMEDY = "use implementation=None"
+
+
+def cannot(inputs: Inputs) -> str | None:
+    """Why not, or None if it can."""
+    operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
+    unsupported = {
+        "dtype float32": inputs.dtype == jnp.float32,
+        "a value head size V different from H": size.V != size.H,
+        "a head size H that is no multiple of 8": size.H % 8 != 0,
+        "alibi_slopes": operands.alibi_slopes is not None,
+        "sinks": operands.sinks is not None,
+        "logits_soft_cap": inputs.logits_soft_cap is not None,
+        "dropout_rate (it takes no traced key)": inputs.dropout is not None,
+        "query_offset": mask.query_offset is not None,
+        "segment ids": mask.query_segments is not None,
+        "local_window_size without is_causal (it would see the future)": mask.window is not None and not mask.is_causal,
+        "no queries or keys": 0 in (size.T, size.S),
+    }
+    reasons = [reason for reason, applies in unsupported.items() if applies]
+    return f"{'; '.join(reasons)}; {_REMEDY}" if reasons else None
+
+
+def forward(inputs: Inputs) -> tuple[Output, None]:
+    """The output alone: cuDNN's log-sum-exp comes rounded to the dtype of the query."""
+    operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
+    try:
+        out = jax.nn.dot_product_attention(
+            operands.query,
+            operands.key,
+            operands.value,
+            operands.bias,
+            mask.allowed,
+            scale=inputs.scale,
+            is_causal=mask.is_causal,
+            query_seq_lengths=mask.query_lengths,
+            key_value_seq_lengths=mask.key_lengths,
+            local_window_size=None if mask.window is None else (mask.window[0], 0),
+            implementation="cudnn",
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotImplementedError(
+            f"implementation='cudnn' needs an NVIDIA GPU and cuDNN, and a call that jax.nn supports: {error} "
+            f"(platform={jax.default_backend()!r}); {_REMEDY}."
+        ) from error
+    may_attend = masks.visible(mask, jnp.arange(size.T), jnp.arange(size.S))
+    if may_attend is None:
+        return out, None
+    alive = jnp.any(may_attend, axis=-1).swapaxes(1, 2)[..., None]  # [#B, T, #N, 1]; cuDNN averages V in empty rows
+    return jnp.where(alive, out, jnp.zeros((), out.dtype)), None

@@ -1,0 +1,63 @@
+"""Which attention weights dropout keeps: a pure function of (key, batch row, head, query row, key column).
+
+A counter-based generator, so every implementation, tile size and pass drops the same entries and nothing has to be
+stored for the backward pass. The mixer is `lowbias32` (Chris Wellons, "Prospecting for Hash Functions", 2018), two
+32-bit multiplications: it runs alike in XLA, in a GPU kernel and in numpy. One 32-bit word serves two neighbouring
+columns, 16 bits each, so a kernel that handles both pays for one hash; the rate is therefore rounded to 1/65536.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt32
+
+LEVELS = 1 << 16  # values of the 16 bits that decide about one weight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dropout:
+    """What `keep` needs to know.
+
+    Attributes:
+      seed: uint32 `[2]`.
+      batch: int32 `[B]`, the number of each batch row.
+      threshold: how many of LEVELS are dropped; static.
+    """
+
+    seed: UInt32[Array, "2"]
+    batch: Int[Array, " B"]
+    threshold: int = field(metadata={"static": True})
+
+    @classmethod
+    def make(cls, rng: PRNGKeyArray, rate: float, batch: Int[Array, "..."]) -> "Dropout":
+        return cls(jax.random.bits(rng, (2,), jnp.uint32), batch, round(rate * LEVELS))
+
+    @property
+    def scale(self) -> float:
+        """What kept weights are multiplied by, so that the mean stays; 0 where nothing is kept."""
+        return LEVELS / (LEVELS - self.threshold) if self.threshold < LEVELS else 0.0
+
+
+def keep(dropout: Dropout, batch: Array, head: Array, row: Array, column: Array) -> Bool[Array, "..."]:
+    """True where a weight is kept. The indices are integers that broadcast against each other."""
+    unsigned = lambda index: jnp.asarray(index).astype(jnp.uint32)
+    stream = _mix(dropout.seed[1] + unsigned(batch))
+    stream = _mix(dropout.seed[0] ^ stream)
+    stream = _mix(stream + unsigned(head) * _GOLDEN)
+    stream = _mix(stream ^ unsigned(row))
+    column = unsigned(column)
+    word = _mix(stream + (column >> 1) * _GOLDEN)
+    half = (word >> ((column & 1) * 16)) & np.uint32(LEVELS - 1)
+    return half >= np.uint32(dropout.threshold) if dropout.threshold < LEVELS else jnp.zeros(half.shape, bool)
+
+
+_GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: consecutive multiples lie far apart
+
+
+def _mix(x: Array) -> Array:
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,70 @@
+"""One attention problem in normal form: what the checker makes and every implementation takes."""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mqa_jax.dropout import Dropout
+from mqa_jax.masks import Mask
+from mqa_jax.shapes import Bias, Key, Query, Value
+
+
+def static(default=None):
+    """A dataclass field that is part of the compiled program, not one of its arrays."""
+    return field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Operands:
+    """The arrays that have gradients.
+
+    The score of a pair is `soft_cap(scale * q.k) + bias - alibi_slope * |query position - key position|`.
+    """
+
+    query: Query
+    key: Key
+    value: Value
+    bias: Bias | None = None
+    alibi_slopes: Float[Array, " N"] | None = None
+    sinks: Float[Array, " N"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """Operands, and all that shapes the softmax without having a gradient."""
+
+    operands: Operands
+    mask: Mask
+    dropout: Dropout | None = None
+    scale: float = static(1.0)
+    logits_soft_cap: float | None = static()
+    precision: jax.lax.PrecisionLike = static()
+
+    @property
+    def sizes(self) -> "Sizes":
+        *batch, rows, heads, features = self.operands.query.shape
+        *_, columns, kv_heads, value_features = self.operands.value.shape
+        return Sizes(math.prod(batch), rows, columns, heads, kv_heads, heads // kv_heads, features, value_features)
+
+    @property
+    def dtype(self) -> DTypeLike:
+        return self.operands.query.dtype
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Axis lengths under their letters (see `mqa_jax.shapes`)."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    G: int
+    H: int
+    V: int

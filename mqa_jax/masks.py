@@ -1,0 +1,101 @@
+"""Who may attend to whom: the one meaning of every masking option, for every implementation.
+
+A query has a *position*, `query_offset + t`; a key's position is its index s. All conditions below combine by AND.
+
+is_causal: key position <= query position. With T = 3 queries on S = 5 keys (1 = may attend):
+
+    query_offset=0     query_offset=2 (the last query meets the last key)
+      1 0 0 0 0          1 1 1 0 0
+      1 1 0 0 0          1 1 1 1 0
+      1 1 1 0 0          1 1 1 1 1
+
+and with T = 5 on S = 3, where query_offset=-2 leaves two queries with nothing to attend to (their output is 0):
+
+    query_offset=0     query_offset=-2
+      1 0 0              0 0 0
+      1 1 0              0 0 0
+      1 1 1              1 0 0
+      1 1 1              1 1 0
+      1 1 1              1 1 1
+
+local_window_size=(2, 1): position - 2 <= key position <= position + 1:
+
+      1 1 0 0 0
+      1 1 1 0 0
+      1 1 1 1 0
+      0 1 1 1 1
+      0 0 1 1 1
+
+query_seq_lengths=2, key_value_seq_lengths=3 (T = 3, S = 5):   query segments 0 0 1, key segments 0 0 1 1 1:
+
+      1 1 1 0 0                                                  1 1 0 0 0
+      1 1 1 0 0                                                  1 1 0 0 0
+      0 0 0 0 0                                                  0 0 1 1 1
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from mqa_jax.shapes import BoolMask, Positions
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mask:
+    """Everything that removes (query, key) pairs. `None` removes nothing.
+
+    Attributes:
+      query_offset: position of the first query, int32 `[#B]`; None is 0 in every row.
+      allowed: the caller's boolean mask `[#B, #N, #T, #S]`, True = may attend.
+      query_lengths, key_lengths: int32 `[B]`; positions of the array from there on are padding.
+      query_segments, key_segments: int `[B, T]`, `[B, S]`; only equal ids attend to each other.
+      is_causal: static.
+      window: static `(left, right)`.
+    """
+
+    query_offset: Int[Array, "#B"] | None = None
+    allowed: BoolMask | None = None
+    query_lengths: Int[Array, " B"] | None = None
+    key_lengths: Int[Array, " B"] | None = None
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+    is_causal: bool = field(default=False, metadata={"static": True})
+    window: tuple[int, int] | None = field(default=None, metadata={"static": True})
+
+
+def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B #N #T #S"] | None:
+    """True where query `rows` may attend to key `columns`; None if nothing is removed.
+
+    Rows and columns are indices into the whole arrays; the arrays in `mask` are already cut down to them.
+    """
+    conditions = []
+    distance = key_minus_query_position(mask, rows, columns)
+    if mask.is_causal:
+        conditions.append(distance <= 0)
+    if mask.window is not None:
+        left, right = mask.window
+        conditions.append((distance >= -left) & (distance <= right))
+    if mask.query_lengths is not None:
+        conditions.append((rows < mask.query_lengths[:, None])[:, None, :, None])
+    if mask.key_lengths is not None:
+        conditions.append((columns < mask.key_lengths[:, None])[:, None, None, :])
+    if mask.query_segments is not None and mask.key_segments is not None:
+        conditions.append((mask.query_segments[:, :, None] == mask.key_segments[:, None, :])[:, None])
+    if mask.allowed is not None:
+        conditions.append(mask.allowed)
+    if not conditions:
+        return None
+    result = conditions[0]
+    for condition in conditions[1:]:
+        result = result & condition
+    return result
+
+
+def key_minus_query_position(mask: Mask, rows: Positions, columns: Positions) -> Int[Array, "#B 1 T S"]:
+    """Position of each key relative to each query: negative = past, 0 = itself, positive = future."""
+    offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
+    query_position = rows + offset[:, None]  # [#B, T]
+    return columns - query_position[:, None, :, None]
