@@ -34,7 +34,7 @@ def tiles_for_cpu(size: Sizes) -> TileShape:
     columns = min(size.S, 256 if size.G > 2 else 512)
     rows = min(size.T, max(16, min(512, 2048 // size.G // 8 * 8)))  # at most 512: what a causal mask wastes
     if rows * size.G < 128:  # few rows: wider, so that the work of a step still outweighs its start
-        columns = min(size.S, 2048)
+        columns = min(size.S, 512)
     return TileShape(rows, columns, _heads(size, rows, columns, 1 << 19), upcast=True)
 
 

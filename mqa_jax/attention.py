@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from mqa_jax import cudnn, reference
-from mqa_jax.batch_axes import Results, over_flat_batch
+from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import flash, xla
@@ -26,7 +27,7 @@ class Implementation:
       automatic: whether `implementation=None` may take it.
     """
 
-    run: Callable[[Inputs], Results]
+    run: Callable[[Inputs], tuple[Array, Array | None]]
     cannot: Callable[[Inputs], str | None] = lambda inputs: None
     automatic: bool = True
 
@@ -65,7 +66,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Array | tuple[Array, Array]:
+) -> Any:  # an Array, or with return_residual two
     r"""Multi-head, grouped-query or multi-query attention; a drop-in for `jax.nn.dot_product_attention`.
 
     For every query head, with the key/value head it reads (see `mqa_jax.shapes` for the letters),
@@ -148,6 +149,14 @@ def dot_product_attention(
             "Use implementation=None."
         )
     return out, log_sum_exp
+
+
+def attention_with_weights(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None, mask: ArrayLike | None, options: Options
+) -> tuple[Array, Array, Array]:
+    """Output, log-sum-exp and the weights `[..., N, T, S]`, float32, after dropout. Computed by the reference."""
+    inputs = checked_inputs(query, key, value, bias, mask, options)
+    return over_flat_batch(jax.jit(reference.forward_with_weights), inputs)
 
 
 def choose(implementation: str | None, inputs: Inputs) -> str:

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs
 
-Results = tuple[Array, Array | None]
+Results = TypeVar("Results")  # a tuple of arrays, each with the batch axis first, or None
 
 
 def over_flat_batch(run: Callable[[Inputs], Results], inputs: Inputs) -> Results:

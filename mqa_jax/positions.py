@@ -1,0 +1,95 @@
+"""Positions: rotary embeddings (RoPE), ALiBi slopes, and the temperature of queries far into a text."""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al. 2023, arXiv 2306.15595)."""
+
+    factor: float
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        return frequencies / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's: low frequencies divided by `factor`, high ones kept, a ramp between (`rope_type="llama3"`)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), of queries and keys.
+
+    Feature pair i of a head is rotated by position * theta ** (-2 i / H).
+
+    Attributes:
+      theta: base of the frequencies.
+      interleaved: pair features (2i, 2i + 1), as GPT-J and GGUF files do, instead of (i, i + H / 2), as Hugging Face.
+      scaling: how the frequencies of a longer context differ, or None.
+    """
+
+    theta: float = 10_000.0
+    interleaved: bool = False
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+    def frequencies(self, features: int) -> np.ndarray:
+        """Angle per position of each pair, float32 `[H / 2]`."""
+        if features % 2:
+            raise ValueError(f"RoPE rotates pairs of features, so head_dim must be even: head_dim={features}.")
+        frequencies = self.theta ** (-np.arange(0, features, 2, dtype=np.float64) / features)
+        return (frequencies if self.scaling is None else self.scaling(frequencies)).astype(np.float32)
+
+    def __call__(self, x: Float[Array, "... T N H"], positions: Int[Array, "... T"]) -> Float[Array, "... T N H"]:
+        """Rotates `x`, in float32, and returns it in its own dtype."""
+        features = x.shape[-1]
+        angle = positions[..., None, None].astype(jnp.float32) * self.frequencies(features)  # [..., T, 1, H/2]
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        pairs = (*x.shape[:-1], features // 2, 2) if self.interleaved else (*x.shape[:-1], 2, features // 2)
+        axis = -1 if self.interleaved else -2
+        first, second = jnp.moveaxis(x.astype(jnp.float32).reshape(pairs), axis, 0)
+        rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
+        return rotated.reshape(x.shape).astype(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureTuning:
+    """Scales queries by 1 + attn_scale * log(floor((position + 1) / floor_scale) + 1) (Llama 4, llm-foundry)."""
+
+    attn_scale: float = 0.1
+    floor_scale: float = 8192
+
+    def __call__(self, query: Float[Array, "... T N H"], positions: Int[Array, "... T"]) -> Float[Array, "... T N H"]:
+        steps = jnp.floor((positions + 1).astype(jnp.float32) / self.floor_scale)
+        return query * (1 + self.attn_scale * jnp.log(steps + 1))[..., None, None].astype(query.dtype)
+
+
+def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:
+    """The slope of each head, float32 `[N]` (Press et al. 2021, arXiv 2108.12409; the values of MPT and mqa).
+
+    2 ** (-alibi_bias_max * i / n) for i = 1 .. n, where n is `heads` rounded up to a power of two; if that is more than
+    `heads`, every second slope comes first and the rest is cut off.
+    """
+    if heads < 1:
+        raise ValueError(f"alibi_slopes needs at least one head: heads={heads}.")
+    count = 2 ** math.ceil(math.log2(heads))
+    slopes = 2.0 ** (-alibi_bias_max * np.arange(1, count + 1) / count)
+    if count != heads:
+        slopes = np.concatenate([slopes[1::2], slopes[0::2]])[:heads]
+    return jnp.asarray(slopes, jnp.float32)
