@@ -1,3 +1,43 @@
+"""Settings for the whole suite. Strict where JAX is lenient; fast to compile rather than fast to run."""
+
 import os
 
+# Tests compile thousands of small programs once each. Nothing here changes what a program computes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,  # the first call of a shape compiles
+    derandomize=True,  # CI must not fail by chance
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names every test that did not run, with its reason: a skip that nobody counts is a hole."""
+    skipped = terminalreporter.getreports("skipped")
+    reasons: dict[str, list[str]] = {}
+    for report in skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    terminalreporter.section(f"{len(skipped)} tests not run")
+    for reason, names in sorted(reasons.items()):
+        terminalreporter.write_line(f"{len(names)} because {reason}:")
+        for name in sorted(names):
+            terminalreporter.write_line(f"    {name}")
+
+
+@pytest.fixture(scope="session")
+def rng():
+    import numpy as np
+
+    return np.random.default_rng(0)

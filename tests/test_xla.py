@@ -1,0 +1,355 @@
+"""The tiled XLA kernels against the reference: the whole option space, all dtypes, every gradient."""
+
+import functools
+import itertools
+import re
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import strategies as st
+
+import mqa_jax
+from mqa_jax import attention
+from mqa_jax.inputs import Inputs, Operands, Sizes
+from mqa_jax.kernels import flash, xla, xla_backward, xla_decode, xla_forward
+from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.masks import Mask
+
+HEADS = [(4, 4), (6, 3), (4, 1), (1, 1), (7, 1)]  # (query, key/value): MHA, GQA, MQA, one head, an odd group
+
+
+@st.composite
+def problems(draw):
+    """Any combination of options on small awkward shapes."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    batch = draw(st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 2)]))
+    rows, columns = draw(st.sampled_from([1, 2, 5, 13, 37])), draw(st.sampled_from([1, 3, 11, 16, 41]))
+    heads, kv_heads = draw(st.sampled_from(HEADS))
+    size = int(np.prod(batch, dtype=int))
+    chance = lambda: draw(st.booleans())
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
+    integers = lambda low, high, *shape: jnp.asarray(rng.integers(low, high, shape), jnp.int32)
+
+    def shared(*shape):
+        """Some axes of a bias or mask are shared."""
+        return tuple(1 if draw(st.booleans()) else n for n in shape)
+
+    pairs = (*batch, heads, rows, columns)
+    options = {}
+    if chance():
+        options["is_causal"] = True
+    if chance():
+        low, high = -rows, columns
+        options["query_offset"] = integers(low, high, *batch) if chance() else int(rng.integers(low, high))
+    if chance():
+        options["local_window_size"] = draw(st.sampled_from([0, 3, (5, 0), (0, 4), (40, 2)]))
+    if chance():
+        options["query_seq_lengths"] = integers(0, rows + 1, *batch)
+    if chance():
+        options["key_value_seq_lengths"] = integers(0, columns + 1, *batch)
+    if chance():
+        options["query_segment_ids"] = jnp.sort(integers(0, 3, *batch, rows))
+        options["key_value_segment_ids"] = jnp.sort(integers(0, 3, *batch, columns))
+    if chance():
+        options["mask"] = normal(*shared(*pairs)) > -0.5
+    if chance():
+        options["bias"] = normal(*shared(*pairs))
+    if chance():
+        options["logits_soft_cap"] = 1.5
+    if chance():
+        options["alibi_slopes"] = normal(heads) / 8
+    if chance():
+        options["sinks"] = normal(heads)
+    if chance():
+        options["dropout_rate"], options["dropout_rng"] = 0.25, jax.random.key(int(rng.integers(99)))
+    if chance():
+        options["scale"] = 0.3
+    hypothesis.event(f"{len(options)} options, {size * rows * columns} pairs")
+    return oracle.random_problem(
+        rng,
+        batch=batch,
+        rows=rows,
+        columns=columns,
+        heads=heads,
+        kv_heads=kv_heads,
+        features=draw(st.sampled_from([5, 8])),
+        value_features=draw(st.sampled_from([8, 3])),
+        **options,
+    )
+
+
+def tiled(monkeypatch, shape: TileShape) -> str:
+    """Registers the kernels with tiles of this shape, however small, under a name of their own."""
+    kernels = flash.Kernels(
+        functools.partial(xla_forward.forward, shape=shape), functools.partial(xla_backward.backward, shape=shape)
+    )
+    way = attention.Implementation(functools.partial(flash.attend, kernels))
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "tiled", way)
+    return "tiled"
+
+
+@hypothesis.given(problems(), st.data())
+@hypothesis.settings(max_examples=50)
+def test_every_combination_of_options_in_small_tiles(problem, data):
+    """Most shapes then need several tiles, of which the last ones are moved back inside the array."""
+    rows, kv_heads = problem.arrays["query"].shape[-3], problem.arrays["key"].shape[-2]
+    columns = problem.arrays["key"].shape[-3]
+    shape = TileShape(
+        rows=min(rows, data.draw(st.sampled_from([2, 7, 16]))),
+        columns=min(columns, data.draw(st.sampled_from([4, 9, 16]))),
+        heads=data.draw(st.sampled_from([n for n in (1, 2, 3, 4) if kv_heads % n == 0])),
+        upcast=True,
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fast = oracle.results(problem, tiled(monkeypatch, shape))
+    oracle.judge_float32(fast, oracle.results(problem, "reference"))
+
+
+@hypothesis.given(problems())
+@hypothesis.settings(max_examples=20)
+def test_every_combination_of_options_as_users_call_it(problem):
+    oracle.judge_float32(oracle.results(problem, None), oracle.results(problem, "reference"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("upcast", [True, False], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "heads", "kv_heads", "features", "value_features", "options"),
+    [
+        (113, 203, 6, 2, 80, 80, {}),
+        (239, 239, 4, 4, 64, 64, {"is_causal": True}),
+        (97, 97, 71, 1, 16, 16, {"is_causal": True}),
+        (127, 131, 8, 1, 40, 24, {"logits_soft_cap": 5.0, "scale": 0.3}),
+    ],
+)
+def test_precision(monkeypatch, dtype, upcast, rows, columns, heads, kv_heads, features, value_features, options):
+    """In each dtype, at most twice the error of a plain computation in that dtype: output, LSE and gradients."""
+    problem = oracle.random_problem(
+        np.random.default_rng(0),
+        batch=(1,),
+        rows=rows,
+        columns=columns,
+        heads=heads,
+        kv_heads=kv_heads,
+        features=features,
+        value_features=value_features,
+        **options,
+    ).astype(dtype)
+    fast = oracle.results(problem, tiled(monkeypatch, TileShape(32, 64, 1, upcast)))
+    oracle.judge(fast, oracle.plain_results(problem), oracle.results(problem.astype(jnp.float32), "reference"))
+
+
+def test_it_is_deterministic():
+    problem = oracle.random_problem(
+        np.random.default_rng(0), rows=300, columns=700, heads=4, kv_heads=2, features=16, is_causal=True
+    )
+    first, second = oracle.results(problem, "xla"), oracle.results(problem, "xla")
+    for name, x in first.items():
+        np.testing.assert_array_equal(x, second[name], err_msg=name)
+
+
+DECODE = [
+    dict(heads=16, kv_heads=1),
+    dict(heads=16, kv_heads=4),
+    dict(heads=12, kv_heads=12),  # beyond 8 key/value heads: the values are summed without a product
+    dict(heads=6, kv_heads=2),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("heads", DECODE, ids=str)
+@pytest.mark.parametrize("columns", [512, 515])
+def test_one_query(heads, columns, dtype):
+    """The decoding step, which is another program, for rows of every length from none to all."""
+    rng = np.random.default_rng(0)
+    lengths = jnp.asarray([columns, 0, 1, 17, 300, columns - 1, 5, 250] * 2, jnp.int32)
+    problem = oracle.random_problem(
+        rng,
+        batch=(16,),
+        rows=1,
+        columns=columns,
+        features=16,
+        value_features=8,
+        key_value_seq_lengths=lengths,
+        query_offset=jnp.maximum(lengths - 1, 0),
+        is_causal=True,
+        local_window_size=(200, 0),
+        alibi_slopes=jnp.asarray(rng.random(heads["heads"]), jnp.float32),
+        sinks=jnp.asarray(rng.standard_normal(heads["heads"]), jnp.float32),
+        logits_soft_cap=3.0,
+        bias=jnp.asarray(rng.standard_normal((1, heads["heads"], 1, columns)), jnp.float32),
+        mask=jnp.asarray(rng.random((16, 1, 1, columns)) > 0.1),
+        dropout_rate=0.2,
+        dropout_rng=jax.random.key(3),
+        **heads,
+    ).astype(dtype)
+    reference = oracle.results(problem.astype(jnp.float32), "reference")
+    if dtype == jnp.float32:
+        oracle.judge_float32(oracle.results(problem, "xla"), reference)
+    else:
+        oracle.judge(oracle.results(problem, "xla"), oracle.results(problem, "reference"), reference)
+
+
+def test_one_query_takes_the_program_that_fits_the_lengths(monkeypatch):
+    """One pass over all keys when most are in use, tiles up to the longest row otherwise."""
+    ran = []
+    note = lambda name, value: jax.debug.callback(lambda: ran.append(name)) or value
+    one_pass, in_tiles = xla_decode.forward, xla_forward.forward
+    monkeypatch.setattr(xla_decode, "forward", lambda *a: note("one pass", one_pass(*a)))
+    monkeypatch.setattr(xla_forward, "forward", lambda *a: note("tiles", in_tiles(*a)))
+    problem = oracle.random_problem(
+        np.random.default_rng(0), batch=(16,), rows=1, columns=512, heads=2, kv_heads=2, features=8
+    )
+    attend = jax.jit(xla.forward)
+    for length in (70, 400, 256, 257):
+        inputs = Inputs(Operands(**problem.arrays), Mask(key_lengths=jnp.full(16, length, jnp.int32)), scale=1.0)
+        jax.block_until_ready(attend(inputs))
+    jax.effects_barrier()
+    assert ran == ["tiles", "one pass", "tiles", "one pass"]
+
+
+NAN_OPTIONS = {
+    "tiles": dict(batch=(2,), rows=37, columns=53),
+    "one query, one pass": dict(batch=(8,), rows=1, columns=53),
+    "one query, in tiles": dict(batch=(2,), rows=1, columns=53),
+}
+
+
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", NAN_OPTIONS)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_padding_never_reaches_a_result(implementation, shape, rubbish):
+    """Whatever lies beyond the lengths, outputs and gradients are those with zeros there."""
+    sizes = NAN_OPTIONS[shape]
+    lengths = jnp.asarray(np.arange(sizes["batch"][0]) * 7 + 30, jnp.int32) % sizes["columns"]
+    problem = oracle.random_problem(
+        np.random.default_rng(0), heads=4, kv_heads=2, features=8, key_value_seq_lengths=lengths, **sizes
+    )
+    padding = (jnp.arange(sizes["columns"]) >= lengths[:, None])[..., None, None]
+    fill = lambda x, with_: jnp.where(padding, with_, x)
+    results = []
+    for value in (0.0, rubbish):
+        arrays = {name: fill(x, value) if name in ("key", "value") else x for name, x in problem.arrays.items()}
+        results.append(oracle.results(oracle.Problem(arrays, problem.options, problem.cotangents), implementation))
+    for name, clean in results[0].items():
+        np.testing.assert_array_equal(clean, results[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_masked_key_may_hold_anything(implementation, rows):
+    problem = oracle.random_problem(
+        np.random.default_rng(0), batch=(8,), rows=rows, columns=11, heads=4, kv_heads=2, features=8
+    )
+    mask = jnp.arange(11) != 5
+    attend = functools.partial(mqa_jax.dot_product_attention, mask=mask, implementation=implementation)
+    spoilt = problem.arrays | {"key": problem.arrays["key"].at[:, 5].set(jnp.nan)}
+    np.testing.assert_array_equal(attend(**spoilt), attend(**problem.arrays))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [((2,), 0, 5), ((2,), 5, 0), ((0,), 5, 4), ((), 0, 0)])
+def test_nothing_to_attend(implementation, batch, rows, columns):
+    problem = oracle.random_problem(
+        np.random.default_rng(0),
+        batch=batch,
+        rows=rows,
+        columns=columns,
+        heads=4,
+        kv_heads=2,
+        features=8,
+        bias=jnp.zeros((4, 1, 1)),
+        sinks=jnp.zeros(4),
+    )
+    results = oracle.results(problem, implementation)
+    assert results["out"].shape == (*batch, rows, 4, 8)
+    assert not results["out"].any()
+    assert np.isneginf(results["log_sum_exp"]).all()
+    assert all(not results[f"d_{name}"].any() for name in problem.arrays)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_bias_of_the_lowest_number_is_not_a_mask(implementation):
+    """finfo.min everywhere leaves all keys equally likely, as in torch; -inf everywhere leaves none."""
+    problem = oracle.random_problem(np.random.default_rng(0), rows=3, columns=5, heads=2, kv_heads=1, features=8)
+    attend = functools.partial(mqa_jax.dot_product_attention, **problem.arrays, implementation=implementation)
+    mean = jnp.broadcast_to(problem.arrays["value"].mean(-3, keepdims=True), (2, 3, 2, 8))
+    lowest = jnp.full((1, 1, 1), jnp.finfo(jnp.float32).min)
+    np.testing.assert_allclose(attend(bias=lowest), mean, atol=1e-6)
+    np.testing.assert_allclose(attend(bias=lowest, logits_soft_cap=2.0), mean, atol=1e-6)
+    assert not attend(bias=jnp.full((1, 1, 1), -jnp.inf)).any()
+
+
+# -- memory and work --------------------------------------------------------------------------------------------------
+
+
+def _compiled(function, *shapes):
+    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+
+
+def _gradient_of_causal(query, key, value):
+    attend = functools.partial(mqa_jax.dot_product_attention, is_causal=True)
+    return jax.grad(lambda *arrays: attend(*arrays).sum(), argnums=(0, 1, 2))(query, key, value)
+
+
+def test_memory_is_linear_in_length():
+    """Forward and backward at T = 16384 with 8 heads on 1 stay under 1 GiB; scores alone would be 8 GiB."""
+    temporaries = [
+        _compiled(_gradient_of_causal, (1, length, 8, 64), (1, length, 1, 64), (1, length, 1, 64))
+        .memory_analysis()
+        .temp_size_in_bytes
+        for length in (8192, 16384)
+    ]
+    assert temporaries[1] < 2**30
+    assert temporaries[1] < 2.2 * temporaries[0]
+
+
+def test_no_array_of_all_scores_and_no_repeated_keys():
+    """In the optimised program: nothing with T x S elements, and nothing of key size with query heads."""
+    rows, columns, heads, kv_heads, features = 1031, 4099, 12, 3, 64
+    text = _compiled(
+        _gradient_of_causal,
+        (1, rows, heads, features),
+        (1, columns, kv_heads, features),
+        (1, columns, kv_heads, features),
+    ).as_text()
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
+    assert (1, columns, kv_heads, features) in shapes
+    assert not [shape for shape in shapes if rows in shape and columns in shape]
+    assert max(np.prod(shape) for shape in shapes) < columns * heads * features
+
+
+def test_tiles_that_the_mask_empties_are_not_computed():
+    """A window of 64 over 4096 keys visits no more tiles than it touches; counted as the loops run."""
+    visits = []
+    shape = TileShape(rows=128, columns=128, heads=1, upcast=True)
+    arrays = oracle.random_problem(
+        np.random.default_rng(0), batch=(1,), rows=4096, columns=4096, heads=1, kv_heads=1, features=8
+    ).arrays
+    inputs = Inputs(Operands(**arrays), Mask(is_causal=True, window=(64, 0)), scale=1.0)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        attend = xla_forward.attend
+
+        def counted(*arguments):
+            jax.debug.callback(lambda: visits.append(1))
+            return attend(*arguments)
+
+        monkeypatch.setattr(xla_forward, "attend", counted)
+        out, _ = jax.jit(functools.partial(xla_forward.forward, shape=shape))(inputs)
+        jax.block_until_ready(out)
+        jax.effects_barrier()
+    assert len(visits) == 32 + 31  # the diagonal tile, and the one before it for all but the first
+
+
+def test_tile_shapes_are_legal_for_any_sizes():
+    for size in itertools.product([1, 64], [1, 2, 50, 5000], [1, 3, 5000], [(1, 1), (9, 3), (71, 1), (32, 32)]):
+        batch, rows, columns, (heads, kv_heads) = size
+        sizes = Sizes(batch, rows, columns, heads, kv_heads, heads // kv_heads, 64, 64)
+        for shape in (xla.tiles_for_cpu(sizes), xla.tiles_for_accelerator(sizes)):
+            assert 1 <= shape.rows <= rows
+            assert 1 <= shape.columns <= columns
+            assert kv_heads % shape.heads == 0
