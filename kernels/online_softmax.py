@@ -18,7 +18,8 @@ class State(NamedTuple):
 
     @classmethod
     def empty(cls, *rows: int, features: int) -> "State":
-        return cls(jnp.full((*rows, 1), -jnp.inf), jnp.zeros((*rows, 1)), jnp.zeros((*rows, features)))
+        full = lambda width, value: jnp.full((*rows, width), value, jnp.float32)
+        return cls(full(1, -jnp.inf), full(1, 0.0), full(features, 0.0))
 
 
 def finite(highest: Array) -> Array:
@@ -37,7 +38,7 @@ def merge(left: State, right: State) -> State:
     )
 
 
-def finish(state: State, sink: Float[Array, "*R 1"] | None = None) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
+def finish(state: State, sink: Float[Array, "*#R 1"] | None = None) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
     """Output and log-sum-exp; 0 and -inf where no key was seen. A sink is one more score, with a value of 0."""
     highest, total, weighted = state
     empty = highest == -jnp.inf

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import online_softmax
-from mqa_jax.kernels.xla_tile import Place, Scores, TileShape, Tiling
+from mqa_jax.kernels.xla_tile import ZERO, Place, Scores, TileShape, Tiling
 from mqa_jax.shapes import LogSumExp, Output
 
 
@@ -110,7 +110,7 @@ def add_to_score_terms(tiling: Tiling, place: Place, d_score: Scores, sums: Sums
         sums = sums._replace(bias=tiling.add_pairs(sums.bias, d_score, place))
     if sums.alibi_slopes is not None:
         slopes = -jnp.sum(d_score * tiling.distance(place), axis=(1, 3))  # [P, G]
-        start = place.head, 0
+        start = place.head, ZERO
         slopes = lax.dynamic_slice(sums.alibi_slopes, start, slopes.shape) + slopes
         sums = sums._replace(alibi_slopes=lax.dynamic_update_slice(sums.alibi_slopes, slopes, start))
     return sums

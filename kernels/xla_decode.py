@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import online_softmax
-from mqa_jax.shapes import Key, LogSumExp, Output, Value
+from mqa_jax.shapes import Key, LogSumExp, Output, Value, positions
 
 DecodeScores = Float[Array, "B S N"]
 
@@ -43,7 +43,7 @@ def forward(inputs: Inputs, products: Products) -> tuple[Output, LogSumExp]:
 
 
 def _masked(inputs: Inputs, score: DecodeScores) -> DecodeScores:
-    operands, row, columns = inputs.operands, jnp.zeros(1, jnp.int32), jnp.arange(inputs.sizes.S)
+    operands, row, columns = inputs.operands, jnp.zeros(1, jnp.int32), positions(inputs.sizes.S)
     if inputs.logits_soft_cap is not None:
         score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
     if operands.bias is not None:
@@ -63,7 +63,7 @@ def _values(inputs: Inputs, products: Products, weight: DecodeScores) -> Float[A
         return weighted
 
     def cleared() -> Array:
-        valid = jnp.arange(inputs.sizes.S) < lengths[:, None]
+        valid = positions(inputs.sizes.S) < lengths[:, None]
         return products.values(weight, jnp.where(valid[..., None, None], value, jnp.zeros((), value.dtype)))
 
     return lax.cond(jnp.all(jnp.isfinite(weighted)), lambda: weighted, cleared)

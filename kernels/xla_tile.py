@@ -11,15 +11,18 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import tiles
+from mqa_jax.shapes import positions
 
 Scores = Float[Array, "P bq G bk"]
 Carry = TypeVar("Carry")
+ZERO = np.int32(0)  # as an index
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,16 @@ class Tiling:
     # -- places ---------------------------------------------------------------------------------------------------
 
     def place(self, head_block: Array) -> Place:
-        """The first tile of a block of heads."""
-        blocks = self.sizes.K // self.shape.heads
-        zero = jnp.zeros((), jnp.int32)
-        return Place(head_block // blocks, head_block % blocks * self.shape.heads, zero, zero, zero, zero)
+        """The first tile of a block of heads. Loops count in 64 bits where `jax_enable_x64` is set, places do not."""
+        block, blocks = head_block.astype(jnp.int32), self.sizes.K // self.shape.heads
+        return Place(block // blocks, block % blocks * self.shape.heads, ZERO, ZERO, ZERO, ZERO)
 
     def at_row_tile(self, place: Place, tile: Array) -> Place:
-        owned = tile * self.shape.rows
+        owned = tile.astype(jnp.int32) * self.shape.rows
         return place._replace(row=jnp.minimum(owned, self.sizes.T - self.shape.rows), owned_row=owned)
 
     def at_column_tile(self, place: Place, tile: Array) -> Place:
-        owned = tile * self.shape.columns
+        owned = tile.astype(jnp.int32) * self.shape.columns
         return place._replace(column=jnp.minimum(owned, self.sizes.S - self.shape.columns), owned_column=owned)
 
     def column_tile_range(self, place: Place) -> tuple[Array, Array]:
@@ -155,10 +157,10 @@ class Tiling:
         return x.astype(jnp.float32).reshape(self.shape.heads, 1, self.sizes.G, 1)
 
     def rows(self, place: Place) -> Array:
-        return place.row + jnp.arange(self.shape.rows)
+        return place.row + positions(self.shape.rows)
 
     def columns(self, place: Place) -> Array:
-        return place.column + jnp.arange(self.shape.columns)
+        return place.column + positions(self.shape.columns)
 
     # -- scores ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class Tiling:
         spec, shape = self.inputs.dropout, self.shape
         if spec is None:
             return weight
-        head = place.head * self.sizes.G + jnp.arange(shape.heads * self.sizes.G).reshape(-1, 1, self.sizes.G, 1)
+        head = place.head * self.sizes.G + positions(shape.heads * self.sizes.G).reshape(-1, 1, self.sizes.G, 1)
         row, column = self.rows(place)[:, None, None], self.columns(place)
         kept = dropout.keep(spec, spec.batch[place.batch], head, row, column)
         return jnp.where(self.as_matrix(kept), weight * spec.scale, 0.0)
@@ -221,7 +223,7 @@ class Tiling:
     def as_tile(self, x: Float[Array, "P R bk"]) -> Scores:
         return x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, self.shape.columns)
 
-    def as_matrix(self, x: Scores) -> Float[Array, "P R bk"]:
+    def as_matrix(self, x: Shaped[Array, "P bq G bk"]) -> Shaped[Array, "P R bk"]:
         return x.reshape(self.shape.heads, -1, self.shape.columns)
 
     # -- details --------------------------------------------------------------------------------------------------
@@ -236,16 +238,16 @@ class Tiling:
 
     def _queries_slice(self, place: Place, features: int) -> tuple[tuple, tuple]:
         size = 1, self.shape.rows, self.shape.heads, self.sizes.G, features
-        return (place.batch, place.row, place.head, 0, 0), size
+        return (place.batch, place.row, place.head, ZERO, ZERO), size
 
     def _keys_slice(self, place: Place, features: int) -> tuple[tuple, tuple]:
-        return (place.batch, place.column, place.head, 0), (1, self.shape.columns, self.shape.heads, features)
+        return (place.batch, place.column, place.head, ZERO), (1, self.shape.columns, self.shape.heads, features)
 
     def _pairs_slice(self, x: Array, place: Place) -> tuple[list, list]:
         start = place.batch, place.head * self.sizes.G, place.row, place.column
         size = 1, self.shape.heads * self.sizes.G, *self._tile
         whole = [n == 1 for n in x.shape]
-        return [0 if one else s for one, s in zip(whole, start)], [1 if one else n for one, n in zip(whole, size)]
+        return [ZERO if one else s for one, s in zip(whole, start)], [1 if one else n for one, n in zip(whole, size)]
 
     def _ungroup(self, x: Float[Array, "P R X"]) -> Float[Array, "1 bq P G X"]:
         x = x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, x.shape[-1])

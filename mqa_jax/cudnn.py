@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from mqa_jax import masks
 from mqa_jax.inputs import Inputs
-from mqa_jax.shapes import Output
+from mqa_jax.shapes import Output, positions
 
 _REMEDY = "use implementation=None"
 
@@ -52,7 +52,7 @@ def forward(inputs: Inputs) -> tuple[Output, None]:
             f"implementation='cudnn' needs an NVIDIA GPU and cuDNN, and a call that jax.nn supports: {error} "
             f"(platform={jax.default_backend()!r}); {_REMEDY}."
         ) from error
-    may_attend = masks.visible(mask, jnp.arange(size.T), jnp.arange(size.S))
+    may_attend = masks.visible(mask, positions(size.T), positions(size.S))
     if may_attend is None:
         return out, None
     alive = jnp.any(may_attend, axis=-1).swapaxes(1, 2)[..., None]  # [#B, T, #N, 1]; cuDNN averages V in empty rows

@@ -19,6 +19,8 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from mqa_jax.shapes import positions
+
 KEY, VALUE, INDEX = "cached_key", "cached_value", "cache_index"
 
 
@@ -185,7 +187,7 @@ def _write(old: Array, new: Array, start: Array, fits: Array) -> Array:
         at = jnp.clip(start, 0, old.shape[0] - length)
         moved = start - at
         before = lax.dynamic_slice_in_dim(old, at, length)
-        place = jnp.arange(length)
+        place = positions(length)
         is_new = ((place >= moved) & fits)[:, None, None]
         new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
         new = jnp.where(is_new, new.astype(old.dtype), before)

@@ -16,7 +16,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mqa_jax import kv_cache, module_calls
+from mqa_jax import kv_cache, module_calls, shapes
 from mqa_jax.attention import attention_with_weights, dot_product_attention
 from mqa_jax.module_settings import check_kv_heads, check_settings, implementation_of
 from mqa_jax.norms import make_norm
@@ -233,7 +233,7 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
     def _project_keys(self, x: Array, inputs_k: Any, inputs_v: Any, positions: Array) -> KeyValue:
         if inputs_k is not None:
             inputs_k = jnp.asarray(inputs_k)
-            positions = jnp.arange(inputs_k.shape[-2])
+            positions = shapes.positions(inputs_k.shape[-2])
         source = x if inputs_k is None else inputs_k
         key = self._project("key", source, self._kv_heads)
         value = self._project("value", source if inputs_v is None else jnp.asarray(inputs_v), self._kv_heads)
@@ -262,7 +262,7 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
 
     @staticmethod
     def _positions(x: Array, offset: int | Array) -> Int[Array, "... T"]:
-        return jnp.asarray(offset)[..., None] + jnp.arange(x.shape[-2])
+        return jnp.asarray(offset, jnp.int32)[..., None] + shapes.positions(x.shape[-2])
 
     def _append(self, key: Array, value: Array, offset: int | Array, seq_lengths: Any, past: Any, cached: bool) -> Keys:
         """All keys and values that this call attends to; the new ones are stored where there is a cache."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs
-from mqa_jax.shapes import LogSumExp, Output
+from mqa_jax.shapes import LogSumExp, Output, positions
 
 
 def forward(inputs: Inputs) -> tuple[Output, LogSumExp]:
@@ -44,7 +44,7 @@ def forward_with_weights(inputs: Inputs) -> tuple[Output, LogSumExp, Float[Array
 def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
     """What goes into the softmax, float32, -inf where the mask hides a pair."""
     operands, size = inputs.operands, inputs.sizes
-    rows, columns = jnp.arange(size.T), jnp.arange(size.S)
+    rows, columns = positions(size.T), positions(size.S)
     query = _without_padding(operands.query, inputs.mask.query_lengths)
     query = query.reshape(size.B, size.T, size.K, size.G, size.H)
     key = _without_padding(operands.key, inputs.mask.key_lengths)
@@ -66,7 +66,7 @@ def _without_padding(x: Float[Array, "B X Y Z"], lengths: Array | None) -> Float
     x = x.astype(jnp.float32)
     if lengths is None:
         return x
-    return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None], x, 0.0)
+    return jnp.where((positions(x.shape[1]) < lengths[:, None])[..., None, None], x, 0.0)
 
 
 def _drop(weight: Float[Array, "B N T S"], inputs: Inputs) -> Float[Array, "B N T S"]:

@@ -1,0 +1,96 @@
+"""Which implementation runs: proved by what ran, not by what came out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mqa_jax
+from mqa_jax import attention
+
+HALF = [jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, n, 8)), jnp.bfloat16) for n in (4, 2, 2)]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the implementations, in the order in which they run."""
+    names = []
+
+    def watched(name, way):
+        def run(inputs):
+            names.append(name)
+            return way.run(inputs)
+
+        return attention.Implementation(run, way.cannot, way.automatic)
+
+    table = {name: watched(name, way) for name, way in attention.IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(attention, "IMPLEMENTATIONS", table)
+    return names
+
+
+def test_none_is_xla_for_every_call(ran):
+    mqa_jax.dot_product_attention(*HALF)
+    mqa_jax.dot_product_attention(*HALF, sinks=jnp.ones(4), dropout_rate=0.1, dropout_rng=jax.random.key(0))
+    assert ran == ["xla", "xla"]
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_a_name_is_that_one(ran, name):
+    mqa_jax.dot_product_attention(*HALF, implementation=name)
+    assert ran == [name]
+
+
+def test_none_takes_the_first_that_can(monkeypatch, ran):
+    answer = lambda inputs: (jnp.zeros_like(inputs.operands.query), None)
+    table = {
+        "cannot": attention.Implementation(answer, lambda inputs: "it is Tuesday"),
+        "unasked": attention.Implementation(answer, automatic=False),
+        **attention.IMPLEMENTATIONS,
+    }
+    monkeypatch.setattr(attention, "IMPLEMENTATIONS", table)
+    mqa_jax.dot_product_attention(*HALF)
+    assert ran == ["xla"]
+    with pytest.raises(NotImplementedError, match="'cannot' cannot compute this call: it is Tuesday"):
+        mqa_jax.dot_product_attention(*HALF, implementation="cannot")
+
+
+@pytest.mark.parametrize(
+    ("attn_impl", "name"),
+    [("triton", "xla"), ("flash", "xla"), ("torch", "xla"), (None, "xla"), ("xla", "xla"), ("reference", "reference")],
+)
+def test_attn_impl_of_the_modules(ran, attn_impl, name):
+    mqa_jax.MultiQueryAttention(16, 4, attn_impl=attn_impl).init_with_output(jax.random.key(0), jnp.ones((2, 5, 16)))
+    assert ran == [name]
+
+
+@pytest.mark.parametrize(("flash", "name"), [(True, "xla"), (False, "reference")])
+def test_flash_of_flash_attention(ran, flash, name):
+    mqa_jax.FlashAttention(flash=flash).apply({}, *[x.swapaxes(1, 2) for x in HALF])
+    assert ran == [name]
+
+
+CUDNN_OPTIONS = {
+    "plain": {},
+    "causal window": dict(is_causal=True, local_window_size=(2, 3)),
+    "lengths": dict(query_seq_lengths=jnp.array([5, 3]), key_value_seq_lengths=jnp.array([0, 4])),
+    "mask with an empty row": dict(mask=jnp.ones((2, 1, 5, 5), bool).at[0, 0, 2].set(False)),
+    "bias": dict(bias=jnp.ones((1, 4, 5, 5), jnp.bfloat16), scale=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CUDNN_OPTIONS)
+def test_cudnn_is_handed_the_call_and_means_the_same(monkeypatch, name):
+    """Here `jax.nn`'s own XLA path answers for cuDNN, which needs a GPU; what is handed over is the same."""
+    options, handed = CUDNN_OPTIONS[name], []
+    answer = jax.nn.dot_product_attention
+
+    def on_xla(*arrays, implementation, **settings):
+        handed.append(implementation)
+        with jax.numpy_dtype_promotion("standard"):
+            return answer(*arrays, **settings, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    actual = mqa_jax.dot_product_attention(*HALF, **options, implementation="cudnn")
+    assert handed == ["cudnn"]
+    expected = mqa_jax.dot_product_attention(*HALF, **options, implementation="reference")
+    np.testing.assert_allclose(np.float32(actual), np.float32(expected), atol=0.02)
