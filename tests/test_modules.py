@@ -1,0 +1,389 @@
+"""The Flax modules: parameters, options, and what they compute, against `flax.linen` or written out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mqa_jax
+
+RNG = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (2, 7, 24))
+
+
+def run(module, *arguments, rngs=RNG, params=None, **options):
+    """Output of a module with fresh parameters, or those given."""
+    arguments = arguments or (X,)
+    if params is None:
+        params = module.init(rngs, *arguments, **options)["params"]
+    return module.apply({"params": params}, *arguments, **options)
+
+
+def shapes(params):
+    return jax.tree.map(jnp.shape, params)
+
+
+def random_like(params):
+    """Parameters of which none is zero."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    return structure.unflatten([jax.random.normal(key, leaf.shape) / 3 for key, leaf in zip(keys, leaves)])
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "kv_heads"),
+    [
+        (mqa_jax.MultiQueryAttention(24, 6), 1),
+        (mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2), 2),
+        (mqa_jax.GroupedQueryAttention(24, 6), 6),
+        (mqa_jax.MultiHeadAttention(24, 6), 6),
+    ],
+)
+def test_they_differ_by_kv_heads_alone(module, kv_heads):
+    params = module.init(RNG, X)["params"]
+    projection = lambda heads: {"kernel": (24, heads, 4), "bias": (heads, 4)}
+    assert shapes(params) == {
+        "query": projection(6),
+        "key": projection(kv_heads),
+        "value": projection(kv_heads),
+        "out": {"kernel": (6, 4, 24), "bias": (24,)},
+    }
+    same = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=kv_heads)
+    np.testing.assert_array_equal(run(module, params=params)[0], run(same, params=params)[0])
+
+
+def test_parameters_are_those_of_flax_and_so_is_the_result():
+    flax = nn.MultiHeadDotProductAttention(num_heads=6)
+    ours = mqa_jax.MultiHeadAttention(24, 6, causal=False)
+    params = random_like(flax.init(RNG, X)["params"])
+    assert shapes(params) == shapes(ours.init(RNG, X)["params"])
+    np.testing.assert_allclose(run(ours, params=params)[0], flax.apply({"params": params}, X), atol=1e-5)
+
+
+def test_the_initialisation_is_that_of_flax():
+    """Same initialisers: the variance of each kernel, zero biases."""
+    flax = nn.MultiHeadDotProductAttention(num_heads=6).init(RNG, X)["params"]
+    ours = mqa_jax.MultiHeadAttention(24, 6).init(RNG, X)["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.std(), b.std(), rtol=0.25), ours, flax)
+
+
+def test_d_model_is_dim():
+    by_position, by_alias = mqa_jax.MultiQueryAttention(24, 6), mqa_jax.MultiQueryAttention(d_model=24, heads=6)
+    np.testing.assert_array_equal(run(by_position)[0], run(by_alias)[0])
+    assert by_alias.dim == 24
+
+
+def test_head_dim_and_out_features():
+    module = mqa_jax.GroupedQueryAttention(24, 5, kv_heads=1, head_dim=6, out_features=10)
+    assert run(module)[0].shape == (2, 7, 10)
+    assert module.init(RNG, X)["params"]["query"]["kernel"].shape == (24, 5, 6)
+
+
+def test_attention_has_one_head_and_no_output_projection():
+    module = mqa_jax.Attention(24, head_dim=5)
+    params = random_like(module.init(RNG, X)["params"])
+    assert set(params) == {"query", "key", "value"}
+    query, key, value = (X @ params[n]["kernel"][:, 0] + params[n]["bias"][0] for n in ("query", "key", "value"))
+    expected = jax.nn.softmax(query @ key.swapaxes(1, 2) / np.sqrt(5)) @ value
+    np.testing.assert_allclose(run(module, params=params)[0], expected, atol=1e-5)
+
+
+def test_biases():
+    params = mqa_jax.MultiQueryAttention(24, 6, use_bias=False).init(RNG, X)["params"]
+    assert all(set(layer) == {"kernel"} for layer in params.values())
+    params = mqa_jax.MultiQueryAttention(24, 6, use_bias=False, use_out_bias=True).init(RNG, X)["params"]
+    assert "bias" in params["out"]
+    assert "bias" not in params["query"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtypes(dtype):
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, dtype=dtype, param_dtype=jnp.float32)
+    params = module.init(RNG, X)["params"]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    out = run(module, params=params)[0]
+    assert out.dtype == dtype
+    exact = run(mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2), params=params)[0]
+    np.testing.assert_allclose(np.float32(out), exact, atol=0.05)
+
+
+@pytest.mark.parametrize("axes", [(), (2,), (2, 3)])
+def test_any_number_of_leading_axes(axes):
+    x = jax.random.normal(RNG, (*axes, 7, 24))
+    module = mqa_jax.MultiQueryAttention(24, 6)
+    params = module.init(RNG, x)["params"]
+    flat = run(module, x.reshape(-1, 7, 24), params=params)[0]
+    np.testing.assert_allclose(run(module, x, params=params)[0], flat.reshape(x.shape), atol=1e-5)
+
+
+# -- options, each against what it is said to do ----------------------------------------------------------------------
+
+
+def _parts(params, x=X):
+    """Queries, keys and values as the module projects them."""
+    return [jnp.einsum("btd,dnh->btnh", x, params[n]["kernel"]) + params[n]["bias"] for n in ("query", "key", "value")]
+
+
+def _finish(params, out):
+    return jnp.einsum("btnh,nhd->btd", out, params["out"]["kernel"]) + params["out"]["bias"]
+
+
+def _check(settings, change, **options):
+    """A module with these settings equals its parts with `change(query, key, value)` before attention."""
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, **settings)
+    params = random_like(module.init(RNG, X)["params"])
+    query, key, value = change(params, *_parts(params))
+    out = mqa_jax.dot_product_attention(query, key, value, **{"is_causal": True, **options})
+    np.testing.assert_allclose(run(module, params=params)[0], _finish(params, out), atol=2e-5)
+
+
+def test_clip_qkv():
+    _check(dict(clip_qkv=0.3), lambda params, *qkv: [jnp.clip(x, -0.3, 0.3) for x in qkv])
+    _check(dict(clip_qkv=0.0), lambda params, *qkv: qkv)  # 0 is off, as upstream
+
+
+def _normed(x, layer, rms):
+    mean = 0.0 if rms else x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(variance + 1e-5) * layer["scale"] + layer.get("bias", 0.0)
+
+
+@pytest.mark.parametrize("norm_type", ["layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm"])
+@pytest.mark.parametrize("setting", ["qk_ln", "qk_gn"])
+def test_norms(setting, norm_type):
+    rms = norm_type.endswith("rmsnorm")
+
+    def change(params, query, key, value):
+        whole = lambda x: x if setting == "qk_gn" else x.reshape(*x.shape[:2], -1)
+        norm = lambda x, name: _normed(whole(x), params[name], rms).reshape(x.shape)
+        assert ("bias" in params["q_ln"]) == (not rms)
+        return norm(query, "q_ln"), norm(key, "k_ln"), value
+
+    _check({setting: True, "norm_type": norm_type}, change)
+
+
+def test_rope():
+    rope = mqa_jax.Rope(theta=100.0)
+    positions = jnp.arange(7)
+    _check(dict(rope=rope), lambda params, q, k, v: (rope(q, positions), rope(k, positions), v))
+
+
+def test_alibi():
+    _check(dict(alibi=True), lambda params, *qkv: qkv, alibi_slopes=mqa_jax.alibi_slopes(6))
+    slopes = mqa_jax.alibi_slopes(6, 4)
+    _check(dict(alibi=True, alibi_bias_max=4), lambda params, *qkv: qkv, alibi_slopes=slopes)
+
+
+def test_attention_options():
+    plain = lambda params, *qkv: qkv
+    _check(dict(softmax_scale=0.1), plain, scale=0.1)
+    _check(dict(local_window_size=2), plain, local_window_size=2)
+    _check(dict(logits_soft_cap=0.5), plain, logits_soft_cap=0.5)
+    _check(dict(causal=False), plain, is_causal=False)
+
+
+def test_temperature_tuning():
+    tuning = mqa_jax.TemperatureTuning(attn_scale=0.5, floor_scale=3)
+    scale = 1 + 0.5 * np.log(np.floor((np.arange(7) + 1) / 3) + 1)
+    _check(dict(attn_temperature_tuning=tuning), lambda params, q, k, v: (q * jnp.float32(scale)[:, None, None], k, v))
+
+
+def test_sinks_and_a_zero_key():
+    def attend(sinks):
+        return lambda params: mqa_jax.dot_product_attention(*_parts(params), is_causal=True, sinks=sinks(params))
+
+    cases = {
+        "sinks": (dict(sinks=True), attend(lambda params: params["sinks"])),
+        "zero": (dict(add_zero_attn=True), attend(lambda params: jnp.zeros(6))),
+        "both": (
+            dict(sinks=True, add_zero_attn=True),
+            attend(lambda params: jnp.log(jnp.exp(params["sinks"]) + 1)),
+        ),
+    }
+    for settings, expected in cases.values():
+        module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, **settings)
+        params = random_like(module.init(RNG, X)["params"])
+        np.testing.assert_allclose(run(module, params=params)[0], _finish(params, expected(params)), atol=2e-5)
+
+
+def test_a_learned_key_and_value():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, causal=False, add_bias_kv=True)
+    params = random_like(module.init(RNG, X)["params"])
+    query, key, value = _parts(params)
+    append = lambda x, name: jnp.concatenate([x, jnp.broadcast_to(params[name], (2, 1, 2, 4))], axis=1)
+    out = mqa_jax.dot_product_attention(query, append(key, "bias_k"), append(value, "bias_v"))
+    np.testing.assert_allclose(run(module, params=params)[0], _finish(params, out), atol=2e-5)
+
+
+# -- arguments of a call ----------------------------------------------------------------------------------------------
+
+
+def test_masks_of_each_rank_and_their_other_name():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2)
+    params = module.init(RNG, X)["params"]
+    keys = jnp.array([[1, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
+    forms = [keys, keys[:, None], jnp.broadcast_to(keys[:, None], (2, 7, 7)), keys[:, None, None]]
+    outputs = [run(module, params=params, mask=mask)[0] for mask in forms]
+    outputs.append(run(module, params=params, attention_mask=keys)[0])
+    for out in outputs[1:]:
+        np.testing.assert_allclose(out, outputs[0], atol=1e-6)
+    assert np.abs(outputs[0] - run(module, params=params)[0]).max() > 1e-3
+
+
+def test_of_a_longer_bias_the_last_rows_and_columns_count():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2)
+    params = module.init(RNG, X)["params"]
+    bias = jax.random.normal(RNG, (1, 6, 10, 12))
+    np.testing.assert_array_equal(
+        run(module, params=params, bias=bias)[0], run(module, params=params, bias=bias[..., 3:, 5:])[0]
+    )
+
+
+def test_causal_of_the_call_comes_before_that_of_the_module():
+    module = mqa_jax.GroupedQueryAttention(24, 6, causal=True)
+    other = mqa_jax.GroupedQueryAttention(24, 6, causal=False)
+    params = module.init(RNG, X)["params"]
+    np.testing.assert_array_equal(run(module, params=params, causal=False)[0], run(other, params=params)[0])
+    np.testing.assert_array_equal(run(module, params=params)[0], run(other, params=params, causal=True)[0])
+
+
+def test_needs_weights():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2)
+    params = module.init(RNG, X)["params"]
+    out, weights, past = run(module, params=params, needs_weights=True)
+    assert past is None
+    assert weights.shape == (2, 6, 7, 7)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+    assert not np.triu(weights[0, 0], 1).any()
+    plain = run(module, params=params)
+    np.testing.assert_allclose(out, plain[0], atol=1e-5)
+    assert plain[1:] == (None, None)
+
+
+def test_cross_attention():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, causal=False)
+    context = jax.random.normal(RNG, (2, 5, 10))
+    flax = nn.MultiHeadDotProductAttention(num_heads=6)
+    mha = mqa_jax.MultiHeadAttention(24, 6, causal=False)
+    params = flax.init(RNG, X, context)["params"]
+    expected = flax.apply({"params": params}, X, context)
+    np.testing.assert_allclose(run(mha, X, params=params, inputs_k=context)[0], expected, atol=1e-5)
+    values = jax.random.normal(RNG, (2, 5, 3))
+    params = module.init(RNG, X, inputs_k=context, inputs_v=values)["params"]
+    assert shapes(params["value"]["kernel"]) == (3, 2, 4)
+
+
+def test_keys_of_an_earlier_layer():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2)
+    params = module.init(RNG, X)["params"]
+    _, key, value = _parts(params)
+    reuse = {name: params[name] for name in ("query", "out")}
+    out = run(module, params=reuse, prev_layer_key_value=(key, value))[0]
+    np.testing.assert_allclose(out, run(module, params=params)[0], atol=1e-6)
+    last = run(module, X[:, -3:], params=reuse, prev_layer_key_value=(key, value))[0]
+    np.testing.assert_allclose(last, out[:, -3:], atol=1e-6)
+
+
+def test_past_key_value_goes_on_from_call_to_call():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, rope=mqa_jax.Rope())
+    params = module.init(RNG, X)["params"]
+    past, outputs = (), []
+    for start, stop in ((0, 4), (4, 5), (5, 7)):
+        out, _, past = run(module, X[:, start:stop], past, params=params)
+        outputs.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), run(module, params=params)[0], atol=1e-5)
+    assert past[0].shape == (2, 7, 2, 4)
+
+
+def test_packed_sequences():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2)
+    params = module.init(RNG, X)["params"]
+    packed = run(module, params=params, segment_ids=jnp.array([[0, 0, 0, 1, 1, 1, 1]] * 2))[0]
+    alone = [run(module, part, params=params)[0] for part in (X[:, :3], X[:, 3:])]
+    np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=1e-5)
+
+
+def test_padding():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, causal=False)
+    params = module.init(RNG, X)["params"]
+    padded = run(module, X.at[0, 4:].set(jnp.nan), params=params, seq_lengths=jnp.array([4, 7]))[0]
+    np.testing.assert_allclose(padded[0, :4], run(module, X[:1, :4], params=params)[0][0], atol=1e-5)
+    np.testing.assert_allclose(padded[1], run(module, X[1:], params=params)[0][0], atol=1e-5)
+
+
+def test_positions_of_a_call():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, rope=mqa_jax.Rope())
+    params = module.init(RNG, X)["params"]
+    moved = run(module, params=params, positions=jnp.arange(7) + 100)[0]
+    np.testing.assert_allclose(moved, run(module, params=params)[0], atol=1e-4)  # RoPE is relative
+    stretched = run(module, params=params, positions=2 * jnp.arange(7))[0]
+    assert np.abs(stretched - moved).max() > 1e-3
+
+
+def test_dropout():
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, attn_pdrop=0.5)
+    params = module.init(RNG, X, deterministic=True)["params"]
+    drop = lambda seed: module.apply(
+        {"params": params}, X, deterministic=False, rngs={"dropout": jax.random.key(seed)}
+    )[0]
+    np.testing.assert_array_equal(drop(0), drop(0))
+    assert np.abs(drop(0) - drop(1)).max() > 1e-3
+    plain = run(mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2), params=params)[0]
+    np.testing.assert_array_equal(run(module, params=params, deterministic=True)[0], plain)
+    always = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, attn_pdrop=0.5, deterministic=True)
+    np.testing.assert_array_equal(run(always, params=params)[0], plain)
+
+
+# -- what they say ----------------------------------------------------------------------------------------------------
+
+
+def test_verbose(capsys):
+    run(mqa_jax.MultiQueryAttention(24, 6, verbose=1))
+    said = capsys.readouterr().err
+    assert "MultiQueryAttention" in said
+    assert "x.shape=(2, 7, 24)" in said
+    assert "kv_heads=1" in said
+    run(mqa_jax.MultiQueryAttention(24, 6))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_device_is_explained():
+    with pytest.warns(UserWarning, match="device='cuda' has no effect.*jax.device_put") as warned:
+        mqa_jax.MultiQueryAttention(24, 6, device="cuda").init(RNG, X)
+    assert len(warned) == 1
+
+
+# -- FlashAttention and FlashMHA --------------------------------------------------------------------------------------
+
+
+def test_flash_attention():
+    q, k, v = (jax.random.normal(key, (2, 6, n, 8)) for key, n in zip(jax.random.split(RNG, 3), (4, 7, 7)))
+    swap = lambda x: jnp.swapaxes(x, 1, 2)
+    bias, mask = jax.random.normal(RNG, (2, 6, 4, 7)), jax.random.bernoulli(RNG, 0.8, (2, 1, 4, 7))
+    attend = lambda **settings: lambda *a, **o: mqa_jax.FlashAttention(**settings).apply({}, q, k, v, *a, **o)
+    expected = lambda **o: swap(mqa_jax.dot_product_attention(swap(q), swap(k), swap(v), **o))
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    close(attend()(mask, bias), expected(mask=mask, bias=bias))
+    close(attend(causal=True)(mask, bias), expected(mask=mask, bias=bias, is_causal=True, query_offset=3))
+    close(attend(flash=False, causal=True)(), expected(is_causal=True, query_offset=3))
+    close(attend()(jnp.where(mask, 0.0, -1e9), bias), expected(bias=bias + jnp.where(mask, 0.0, -1e9)))
+    shared = mqa_jax.FlashAttention().apply({}, q, k[:, 0], v[:, 0])
+    close(shared, swap(mqa_jax.dot_product_attention(swap(q), swap(k[:, :1]), swap(v[:, :1]))))
+    dropped = attend(dropout=0.5)(deterministic=False, rngs={"dropout": RNG})
+    assert np.abs(dropped - attend()()).max() > 1e-3
+    close(attend(dropout=0.5)(deterministic=True), attend()())
+
+
+def test_flash_mha():
+    module = mqa_jax.FlashMHA(24, 6, causal=True)
+    params = module.init(RNG, X)["params"]
+    out = module.apply({"params": params}, X, X, X)
+    assert isinstance(out, jax.Array)
+    np.testing.assert_array_equal(out, run(mqa_jax.MultiHeadAttention(24, 6), params=params)[0])
+    np.testing.assert_array_equal(out, module.apply({"params": params}, X))
+    half = mqa_jax.FlashMHA(24, 6, dtype=jnp.bfloat16).init(RNG, X.astype(jnp.bfloat16))["params"]
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
