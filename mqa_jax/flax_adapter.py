@@ -60,7 +60,7 @@ def attention_fn(
         key,
         value,
         bias,
-        None if mask is None else jnp.asarray(mask) != 0,  # Flax's masks are floats: 0 hides
+        None if mask is None else jnp.asarray(mask).astype(bool),  # Flax makes masks of floats: 0 hides
         is_causal=is_causal,
         dropout_rate=dropout_rate if drop else 0.0,
         dropout_rng=dropout_rng if drop else None,
