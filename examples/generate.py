@@ -91,33 +91,30 @@ class Answer:
 
 
 class Generator:
-    """A model that is ready to generate."""
+    """A model that is ready to generate; what one prompt has compiled, the next one of similar length uses."""
 
     def __init__(self, config: LlamaConfig, params: Params):
         self.config, self.model = config, Llama(config)
         self.params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
+        self._show: Callable[[int], None] = lambda token: None
+        self._compiled: dict[tuple[int, Sampling], tuple[Callable, Callable]] = {}
 
     def __call__(
         self, prompt: list[int], sampling: Sampling, show: Callable[[int], None] = lambda token: None, seed: int = 0
     ) -> Answer:
-        """Generates after `prompt`, one row. Times are those of compiled code."""
+        """Generates after `prompt`, one row, and gives `show` each token. Times are those of compiled code."""
         padded = -(-len(prompt) // PROMPT_STEP) * PROMPT_STEP
-        max_length = padded + sampling.max_tokens
-        if max_length > self.config.max_length:
+        if padded + sampling.max_tokens > self.config.max_length:
             raise ValueError(
                 f"The model was trained on {self.config.max_length} positions: prompt={len(prompt)} tokens, "
                 f"max_tokens={sampling.max_tokens}. Ask for fewer."
             )
-        tokens = jnp.zeros((1, padded), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt))
-        cache = mqa_jax.init_cache(self.model, 1, max_length, tokens)
-        keys = jax.random.split(jax.random.key(seed))
-        emit = functools.partial(_show_first_row, show)
-        run_prefill = prefill.lower(
-            self.model, sampling, self.params, cache, tokens, jnp.array([len(prompt)]), keys[0]
-        ).compile()
-        first = jax.ShapeDtypeStruct((1,), jnp.int32)
-        run_decode = decode.lower(self.model, sampling, emit, self.params, cache, first, keys[1]).compile()
+        run_prefill, run_decode = self._programs(padded, sampling)
+        self._show = show
+        cache = self._cache(padded, sampling)
         cached = mqa_jax.cache_bytes(cache)
+        tokens = jnp.zeros((1, padded), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt))
+        keys = jax.random.split(jax.random.key(seed))
         (first, cache), prefill_seconds = _timed(
             run_prefill, self.params, cache, tokens, jnp.array([len(prompt)]), keys[0]
         )
@@ -126,9 +123,23 @@ class Generator:
             np.asarray(generated)[: int(count), 0].tolist(), len(prompt), prefill_seconds, decode_seconds, cached
         )
 
+    def _programs(self, padded: int, sampling: Sampling) -> tuple[Callable, Callable]:
+        """Prefill and decode loop for prompts of up to `padded` tokens."""
+        if (padded, sampling) not in self._compiled:
+            integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+            cache, key = self._cache(padded, sampling), jax.random.key(0)
+            arguments = self.model, sampling
+            self._compiled[padded, sampling] = (
+                prefill.lower(*arguments, self.params, cache, integers(1, padded), integers(1), key).compile(),
+                decode.lower(*arguments, self._emit, self.params, cache, integers(1), key).compile(),
+            )
+        return self._compiled[padded, sampling]
 
-def _show_first_row(show: Callable[[int], None], tokens: np.ndarray) -> None:
-    show(int(tokens[0]))
+    def _cache(self, padded: int, sampling: Sampling) -> Any:
+        return mqa_jax.init_cache(self.model, 1, padded + sampling.max_tokens, jnp.zeros((1, padded), jnp.int32))
+
+    def _emit(self, tokens: np.ndarray) -> None:
+        self._show(int(tokens[0]))
 
 
 def _timed(run: Callable, *arguments: Any) -> tuple[Any, float]:

@@ -89,6 +89,7 @@ class FlashMHA(nn.Module):
       device: accepted, and explained in a warning: JAX places arrays, not modules.
       dtype: of the parameters, as upstream. Default float32.
       deterministic: no dropout; may be given to the call instead.
+      precision: of the matrix products, as in `flax.linen`.
     """
 
     embed_dim: int

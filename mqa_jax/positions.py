@@ -20,7 +20,10 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's: low frequencies divided by `factor`, high ones kept, a ramp between (`rope_type="llama3"`)."""
+    """Llama 3.1's (`rope_type="llama3"`): slow rotations divided by `factor`, fast ones kept, a ramp between.
+
+    Slow: fewer than `low_freq_factor` turns in `original_max_position_embeddings`; fast: more than `high_freq_factor`.
+    """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0

@@ -1,5 +1,6 @@
 """Settings for the whole suite. Strict where JAX is lenient; fast to compile rather than fast to run."""
 
+import importlib.util
 import os
 
 # Tests compile thousands of small programs once each. Nothing here changes what a program computes.
@@ -36,8 +37,7 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"    {name}")
 
 
-@pytest.fixture(scope="session")
-def rng():
-    import numpy as np
-
-    return np.random.default_rng(0)
+def pytest_runtest_setup(item):
+    """Tests marked `torch` import it themselves, so that each of them is counted where it is not there."""
+    if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
+        pytest.skip("the extra `torch` is not installed")

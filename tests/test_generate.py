@@ -1,0 +1,245 @@
+"""The demo: a small model of random weights here, the real one against transformers."""
+
+import functools
+import json
+
+import generate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import load_checkpoint, load_folder
+from llama import Llama, LlamaConfig, cache_bytes_per_token
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokens import Stream, load_text
+
+import mqa_jax
+
+SMALL = dict(
+    model_type="llama",
+    vocab_size=300,
+    num_hidden_layers=2,
+    hidden_size=48,
+    intermediate_size=64,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    attention_bias=True,
+    mlp_bias=True,
+    eos_token_id=299,
+    rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+)
+
+
+def _tensors(settings):
+    """Random weights under Hugging Face's names."""
+    rng = np.random.default_rng(0)
+    dim, hidden, head_dim = settings["hidden_size"], settings["intermediate_size"], 8
+    kv = settings["num_key_value_heads"] * head_dim
+    shapes = {"model.embed_tokens.weight": (settings["vocab_size"], dim), "model.norm.weight": (dim,)}
+    shapes["lm_head.weight"] = settings["vocab_size"], dim
+    for i in range(settings["num_hidden_layers"]):
+        layer = {"q_proj": (dim, dim), "k_proj": (kv, dim), "v_proj": (kv, dim), "o_proj": (dim, dim)}
+        mlp = {"gate_proj": (hidden, dim), "up_proj": (hidden, dim), "down_proj": (dim, hidden)}
+        for part, linears in (("self_attn", layer), ("mlp", mlp)):
+            for name, shape in linears.items():
+                shapes[f"model.layers.{i}.{part}.{name}.weight"] = shape
+                shapes[f"model.layers.{i}.{part}.{name}.bias"] = shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{i}.{name}.weight"] = (dim,)
+    return {name: rng.standard_normal(shape).astype(np.float32) / 6 for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A Hugging Face folder: config.json, two shards of safetensors, tokenizer.json with bytes alone."""
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(SMALL))
+    tensors = _tensors(SMALL)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, path / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "</s>"}))
+    return path
+
+
+@functools.cache
+def _generator(path):
+    config, params, metadata = load_checkpoint(path)
+    return generate.Generator(config, params), load_text(metadata)
+
+
+def _greedy_without_cache(generator, prompt, count):
+    """The definition: the whole text again for every token. What stands behind a token does not matter to it."""
+    read = jax.jit(lambda tokens: generator.model.apply({"params": generator.params}, tokens))
+    tokens = np.zeros((1, len(prompt) + count), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for position in range(len(prompt), tokens.shape[1]):
+        tokens[0, position] = read(tokens)[0, position - 1].argmax()
+    return tokens[0, len(prompt) :].tolist()
+
+
+def test_cached_generation_is_generation_without_a_cache(folder):
+    generator, text = _generator(folder)
+    prompt = text.encode("Once upon a time")
+    shown = []
+    answer = generator(prompt, generate.Sampling(max_tokens=12), shown.append)
+    assert answer.tokens == _greedy_without_cache(generator, prompt, 12)
+    assert shown == answer.tokens
+    assert answer.prompt_tokens == len(prompt)
+    assert answer.cache_bytes == cache_bytes_per_token(generator.config) * (32 + 12)
+
+
+def test_it_stops_at_the_end_of_the_text(folder):
+    generator, text = _generator(folder)
+    prompt = text.encode("Once")
+    tokens = generator(prompt, generate.Sampling(max_tokens=12)).tokens
+    end = tokens[5]
+    stopped = generator(prompt, generate.Sampling(max_tokens=12, end=(end,))).tokens
+    assert stopped == tokens[: tokens.index(end) + 1]
+
+
+def test_temperature_draws_from_the_distribution(folder):
+    generator, text = _generator(folder)
+    prompt = text.encode("Once")
+    draw = lambda seed, temperature: generator(prompt, generate.Sampling(8, temperature), seed=seed).tokens
+    assert draw(0, 1.0) == draw(0, 1.0)
+    assert draw(0, 1.0) != draw(1, 1.0)
+    assert draw(0, 1e-6) == generator(prompt, generate.Sampling(8)).tokens
+    logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.vmap(lambda key: generate.Sampling(1, temperature=1.0).next_token(logits, key))(keys)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, [0.1, 0.6, 0.3], atol=0.03)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_from_the_command_line(folder, capsys, chat):
+    arguments = ["--model", str(folder), "--prompt", "Hello", "--max-tokens", "5", *(["--chat"] if chat else [])]
+    answer = generate.main(arguments)
+    printed = capsys.readouterr().out
+    assert "2 layers, 6 query heads on 2 key/value heads" in printed
+    assert _generator(folder)[1].decode(answer.tokens).rstrip("\N{REPLACEMENT CHARACTER}") in printed
+    assert "tokens/s" in printed
+    assert f"{answer.cache_bytes / 2**20:.1f} MiB (0 KiB a token) with 2 key/value heads" in printed
+    assert answer.prompt_tokens == (len("<user>Hello<a>") if chat else len("Hello"))
+
+
+def test_a_text_that_is_too_long(folder):
+    generator, _ = _generator(folder)
+    with pytest.raises(ValueError, match="trained on 256 positions: prompt=250 tokens, max_tokens=20"):
+        generator([0] * 250, generate.Sampling(20))
+
+
+def test_text_is_shown_as_whole_characters(folder):
+    _, text = _generator(folder)
+    shown = []
+    stream = Stream(text, shown.append)
+    for token in text.encode("né€🙂!"):
+        stream(token)
+    assert shown == ["n", "é", "€", "🙂", "!"]
+
+
+def test_wrong_models(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"a .gguf file or a folder with config.json: path="):
+        load_checkpoint(tmp_path / "model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "gpt2"}))
+    with pytest.raises(NotImplementedError, match="Only llama models: model_type='gpt2'"):
+        load_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    with pytest.raises(FileNotFoundError, match=r"No .safetensors file"):
+        load_folder(tmp_path)
+
+
+def test_one_forward_pass_for_any_number_of_key_value_heads():
+    for kv_heads in (1, 2, 4):
+        config = LlamaConfig(
+            vocabulary=11, layers=1, dim=16, hidden=16, heads=4, kv_heads=kv_heads, head_dim=4, max_length=32
+        )
+        tokens = jnp.zeros((2, 5), jnp.int32)
+        logits, _ = Llama(config).init_with_output(jax.random.key(0), tokens)
+        assert logits.shape == (2, 5, 11)
+        cache = mqa_jax.init_cache(Llama(config), 2, 7, tokens)
+        assert mqa_jax.cache_bytes(cache) == 2 * 7 * cache_bytes_per_token(config)
+
+
+# -- against transformers ---------------------------------------------------------------------------------------------
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, there was a little girl who",
+    "def fibonacci(n):\n    ",
+]
+
+
+def _transformers():
+    """The same GGUF in transformers, float32."""
+    import torch
+    from checkpoints import default_model
+    from transformers import AutoModelForCausalLM
+
+    path = default_model()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # all 64 tokens, whatever they are
+    return model
+
+
+@pytest.mark.torch
+def test_the_real_model_is_that_of_transformers():
+    """64 greedy tokens of each prompt, and the logits of a text of 64 tokens."""
+    import torch
+
+    peer, (generator, text) = _transformers(), _generator(None)
+    for prompt in PROMPTS:
+        ids = text.encode(prompt)
+        expected = peer.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
+        answer = generator(ids, generate.Sampling(max_tokens=64))
+        assert answer.tokens == expected[0, len(ids) :].tolist()
+    ids = text.encode(" ".join(PROMPTS) * 4)[:64]
+    assert len(ids) == 64
+    with torch.no_grad():
+        expected = peer(torch.tensor([ids])).logits.numpy()
+    actual = generator.model.apply({"params": generator.params}, jnp.array([ids]))
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
+
+
+@pytest.mark.torch
+def test_a_hugging_face_folder_is_what_transformers_reads(folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator, text = _generator(folder)
+    ids = text.encode("What it reads, and how.")
+    with torch.no_grad():
+        expected = other(torch.tensor([ids])).logits.numpy()
+    actual = generator.model.apply({"params": generator.params}, jnp.array([ids]))
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.torch
+def test_tokens_are_those_of_transformers():
+    import gguf
+    from checkpoints import default_model
+    from transformers import AutoTokenizer
+
+    path = default_model()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    fields = gguf.GGUFReader(path).fields
+    text = load_text({name: field.contents() for name, field in fields.items()})
+    for sentence in [*PROMPTS, "In 2026, 12,345 naïve cafés opened… 🙂\n\n\tIsn't it?"]:
+        assert text.encode(sentence) == tokenizer(sentence)["input_ids"]
+        assert text.decode(text.encode(sentence)) == sentence

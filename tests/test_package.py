@@ -1,0 +1,132 @@
+"""The package itself: what importing it loads, what it offers, what its documentation claims."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+import mqa_jax
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = {
+    "Attention",
+    "FlashAttention",
+    "FlashMHA",
+    "GroupedQueryAttention",
+    "LinearScaling",
+    "Llama3Scaling",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "Rope",
+    "TemperatureTuning",
+    "alibi_slopes",
+    "attention_fn",
+    "cache_bytes",
+    "check_cache",
+    "dot_product_attention",
+    "init_cache",
+    "reorder_cache",
+    "reset_cache",
+}
+# Packages of the extras. What imports them slows everybody's start, and fails where they are not installed.
+NOT_LOADED = {"torch", "transformers", "optax", "orbax", "tokenizers", "gguf", "safetensors", "chex", "pytest", "tqdm"}
+
+
+def _loaded_by(code: str) -> set[str]:
+    """Which of these packages a fresh interpreter holds after running the code."""
+    report = f"import sys\n{code}\nprint(*(set({sorted(NOT_LOADED)}) & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_import_loads_none_of_the_extras():
+    """Apart from those that Flax itself loads."""
+    assert _loaded_by("import mqa_jax, mqa_jax.torch_interop") <= _loaded_by("import flax.linen")
+    assert "torch" not in _loaded_by("import mqa_jax, mqa_jax.torch_interop")
+
+
+def test_the_test_above_can_fail():
+    assert _loaded_by("import mqa_jax, tqdm") - _loaded_by("import flax.linen") == {"tqdm"}
+
+
+def test_public_names():
+    names = {name for name, x in vars(mqa_jax).items() if not name.startswith("_") and not _is_module(x)}
+    assert names == PUBLIC
+    for name in names:
+        assert getattr(mqa_jax, name).__doc__, name
+
+
+def _is_module(x):
+    return isinstance(x, type(sys))
+
+
+def test_the_kernels_are_not_a_package_of_their_own():
+    code = "import importlib.util, mqa_jax.kernels.xla; print(importlib.util.find_spec('kernels'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
+    )
+    assert result.stdout.strip() == "None"
+
+
+def test_only_the_table_knows_the_kernels():
+    """Nothing but `attention.py` imports a kernel, so that another one can take its place."""
+    for path in (ROOT / "mqa_jax").glob("*.py"):
+        if path.name != "attention.py":
+            assert "mqa_jax.kernels" not in path.read_text(), path.name
+
+
+MODULES = ["mqa_jax", *(m.name for m in pkgutil.walk_packages(mqa_jax.__path__, "mqa_jax."))]
+
+
+def test_every_module_is_found():
+    files = {path.stem for folder in ("mqa_jax", "kernels") for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert {name.rpartition(".")[2] for name in MODULES} == files | {"mqa_jax", "kernels"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_docstrings_name_every_argument_and_setting():
+    for name in PUBLIC:
+        thing = getattr(mqa_jax, name)
+        text = thing.__doc__
+        if isinstance(thing, type) and issubclass(thing, mqa_jax.GroupedQueryAttention):
+            text += mqa_jax.GroupedQueryAttention.__doc__
+        missing = [field for field in _settings(thing) if not re.search(rf"\b{field}\b", text)]
+        assert not missing, f"{name}: {missing}"
+
+
+def _settings(thing):
+    fields = getattr(thing, "__dataclass_fields__", {})
+    return [field for field in fields if field not in ("parent", "name")]
+
+
+def test_shapes_of_the_kernels_are_checked_while_tests_run():
+    from mqa_jax.kernels import xla_decode
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="key"):
+        xla_decode.plain_scores(jnp.ones((1, 2, 3, 4)), jnp.ones((1, 7, 2, 5)))
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(ast.parse(block), "README.md", "exec"), {})
+
+
+def test_versions_agree():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert version[1] == mqa_jax.__version__
+    assert f"## {mqa_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
