@@ -12,7 +12,11 @@ import mqa_jax
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Sizes of a model; the letters are those of `mqa_jax.shapes`."""
+    """Sizes of a model; the letters are those of `mqa_jax.shapes`.
+
+    The last two matter in training alone: `attn_pdrop` is the dropout rate of the attention weights; with `remat` the
+    backward pass computes each layer again instead of keeping what it computed.
+    """
 
     vocabulary: int
     layers: int
@@ -27,6 +31,8 @@ class LlamaConfig:
     tied_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
+    attn_pdrop: float = 0.0
+    remat: bool = False
 
 
 class Mlp(nn.Module):
@@ -43,6 +49,7 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     config: LlamaConfig
+    deterministic: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], seq_lengths: Int[Array, " B"] | None) -> Float[Array, "B T D"]:
@@ -55,6 +62,8 @@ class Block(nn.Module):
             head_dim=config.head_dim,
             rope=config.rope,
             use_bias=config.attention_bias,
+            attn_pdrop=config.attn_pdrop,
+            deterministic=self.deterministic,
             name="attention",
         )
         attended, _, _ = attention(norm("attention_norm")(x), seq_lengths=seq_lengths)
@@ -69,16 +78,24 @@ class Llama(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "B T"], seq_lengths: Int[Array, " B"] | None = None, *, last_only: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        seq_lengths: Int[Array, " B"] | None = None,
+        *,
+        last_only: bool = False,
+        deterministic: bool = True,
     ) -> Float[Array, "B T vocabulary"]:
-        """`last_only`: logits of the last token of each row alone, `[B, 1, vocabulary]`."""
+        """`last_only`: logits of the last token of each row alone, `[B, 1, vocabulary]`.
+
+        `deterministic`: no dropout; without it apply the model with `rngs={"dropout": key}`.
+        """
         config = self.config
+        block = nn.remat(Block) if config.remat else Block
         embed = nn.Embed(config.vocabulary, config.dim, name="embed")
         x = embed(tokens)
-        for i in range(
-            config.layers
-        ):  # not nn.scan: a step of decoding would copy each layer's weights out of the stack
-            x = Block(config, name=f"layer_{i}")(x, seq_lengths)
+        # Not nn.scan: a step of decoding would copy each layer's weights out of the stack.
+        for i in range(config.layers):
+            x = block(config, deterministic, name=f"layer_{i}")(x, seq_lengths)
         if last_only:
             last = x.shape[1] - 1 if seq_lengths is None else seq_lengths - 1
             x = jnp.take_along_axis(x, jnp.broadcast_to(last, x.shape[:1])[:, None, None], axis=1)

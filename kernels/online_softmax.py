@@ -38,7 +38,9 @@ def merge(left: State, right: State) -> State:
     )
 
 
-def finish(state: State, sink: Float[Array, "*#R 1"] | None = None) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
+def finish(
+    state: State, sink: Float[Array, "*#R 1"] | None = None
+) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
     """Output and log-sum-exp; 0 and -inf where no key was seen. A sink is one more score, with a value of 0."""
     highest, total, weighted = state
     empty = highest == -jnp.inf

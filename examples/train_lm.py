@@ -1,0 +1,285 @@
+"""Trains one small language model with multi-head, grouped-query and multi-query attention, and compares them.
+
+    python examples/train_lm.py
+    python examples/train_lm.py --kv-heads 8 4 2 1 --steps 1000 --dropout 0.1 --out runs/longer
+    python examples/train_lm.py --resume        # goes on where a run was stopped, to the same losses
+
+The text is Python's own manual, `pydoc_data.topics`, byte by byte; the end of each topic is held out. The model is that
+of `llama.py`. It takes about a minute and a half on two CPU cores, prints a table, and draws the loss curves.
+"""
+
+import argparse
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+from llama import Llama, LlamaConfig
+from tqdm import tqdm
+from train_report import Params, Result, decode_speed, save_plot, table, write_text
+
+HELD_OUT = 0.07  # of each topic
+SHOW_EVERY = 10  # steps; reading a loss waits for it
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A setting that is also an option of the command line."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that a loss curve depends on, with the text. A checkpoint is resumed with the same settings only."""
+
+    kv_heads: int
+    heads: int = option(8, "query heads")
+    layers: int = option(2, "layers")
+    dim: int = option(128, "features of the model")
+    hidden: int = option(256, "width of the MLP")
+    length: int = option(128, "bytes of a training text")
+    batch: int = option(8, "training texts a step")
+    steps: int = option(250, "steps to train")
+    learning_rate: float = option(5e-3, "its peak; it rises for a tenth of the steps, then falls along a cosine")
+    dropout: float = option(0.05, "rate at which attention weights are dropped")
+    remat: bool = option(False, "compute layers again in the backward pass, to save memory")
+    seed: int = option(0, "of the parameters, the batches and the dropout")
+
+    @property
+    def name(self) -> str:
+        return {self.heads: "MHA", 1: "MQA"}.get(self.kv_heads, "GQA")
+
+    @property
+    def model(self) -> Llama:
+        config = LlamaConfig(
+            vocabulary=256,
+            layers=self.layers,
+            dim=self.dim,
+            hidden=self.hidden,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.dim // self.heads,
+            max_length=self.length,
+            attn_pdrop=self.dropout,
+            remat=self.remat,
+        )
+        return Llama(config)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, self.steps // 10, self.steps, self.learning_rate / 20
+        )
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
+
+
+class Text(NamedTuple):
+    """Bytes, as tokens."""
+
+    train: UInt8[Array, " bytes"]
+    held_out: UInt8[Array, " bytes"]
+
+    @property
+    def checksum(self) -> int:
+        return zlib.crc32(np.asarray(self.train).tobytes())
+
+
+def load_text() -> Text:
+    train, held_out = [], []
+    for name in sorted(topics):
+        cut = round(len(topics[name]) * (1 - HELD_OUT))
+        train.append(topics[name][:cut])
+        held_out.append(topics[name][cut:])
+    encode = lambda parts: jnp.asarray(np.frombuffer("\n\n".join(parts).encode(), np.uint8))
+    return Text(encode(train), encode(held_out))
+
+
+class State(NamedTuple):
+    """All that a step changes. The losses are part of it, so that they are donated, saved and restored with it."""
+
+    step: Int[Array, ""]
+    params: Params
+    optimizer: Any
+    losses: Float[Array, " steps"]  # NaN from `step` on
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def first_state(settings: Settings) -> State:
+    params = settings.model.init(jax.random.key(settings.seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    losses = jnp.full(settings.steps, jnp.nan, jnp.float32)
+    return State(jnp.int32(0), params, settings.optimizer.init(params), losses)
+
+
+def mean_loss(model: Llama, params: Params, texts: Int[Array, "B T_plus_1"], **options: Any) -> Float[Array, ""]:
+    """Nats a byte."""
+    logits = model.apply({"params": params}, texts[:, :-1], **options)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
+
+
+def make_step(settings: Settings) -> Callable[[State, UInt8[Array, " bytes"]], State]:
+    """One step of training, compiled; batch and dropout depend on the seed and the number of the step alone."""
+
+    def step(state: State, train: UInt8[Array, " bytes"]) -> State:
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        batch_key, dropout_key = jax.random.split(key)
+        starts = jax.random.randint(batch_key, (settings.batch, 1), 0, train.size - settings.length)
+        texts = train[starts + jnp.arange(settings.length + 1)].astype(jnp.int32)
+        loss, gradients = jax.value_and_grad(functools.partial(mean_loss, settings.model))(
+            state.params, texts, deterministic=False, rngs={"dropout": dropout_key}
+        )
+        updates, optimizer = settings.optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, optimizer, state.losses.at[state.step].set(loss))
+
+    chex.clear_trace_counter()  # it tells functions apart by their source, which all the models share
+    return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def evaluate(settings: Settings, params: Params, held_out: UInt8[Array, " bytes"]) -> Float[Array, ""]:
+    """Mean loss over texts that lie side by side."""
+    size = settings.batch * (settings.length + 1)
+    batches = held_out[: held_out.size // size * size].reshape(-1, settings.batch, settings.length + 1)
+    return lax.map(lambda texts: mean_loss(settings.model, params, texts.astype(jnp.int32)), batches).mean()
+
+
+def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
+    # Not asynchronous: the next step overwrites the state, which is donated to it.
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    with open_checkpoints(folder) as manager:
+        if manager.latest_step() is not None:
+            raise FileExistsError(
+                f"A new run never overwrites a checkpoint: {folder} holds step={manager.latest_step()}. "
+                "Continue it with --resume, or choose another --out."
+            )
+
+
+def save(manager: ocp.CheckpointManager, state: State, record: dict[str, Any]) -> None:
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(record))
+    manager.save(int(state.step), args=items)
+
+
+def restore(manager: ocp.CheckpointManager, like: State, record: dict[str, Any]) -> State:
+    """The last state that was saved, if any, else `like`."""
+    step = manager.latest_step()
+    if step is None:
+        return like
+    saved = manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"]
+    differences = [f"{name}={record[name]} (was {saved[name]})" for name in record if record[name] != saved[name]]
+    if differences:
+        raise ValueError(
+            f"A run is resumed with the settings it was started with: {', '.join(differences)}, step={step} in "
+            f"{manager.directory}. Use those, or another --out."
+        )
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
+    return manager.restore(step, args=items)["state"]
+
+
+def train(settings: Settings, text: Text, folder: Path, save_every: int) -> State:
+    """Trains from the last checkpoint in `folder`, or from the start, to the last step."""
+    record = asdict(settings) | {"text_checksum": text.checksum}
+    step = make_step(settings)
+    with open_checkpoints(folder) as manager:
+        state = restore(manager, first_state(settings), record)
+        done = int(state.step)
+        with tqdm(total=settings.steps, initial=done, desc=settings.name, unit="step") as bar:
+            for number in range(done + 1, settings.steps + 1):
+                state = step(state, text.train)
+                if number % SHOW_EVERY == 0:
+                    bar.set_postfix(loss=f"{state.losses[number - 1]:.3f}", refresh=False)
+                if number % save_every == 0 or number == settings.steps:
+                    save(manager, state, record)
+                bar.update()
+    return state
+
+
+def check(options: argparse.Namespace, text: Text) -> None:
+    """Says before training what would fail after it."""
+    least = dict(steps=1, batch=1, length=2, checkpoint_every=1, decode_rows=1, decode_length=32)
+    for name, bound in least.items():
+        if getattr(options, name) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}: {name}={getattr(options, name)}.")
+    if options.batch * (options.length + 1) > text.held_out.size:
+        raise ValueError(
+            f"A batch must fit into the {text.held_out.size} bytes that are held out: batch={options.batch}, "
+            f"length={options.length}. Make one of them smaller."
+        )
+    if not 0 < len(options.prompt.encode()) < options.length:
+        raise ValueError(
+            f"A prompt has at least one byte, and fewer than a training text: prompt={options.prompt!r}, "
+            f"length={options.length}. Use another prompt, or a larger length."
+        )
+
+
+def measure(settings: Settings, text: Text, state: State, options: argparse.Namespace) -> Result:
+    """What the table and the plot show of a trained model."""
+    model, params = settings.model, state.params
+    prompt = jnp.frombuffer(options.prompt.encode(), jnp.uint8)[None].astype(jnp.int32)
+    written = write_text(model, params, prompt, settings.length - prompt.size, options.temperature, settings.seed)
+    speed = decode_speed(model, params, rows=options.decode_rows, length=options.decode_length)
+    return Result(
+        name=settings.name,
+        kv_heads=settings.kv_heads,
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
+        losses=np.asarray(state.losses),
+        held_out=float(evaluate(settings, params, text.held_out)),
+        cache_bytes_per_token=speed.cache_bytes_per_token,
+        tokens_per_second=speed.tokens_per_second,
+        sample=options.prompt + bytes(written[0].tolist()).decode(errors="replace"),
+    )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2, 1], help="one model for each")
+    for setting in fields(Settings)[1:]:
+        flag = "--" + setting.name.replace("_", "-")
+        kind: Any = dict(action="store_true") if setting.type is bool else dict(type=setting.type)
+        parser.add_argument(flag, default=setting.default, help=setting.metadata["help"], **kind)
+    parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="folder for checkpoints and loss.png")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--prompt", default="The ", help="what each model continues")
+    parser.add_argument("--temperature", type=float, default=0.5, help="of these samples; 0 is greedy")
+    parser.add_argument("--decode-rows", type=int, default=16, help="rows in the measurement of decoding")
+    parser.add_argument("--decode-length", type=int, default=1024, help="positions of the cache in it")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> list[Result]:
+    options = parse_arguments(arguments)
+    shared = {setting.name: getattr(options, setting.name) for setting in fields(Settings)[1:]}
+    runs = {options.out / f"kv_heads_{kv}": Settings(kv_heads=kv, **shared) for kv in options.kv_heads}
+    text = load_text()
+    check(options, text)
+    for folder, settings in runs.items():
+        jax.eval_shape(functools.partial(first_state, settings))  # is it a model at all?
+        if not options.resume:
+            refuse_to_overwrite(folder)
+    results = []
+    for folder, settings in runs.items():
+        state = train(settings, text, folder, options.checkpoint_every)
+        results.append(measure(settings, text, state, options))
+        print(f"\n{settings.name} writes: {results[-1].sample}\n", flush=True)
+    print(table(results))
+    save_plot(results, options.out / "loss.png")
+    print(f"\nloss curves: {options.out / 'loss.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
