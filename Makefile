@@ -1,6 +1,6 @@
 # Everything a fresh machine needs is made here. Python >= 3.11 and make are all that has to be there.
 #
-#   make demo     a trained language model answers (ARGS='--chat --prompt "Why is the sky blue?"' for a question of yours)
+#   make demo     a trained language model answers (ARGS='--chat --prompt "Who was Ada Lovelace?"' for your own question)
 #   make test     all tests; make test PYTHON=python3.12 for another Python, in an environment of its own
 #   make train    trains MHA, GQA and MQA language models and compares them
 #   make bench    compares this library with its peers on this machine
@@ -20,7 +20,7 @@ TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == 
 
 .PHONY: demo test train bench check clean
 demo: $(VENV)/examples
-	$(RUN) examples/generate.py $(ARGS)
+	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
 test: $(VENV)/test
 	$(RUN) -m pytest -n $(JOBS) --dist loadscope $(ARGS)

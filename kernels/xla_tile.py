@@ -7,7 +7,7 @@ multiple of the tile, the last tile is moved back inside the array, and what it 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from mqa_jax.shapes import positions
 
 Scores = Float[Array, "P bq G bk"]
 Carry = TypeVar("Carry")
-ZERO = np.int32(0)  # as an index
+ZERO: Any = np.int32(0)  # as an index beside int32 arrays: a Python 0 may be 64 bits wide
 
 
 @dataclass(frozen=True)

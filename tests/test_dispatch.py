@@ -1,5 +1,7 @@
 """Which implementation runs: proved by what ran, not by what came out."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,7 @@ def test_flash_of_flash_attention(ran, flash, name):
     assert ran == [name]
 
 
-CUDNN_OPTIONS = {
+CUDNN_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal window": dict(is_causal=True, local_window_size=(2, 3)),
     "lengths": dict(query_seq_lengths=jnp.array([5, 3]), key_value_seq_lengths=jnp.array([0, 4])),

@@ -1,5 +1,7 @@
 """The keep-mask: its rate, its independence of everything but (key, batch row, head, row, column), its generator."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,8 @@ SIZES = 3, 4, 64, 130  # batch, heads, rows, columns
 
 def _keep(rate: float, seed: int = 0, sizes=SIZES) -> np.ndarray:
     dropout = Dropout.make(jax.random.key(seed), rate, jnp.arange(sizes[0]))
-    return np.asarray(keep(dropout, *np.ogrid[tuple(slice(n) for n in sizes)]))
+    indices: Any = np.ogrid[tuple(slice(n) for n in sizes)]
+    return np.asarray(keep(dropout, *indices))
 
 
 @pytest.mark.parametrize("rate", [0.0001, 0.1, 0.5, 0.9])

@@ -4,6 +4,7 @@ import ast
 import functools
 import traceback
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import flax.linen as nn
@@ -251,7 +252,7 @@ def _cudnn_residual():
 mha = functools.partial(nn.MultiHeadDotProductAttention, num_heads=4, attention_fn=mqa_jax.attention_fn)
 grad = functools.partial(jax.grad, argnums=0)
 
-NOT_POSSIBLE = {
+NOT_POSSIBLE: dict[str, Any] = {
     "cudnn: float32": (lambda: attend(implementation="cudnn"), r"'cudnn' cannot compute this call: dtype float32; use"),
     "cudnn: several": (
         lambda: cudnn(logits_soft_cap=1.0, sinks=ones(4)),
@@ -333,7 +334,7 @@ def test_no_error_is_missing_from_these_tables():
     assert written - _raised() == set()
 
 
-def _raised() -> set[tuple[str, int]]:
+def _raised() -> set[tuple[str, int | None]]:
     """Where the tables raise: file and line of each frame."""
     places = set()
     for wrong, _ in [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values()]:

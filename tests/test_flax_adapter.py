@@ -1,5 +1,7 @@
 """`attention_fn` inside Flax's own modules, linen and NNX, and our modules inside NNX."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,16 @@ close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
 def calls(monkeypatch):
     """Counts calls of the kernels, so that no test passes because Flax computed it itself."""
     count, way = [], attention.IMPLEMENTATIONS["xla"]
-    counted = attention.Implementation(lambda inputs: count.append(1) or way.run(inputs), way.cannot)
-    monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", counted)
+
+    def counted(inputs):
+        count.append(1)
+        return way.run(inputs)
+
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", attention.Implementation(counted, way.cannot))
     return count
 
 
-CALLS = {
+CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal mask": dict(mask=nn.make_causal_mask(X[..., 0])),
     "padding mask": dict(mask=jnp.broadcast_to(jnp.arange(7) < jnp.array([3, 7])[:, None, None, None], (2, 1, 7, 7))),
@@ -61,7 +67,7 @@ def test_linen_decoding(calls):
 
 
 def test_linen_dropout(calls):
-    layer = nn.MultiHeadDotProductAttention(
+    layer: Any = nn.MultiHeadDotProductAttention(
         num_heads=6, attention_fn=mqa_jax.attention_fn, dropout_rate=0.5, broadcast_dropout=False
     )
     params = layer.init(RNG, X, deterministic=True)
@@ -73,7 +79,7 @@ def test_linen_dropout(calls):
 
 
 def test_half_precision(calls):
-    layer = nn.MultiHeadDotProductAttention(num_heads=6, attention_fn=mqa_jax.attention_fn, dtype=jnp.bfloat16)
+    layer: Any = nn.MultiHeadDotProductAttention(num_heads=6, attention_fn=mqa_jax.attention_fn, dtype=jnp.bfloat16)
     out = layer.apply(layer.init(RNG, X), X)
     assert out.dtype == jnp.bfloat16
 

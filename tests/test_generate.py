@@ -96,7 +96,7 @@ def _greedy_without_cache(generator, prompt, count):
 def test_cached_generation_is_generation_without_a_cache(folder):
     generator, text = _generator(folder)
     prompt = text.encode("Once upon a time")
-    shown = []
+    shown: list[int] = []
     answer = generator(prompt, generate.Sampling(max_tokens=12), shown.append)
     assert answer.tokens == _greedy_without_cache(generator, prompt, 12)
     assert shown == answer.tokens
@@ -146,7 +146,7 @@ def test_a_text_that_is_too_long(folder):
 
 def test_text_is_shown_as_whole_characters(folder):
     _, text = _generator(folder)
-    shown = []
+    shown: list[str] = []
     stream = Stream(text, shown.append)
     for token in text.encode("né€🙂!"):
         stream(token)

@@ -1,11 +1,13 @@
 """The rule that judges kernels must itself be able to say no: a deliberately broken kernel fails it."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
-SHAPE = dict(rows=67, columns=67, heads=4, kv_heads=2, features=32)
+SHAPE: dict[str, Any] = dict(rows=67, columns=67, heads=4, kv_heads=2, features=32)
 
 
 def _last_key_forgotten(results, problem):

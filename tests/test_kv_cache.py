@@ -1,6 +1,7 @@
 """The `cache` collection: cached decoding equals the full pass, for every option and every way of running it."""
 
 import functools
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -19,7 +20,7 @@ LENGTH, MAX_LENGTH = 11, 16
 X = jax.random.normal(jax.random.key(1), (3, LENGTH, 24))
 close = functools.partial(np.testing.assert_allclose, atol=2e-5)
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "not causal": dict(causal=False),
     "rope": dict(rope=mqa_jax.Rope()),
@@ -108,9 +109,9 @@ def test_any_schedule_of_chunks_steps_resets_and_reorderings(data):
             cache = mqa_jax.reset_cache(cache, rows)
             texts = [text[:0] if reset else text for text, reset in zip(texts, rows)]
         elif action == "reorder":
-            rows = rng.integers(0, 3, 3)
-            cache = mqa_jax.reorder_cache(cache, rows)
-            texts = [texts[row] for row in rows]
+            order = rng.integers(0, 3, 3)
+            cache = mqa_jax.reorder_cache(cache, order)
+            texts = [texts[row] for row in order]
         else:
             length = data.draw(st.sampled_from([1, 4]))
             lengths = np.minimum(rng.integers(0, length + 1, 3), [MAX_LENGTH - len(text) for text in texts])
@@ -327,7 +328,8 @@ def test_the_donated_cache_is_updated_in_place():
     _, changed = compiled(params, cache, X[:, :1])
     assert changed["cached_key"].unsafe_buffer_pointer() == pointer
     assert cache["cached_key"].is_deleted()
-    assert compiled.memory_analysis().temp_size_in_bytes < changed["cached_key"].nbytes / 2
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < changed["cached_key"].nbytes / 2
 
 
 def test_scan_and_while_loop():

@@ -1,6 +1,7 @@
 """The meaning of every masking option: the grids of the docstring, and `jax.nn` where it has the option."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ DRAWN = [
 
 def _grids(docstring: str) -> list[np.ndarray]:
     """The 0/1 grids of a text; those side by side are separated by several spaces."""
-    grids, open_grids = [], []
+    grids: list[list[list[int]]] = []
+    open_grids: list[list[list[int]]] = []
     for line in docstring.splitlines():
         rows = re.findall(r"[01](?: [01])+", line) if re.fullmatch(r"[01 ]+", line.strip() or "-") else []
         if not rows:
@@ -45,7 +47,7 @@ def test_the_drawings_are_true(number):
     drawings = _grids(masks.__doc__)
     assert len(drawings) == len(DRAWN)
     mask, rows, columns = DRAWN[number]
-    actual = masks.visible(mask, jnp.arange(rows), jnp.arange(columns))
+    actual: Any = masks.visible(mask, jnp.arange(rows), jnp.arange(columns))
     np.testing.assert_array_equal(np.broadcast_to(actual, (1, 1, rows, columns))[0, 0], drawings[number])
 
 
@@ -56,7 +58,7 @@ def test_no_option_removes_nothing():
 def test_all_options_combine_by_and():
     rng = np.random.default_rng(0)
     segments = jnp.asarray(rng.integers(0, 2, (2, 7)), INT)
-    parts = [
+    parts: list[dict[str, Any]] = [
         dict(is_causal=True),
         dict(window=(3, 1)),
         dict(query_lengths=jnp.array([7, 5], INT)),
@@ -65,14 +67,14 @@ def test_all_options_combine_by_and():
         dict(allowed=jnp.asarray(rng.random((2, 3, 7, 7)) > 0.3)),
     ]
     rows = jnp.arange(7)
-    every = [masks.visible(Mask(query_offset=offset(1), **part), rows, rows) for part in parts]
+    every: list[Any] = [masks.visible(Mask(query_offset=offset(1), **part), rows, rows) for part in parts]
     whole = Mask(query_offset=offset(1), **{name: x for part in parts for name, x in part.items()})
     expected = np.logical_and.reduce([np.broadcast_to(x, (2, 3, 7, 7)) for x in every])
     np.testing.assert_array_equal(masks.visible(whole, rows, rows), expected)
     assert expected.any()
 
 
-JAX_NN = {
+JAX_NN: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": dict(is_causal=True),
     "window, an int": dict(local_window_size=2),

@@ -1,5 +1,7 @@
 """The Flax modules: parameters, options, and what they compute, against `flax.linen` or written out."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ def random_like(params):
     """Parameters of which none is zero."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
-    return structure.unflatten([jax.random.normal(key, leaf.shape) / 3 for key, leaf in zip(keys, leaves)])
+    return jax.tree.unflatten(structure, [jax.random.normal(key, leaf.shape) / 3 for key, leaf in zip(keys, leaves)])
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def test_parameters_are_those_of_flax_and_so_is_the_result():
     ours = mqa_jax.MultiHeadAttention(24, 6, causal=False)
     params = random_like(flax.init(RNG, X)["params"])
     assert shapes(params) == shapes(ours.init(RNG, X)["params"])
-    np.testing.assert_allclose(run(ours, params=params)[0], flax.apply({"params": params}, X), atol=1e-5)
+    np.testing.assert_allclose(run(ours, params=params)[0], run(flax, params=params), atol=1e-5)
 
 
 def test_the_initialisation_is_that_of_flax():
@@ -196,7 +198,7 @@ def test_sinks_and_a_zero_key():
     def attend(sinks):
         return lambda params: mqa_jax.dot_product_attention(*_parts(params), is_causal=True, sinks=sinks(params))
 
-    cases = {
+    cases: dict[str, Any] = {
         "sinks": (dict(sinks=True), attend(lambda params: params["sinks"])),
         "zero": (dict(add_zero_attn=True), attend(lambda params: jnp.zeros(6))),
         "both": (
@@ -270,7 +272,7 @@ def test_cross_attention():
     flax = nn.MultiHeadDotProductAttention(num_heads=6)
     mha = mqa_jax.MultiHeadAttention(24, 6, causal=False)
     params = flax.init(RNG, X, context)["params"]
-    expected = flax.apply({"params": params}, X, context)
+    expected = run(flax, X, context, params=params)
     np.testing.assert_allclose(run(mha, X, params=params, inputs_k=context)[0], expected, atol=1e-5)
     values = jax.random.normal(RNG, (2, 5, 3))
     params = module.init(RNG, X, inputs_k=context, inputs_v=values)["params"]
@@ -291,7 +293,8 @@ def test_keys_of_an_earlier_layer():
 def test_past_key_value_goes_on_from_call_to_call():
     module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, rope=mqa_jax.Rope())
     params = module.init(RNG, X)["params"]
-    past, outputs = (), []
+    outputs = []
+    past: Any = ()
     for start, stop in ((0, 4), (4, 5), (5, 7)):
         out, _, past = run(module, X[:, start:stop], past, params=params)
         outputs.append(out)
@@ -364,7 +367,7 @@ def test_flash_attention():
     q, k, v = (jax.random.normal(key, (2, 6, n, 8)) for key, n in zip(jax.random.split(RNG, 3), (4, 7, 7)))
     swap = lambda x: jnp.swapaxes(x, 1, 2)
     bias, mask = jax.random.normal(RNG, (2, 6, 4, 7)), jax.random.bernoulli(RNG, 0.8, (2, 1, 4, 7))
-    attend = lambda **settings: lambda *a, **o: mqa_jax.FlashAttention(**settings).apply({}, q, k, v, *a, **o)
+    attend: Any = lambda **settings: lambda *a, **o: mqa_jax.FlashAttention(**settings).apply({}, q, k, v, *a, **o)
     expected = lambda **o: swap(mqa_jax.dot_product_attention(swap(q), swap(k), swap(v), **o))
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
     close(attend()(mask, bias), expected(mask=mask, bias=bias))

@@ -1,6 +1,7 @@
 """The oracle against sums that are written out, one query at a time, in float64 numpy."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ def test_everything_at_once_by_the_definition():
     mask[:, 3] = False
     scale, cap, window = 0.4, 1.5, (4, 0)
     narrow = lambda *arrays: [jnp.asarray(x, jnp.float32) for x in arrays]
-    out, log_sum_exp = mqa_jax.dot_product_attention(
+    attend: Any = mqa_jax.dot_product_attention
+    out, log_sum_exp = attend(
         *narrow(query, key, value, bias),
         mask,
         scale=scale,

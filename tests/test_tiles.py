@@ -29,7 +29,7 @@ def _grid(mask: Mask) -> np.ndarray:
     return np.ones(SIZES, bool) if visible is None else np.broadcast_to(visible, (1, 1, *SIZES))[0, 0]
 
 
-def _covers(start, stop, seen: np.ndarray, length: int) -> bool:
+def _covers(start, stop, seen, length: int) -> bool:
     """The range holds every index that is seen, and none further out than these."""
     inside = np.zeros(length, bool)
     inside[max(0, int(start)) : max(0, min(length, int(stop)))] = True

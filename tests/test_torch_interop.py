@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def test_torch_multihead_attention(kdim, vdim, bias):
     value = RNG.standard_normal((2, 5, vdim or 24)).astype(np.float32)
     expected, weights = layer(*map(torch.from_numpy, (X, key, value)))
     params = torch_interop.from_state_dict(layer.state_dict(), heads=6)
-    module = mqa_jax.MultiHeadAttention(24, 6, causal=False, use_bias=bias)
+    module: Any = mqa_jax.MultiHeadAttention(24, 6, causal=False, use_bias=bias)
     out, ours, _ = module.apply({"params": params}, X, inputs_k=key, inputs_v=value, needs_weights=True)
     np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-5)
     np.testing.assert_allclose(ours.mean(1), weights.detach().numpy(), atol=1e-6)
@@ -40,11 +41,12 @@ def test_a_llama_layer_and_its_gradients(kv_heads):
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=24, num_attention_heads=6, num_key_value_heads=kv_heads, head_dim=4, attn_implementation="sdpa"
     )
-    layer = LlamaAttention(config, layer_idx=0)
-    x = torch.from_numpy(X).requires_grad_()
+    config = LlamaConfig(**settings)
+    layer: Any = LlamaAttention(config, layer_idx=0)
+    x: Any = torch.from_numpy(X).requires_grad_()
     cos_sin = LlamaRotaryEmbedding(config)(x, torch.arange(7)[None])
     expected = layer(x, position_embeddings=cos_sin, attention_mask=None)[0]
     expected.square().sum().backward()
@@ -70,7 +72,8 @@ def test_sdpa_with_grouped_heads(options):
 
     query, key, value = (RNG.standard_normal((2, 9, n, 16)).astype(np.float32) for n in (6, 2, 2))
     swapped = [torch.from_numpy(x).transpose(1, 2) for x in (query, key, value)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*swapped, enable_gqa=True, **options)
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(*swapped, enable_gqa=True, **options)
     actual = mqa_jax.dot_product_attention(query, key, value, **options)
     np.testing.assert_allclose(actual, expected.transpose(1, 2).numpy(), atol=1e-5)
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from typing import Any
 
 import hypothesis
 import jax
@@ -39,7 +40,7 @@ def problems(draw):
         return tuple(1 if draw(st.booleans()) else n for n in shape)
 
     pairs = (*batch, heads, rows, columns)
-    options = {}
+    options: dict[str, Any] = {}
     if chance():
         options["is_causal"] = True
     if chance():
@@ -212,7 +213,7 @@ def test_one_query_takes_the_program_that_fits_the_lengths(monkeypatch):
     assert ran == ["tiles", "one pass", "tiles", "one pass"]
 
 
-NAN_OPTIONS = {
+NAN_OPTIONS: dict[str, dict[str, Any]] = {
     "tiles": dict(batch=(2,), rows=37, columns=53),
     "one query, one pass": dict(batch=(8,), rows=1, columns=53),
     "one query, in tiles": dict(batch=(2,), rows=1, columns=53),
