@@ -94,7 +94,7 @@ def tiled(monkeypatch, shape: TileShape) -> str:
 
 
 @hypothesis.given(problems(), st.data())
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=25)
 def test_every_combination_of_options_in_small_tiles(problem, data):
     """Most shapes then need several tiles, of which the last ones are moved back inside the array."""
     rows, kv_heads = problem.arrays["query"].shape[-3], problem.arrays["key"].shape[-2]
@@ -111,7 +111,7 @@ def test_every_combination_of_options_in_small_tiles(problem, data):
 
 
 @hypothesis.given(problems())
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=6)
 def test_every_combination_of_options_as_users_call_it(problem):
     oracle.judge_float32(oracle.results(problem, None), oracle.results(problem, "reference"))
 

@@ -1,0 +1,71 @@
+"""Measures attention against its peers in one run.
+
+python -m benchmarks
+python -m benchmarks --only forward decode-mqa --repeats 3
+python -m benchmarks --quick
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+from benchmarks.cases import CASES
+from benchmarks.measure import measure
+from benchmarks.table import aligned
+from benchmarks.timing import QUICK, Settings
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [case.name for case in CASES]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--repeats", type=int, help=f"turns of each peer; by default {Settings().turns}")
+    parser.add_argument("--quick", action="store_true", help="small problems, few repeats: does everything run?")
+    parser.add_argument(
+        "--out", type=Path, help="results as JSON; by default benchmarks/results/DEVICE.json if all cases run in full"
+    )
+    return parser.parse_args(arguments)
+
+
+def command(options: argparse.Namespace) -> str:
+    """Without --out, which says nothing about the numbers and may be a place on one machine."""
+    words = ["python -m benchmarks"]
+    words += [f"--only {' '.join(options.only)}"] if options.only else []
+    words += [f"--repeats {options.repeats}"] if options.repeats else []
+    words += ["--quick"] if options.quick else []
+    return " ".join(words)
+
+
+def out_file(options: argparse.Namespace) -> Path | None:
+    """Where results go; those of some cases or of small ones never replace the full ones unasked."""
+    if options.out or options.only or options.quick:
+        return options.out
+    return RESULTS / f"{environment.device_kind().lower().replace(' ', '-')}.json"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse_arguments(arguments)
+    settings = QUICK if options.quick else Settings()
+    settings = replace(settings, turns=options.repeats or settings.turns)
+    results = environment.describe(command(options))
+    print(environment.header(results), flush=True)
+    chosen = [case for case in CASES if options.only is None or case.name in options.only]
+    cases = [case.small() for case in chosen] if options.quick else chosen
+    results["rows"] = [asdict(row) for case in cases for row in measure(case, settings)]
+    print(f"\n{aligned(results['rows'])}")
+    file = out_file(options)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()

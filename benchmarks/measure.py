@@ -1,0 +1,114 @@
+"""Measures a case: checks every peer, lets them take turns, and gives a row for each, whatever became of it."""
+
+import contextlib
+import functools
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.cases import Case
+from benchmarks.peers import Candidate
+from benchmarks.timing import Settings
+
+TOLERANCE = 1e-4  # absolute, in float32; a wrong mask or head is off by more than 0.1
+LOCATION = re.compile(r"(https?:/)?(?<!\w)(/[^\s/'\"]+)+/")  # all of a path but its last name
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one peer.
+
+    Attributes:
+      status: "measured", "wrong" (and not measured), "raised", or "absent": not installed.
+      cost: median over the turns, in seconds, bytes or seconds a token.
+      ratio: median over the turns of the peer's cost / our cost: how many times better we are.
+      error: largest absolute difference from the reference; of tokens their numbers differ.
+    """
+
+    case: str
+    problem: str
+    unit: str
+    peer: str
+    status: str
+    cost: float | None
+    ratio: float | None
+    error: float | None
+    message: str
+
+
+@dataclass
+class Attempt:
+    """What one peer did so far."""
+
+    peer: str
+    status: str = "measured"
+    message: str = ""
+    error: float | None = None
+    candidate: Candidate | None = None
+    costs: list[float] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:
+            self.status, self.message = "absent", _message(error)
+        except Exception as error:  # whatever a peer raises is its result
+            self.status, self.message = "raised", f"{type(error).__name__}: {_message(error)}"
+
+
+def measure(case: Case, settings: Settings) -> list[Row]:
+    attempts = [Attempt(peer) for peer in case.peers]
+    with tqdm(total=len(attempts) + settings.turns, desc=case.name, unit="step", leave=False) as progress:
+        reference = functools.cache(lambda: case.reference(case.checked or case.problem))
+        for attempt in attempts:
+            with attempt.noting_failure():
+                _check(attempt, case, reference())
+            progress.update()
+        for _ in range(settings.turns):
+            for attempt in attempts:
+                _take_turn(attempt, settings)
+            progress.update()
+    return [_row(case, attempt, attempts[0]) for attempt in attempts]
+
+
+def _check(attempt: Attempt, case: Case, expected: list[np.ndarray]) -> None:
+    build = case.peers[attempt.peer]
+    attempt.candidate = build(case.problem)
+    checked = build(case.checked) if case.checked else attempt.candidate
+    error = max(float(np.max(np.abs(array - right))) for array, right in zip(checked.outputs(), expected, strict=True))
+    attempt.error = error if math.isfinite(error) else None
+    if not error <= TOLERANCE:
+        attempt.status, attempt.message = "wrong", f"differs by {error:.3g} from the reference"
+
+
+def _take_turn(attempt: Attempt, settings: Settings) -> None:
+    if attempt.status == "measured" and attempt.candidate is not None:
+        with attempt.noting_failure():
+            attempt.costs.append(attempt.candidate.cost(settings.turn_seconds))
+
+
+def _row(case: Case, attempt: Attempt, ours: Attempt) -> Row:
+    measured = attempt.status == "measured"
+    compared = measured and ours.status == "measured" and attempt is not ours
+    return Row(
+        case=case.name,
+        problem=str(case.problem),
+        unit=case.unit,
+        peer=attempt.peer,
+        status=attempt.status,
+        cost=statistics.median(attempt.costs) if measured else None,
+        ratio=statistics.median(theirs / our for theirs, our in zip(attempt.costs, ours.costs)) if compared else None,
+        error=attempt.error,
+        message=attempt.message,
+    )
+
+
+def _message(error: Exception) -> str:
+    """Its first line, without the places of files, which are those of one machine."""
+    return LOCATION.sub("", str(error).partition("\n")[0])

@@ -1,0 +1,40 @@
+"""How long a call takes.
+
+Worker threads of torch and of XLA spin for some milliseconds after a call and take a core from whoever runs next. The
+first call of a turn bears that, and does not count. Nothing else is done about it: decoding on 2 cores, a rest of
+0.25 s before each turn made torch up to 20% slower and us no faster; OMP_WAIT_POLICY=passive was within the noise.
+
+On a busy machine torch's threads spin until the last of them has got a core: only quiet machines compare fairly.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Attributes: turns, how often each peer is measured; turn_seconds, how long at least."""
+
+    turns: int = 7
+    turn_seconds: float = 0.3
+
+
+QUICK = Settings(turns=2, turn_seconds=0.0)
+
+
+def seconds_per_call(run: Callable[[], object], least: float) -> float:
+    """Of one call, if it takes `least` seconds; else the mean of as many as do, after a first."""
+    first = _seconds(run, 1)
+    if first >= least:
+        return first
+    calls = math.ceil(least / first)
+    return _seconds(run, calls) / calls
+
+
+def _seconds(run: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return time.perf_counter() - start
