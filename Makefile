@@ -23,7 +23,7 @@ demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
 test: $(VENV)/test
-	$(RUN) -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 train: $(VENV)/examples
 	$(RUN) examples/train_lm.py $(ARGS)

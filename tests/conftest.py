@@ -2,24 +2,25 @@
 
 import importlib.util
 import os
-from importlib.metadata import version
 
-# Tests compile thousands of small programs once each. Nothing here changes what a program computes.
+import hypothesis
+import jax
+import jaxlib
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Tests compile thousands of small programs once each. Nothing here changes what a program computes. XLA reads it when
+# the first array is made.
 FAST_TO_COMPILE = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
-if version("jaxlib").startswith("0.10."):  # later ones have no such flag any more, and end the process
+if jaxlib.__version__.startswith("0.10."):  # later ones have no such flag any more, and end the process
     FAST_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", " ".join(FAST_TO_COMPILE))
-
-import hypothesis
-import jax
-import pytest
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 hypothesis.settings.register_profile(
     "suite",
