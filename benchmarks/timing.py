@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Attributes: turns, how often each peer is measured; turn_seconds, how long at least."""
+    """Attributes: turns, how often each peer is measured; turn_seconds, how long about."""
 
     turns: int = 7
     turn_seconds: float = 0.3
@@ -25,11 +25,8 @@ QUICK = Settings(turns=2, turn_seconds=0.0)
 
 
 def seconds_per_call(run: Callable[[], object], least: float) -> float:
-    """Of one call, if it takes `least` seconds; else the mean of as many as do, after a first."""
-    first = _seconds(run, 1)
-    if first >= least:
-        return first
-    calls = math.ceil(least / first)
+    """The mean of as many calls as take `least` seconds, at least one, after a first that does not count."""
+    calls = max(1, math.ceil(least / _seconds(run, 1)))
     return _seconds(run, calls) / calls
 
 

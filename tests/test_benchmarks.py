@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ def test_table_has_a_line_for_every_row(results):
     for row in results["rows"]:
         assert f"\n| {row['case']} | {row['problem']} | {row['peer']} | " in markdown
     assert results["command"] in markdown
+
+
+def test_the_table_in_the_readme_is_that_of_the_results():
+    root = Path(table.__file__).parents[1]
+    results = json.loads((root / "benchmarks/results/cpu.json").read_text())
+    assert table.markdown(results) in (root / "README.md").read_text()
 
 
 def test_wrong_peer_is_marked_and_not_measured():
