@@ -1,6 +1,5 @@
 """The package itself: what importing it loads, what it offers, what its documentation claims."""
 
-import ast
 import doctest
 import importlib
 import pkgutil
@@ -8,9 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
 import mqa_jax
@@ -118,11 +119,14 @@ def test_shapes_of_the_kernels_are_checked_while_tests_run():
         xla_decode.plain_scores(jnp.ones((1, 2, 3, 4)), jnp.ones((1, 7, 2, 5)))
 
 
-def test_readme_code_runs():
+def test_readme_code_runs_and_its_comments_are_true():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
+    names: dict[str, Any] = {}
     for block in blocks:
-        exec(compile(ast.parse(block), "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)
+        if "token" in block:
+            np.testing.assert_allclose(names["token"], names["out"][:, 99:], atol=1e-5)
+    assert names["out"].shape == (2, 5, 8, 64)
 
 
 def test_versions_agree():
