@@ -63,6 +63,16 @@ def random_problem(
 
 def results(problem: Problem, implementation: str | None) -> dict[str, Any]:
     """Output, log-sum-exp and every gradient, computed by one implementation."""
+    return program(problem, implementation)(problem.arrays)
+
+
+def plain_results(problem: Problem) -> dict[str, Any]:
+    """The same, plainly computed in the precision of the arrays and in another order than the reference."""
+    return _differentiated(problem, lambda arrays: plain_attention(arrays, problem.options))(problem.arrays)
+
+
+def program(problem: Problem, implementation: str | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Compiled `results` for other arrays of the same shapes."""
     return _differentiated(
         problem,
         lambda arrays: mqa_jax.dot_product_attention(
@@ -71,12 +81,7 @@ def results(problem: Problem, implementation: str | None) -> dict[str, Any]:
     )
 
 
-def plain_results(problem: Problem) -> dict[str, Any]:
-    """The same, plainly computed in the precision of the arrays and in another order than the reference."""
-    return _differentiated(problem, lambda arrays: plain_attention(arrays, problem.options))
-
-
-def _differentiated(problem: Problem, attend: Callable) -> dict[str, Any]:
+def _differentiated(problem: Problem, attend: Callable) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def loss(arrays):
         out, log_sum_exp = attend(arrays)
         seen = log_sum_exp > -jnp.inf
@@ -84,8 +89,11 @@ def _differentiated(problem: Problem, attend: Callable) -> dict[str, Any]:
         total = jnp.sum(out.astype(jnp.float32) * problem.cotangents[0]) + jnp.sum(weighed)
         return total, {"out": out, "log_sum_exp": log_sum_exp}
 
-    gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(problem.arrays)
-    return outputs | {f"d_{name}": gradient for name, gradient in gradients.items()}
+    def every_result(arrays):
+        gradients, outputs = jax.grad(loss, has_aux=True)(arrays)
+        return outputs | {f"d_{name}": gradient for name, gradient in gradients.items()}
+
+    return jax.jit(every_result)
 
 
 def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:

@@ -221,10 +221,9 @@ NAN_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", NAN_OPTIONS)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_padding_never_reaches_a_result(implementation, shape, rubbish):
+def test_padding_never_reaches_a_result(implementation, shape):
     """Whatever lies beyond the lengths, outputs and gradients are those with zeros there."""
     sizes = NAN_OPTIONS[shape]
     lengths = jnp.asarray(np.arange(sizes["batch"][0]) * 7 + 30, jnp.int32) % sizes["columns"]
@@ -233,12 +232,14 @@ def test_padding_never_reaches_a_result(implementation, shape, rubbish):
     )
     padding = (jnp.arange(sizes["columns"]) >= lengths[:, None])[..., None, None]
     fill = lambda x, with_: jnp.where(padding, with_, x)
-    results = []
-    for value in (0.0, rubbish):
-        arrays = {name: fill(x, value) if name in ("key", "value") else x for name, x in problem.arrays.items()}
-        results.append(oracle.results(oracle.Problem(arrays, problem.options, problem.cotangents), implementation))
-    for name, clean in results[0].items():
-        np.testing.assert_array_equal(clean, results[1][name], err_msg=name)
+    filled = lambda value: {
+        name: fill(x, value) if name in ("key", "value") else x for name, x in problem.arrays.items()
+    }
+    compute = oracle.program(problem, implementation)
+    clean = compute(filled(0.0))
+    for rubbish in (np.nan, np.inf, -np.inf):
+        for name, x in compute(filled(rubbish)).items():
+            np.testing.assert_array_equal(x, clean[name], err_msg=f"{name} with {rubbish} in the padding")
 
 
 @pytest.mark.parametrize("rows", [1, 13])
