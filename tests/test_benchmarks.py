@@ -134,10 +134,11 @@ def test_results_are_written_only_where_asked(tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
+@pytest.mark.torch
 def test_demo_writes_what_transformers_writes(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="the demo's peer needs transformers")
-    pytest.importorskip("torch", reason="the demo's peer needs torch")
-    tokenizers = pytest.importorskip("tokenizers", reason="the demo needs tokenizers")
+    import tokenizers
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=16,
         hidden_size=16,

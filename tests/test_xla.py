@@ -231,10 +231,11 @@ def test_padding_never_reaches_a_result(implementation, shape):
         np.random.default_rng(0), heads=4, kv_heads=2, features=8, key_value_seq_lengths=lengths, **sizes
     )
     padding = (jnp.arange(sizes["columns"]) >= lengths[:, None])[..., None, None]
-    fill = lambda x, with_: jnp.where(padding, with_, x)
-    filled = lambda value: {
-        name: fill(x, value) if name in ("key", "value") else x for name, x in problem.arrays.items()
-    }
+
+    def filled(value):
+        padded = {name: jnp.where(padding, value, problem.arrays[name]) for name in ("key", "value")}
+        return problem.arrays | padded
+
     compute = oracle.program(problem, implementation)
     clean = compute(filled(0.0))
     for rubbish in (np.nan, np.inf, -np.inf):
