@@ -27,17 +27,6 @@ def finite(highest: Array) -> Array:
     return jnp.where(highest == -jnp.inf, 0.0, highest)
 
 
-def merge(left: State, right: State) -> State:
-    """The state that saw the keys of both."""
-    highest = jnp.maximum(left.highest, right.highest)
-    left_scale, right_scale = (jnp.exp(part.highest - finite(highest)) for part in (left, right))
-    return State(
-        highest,
-        left.total * left_scale + right.total * right_scale,
-        left.weighted * left_scale + right.weighted * right_scale,
-    )
-
-
 def finish(
     state: State, sink: Float[Array, "*#R 1"] | None = None
 ) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
