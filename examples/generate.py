@@ -22,8 +22,8 @@ import numpy as np
 from checkpoints import load_checkpoint
 from jax import lax
 from jax.experimental import io_callback
-from jaxtyping import Array, Int
-from llama import Llama, LlamaConfig, cache_bytes_per_token
+from jaxtyping import Array
+from llama import Llama, LlamaConfig, cache_bytes_per_token, next_token
 from tokens import Stream, load_text
 
 import mqa_jax
@@ -40,18 +40,13 @@ class Sampling:
     temperature: float = 0.0
     end: tuple[int, ...] = ()
 
-    def next_token(self, logits: Array, key: Array) -> Int[Array, " B"]:
-        if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        return jax.random.categorical(key, logits / self.temperature)
-
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
 def prefill(model: Llama, sampling: Sampling, params: Params, cache: Any, prompt: Array, length: Array, key: Array):
     """Reads a padded prompt into the cache; returns the first new token and the cache."""
     variables = {"params": params, "cache": cache}
     logits, changed = model.apply(variables, prompt, length, last_only=True, mutable=["cache"])
-    return sampling.next_token(logits[:, -1], key), changed["cache"]
+    return next_token(logits[:, -1], sampling.temperature, key), changed["cache"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "show"), donate_argnames="cache")
@@ -71,7 +66,7 @@ def decode(
         io_callback(show, None, tokens[count - 1], ordered=True)
         variables = {"params": params, "cache": cache}
         logits, changed = model.apply(variables, tokens[count - 1][:, None], mutable=["cache"])
-        token = sampling.next_token(logits[:, -1], jax.random.fold_in(key, count))
+        token = next_token(logits[:, -1], sampling.temperature, jax.random.fold_in(key, count))
         return count + 1, tokens.at[count].set(token), changed["cache"]
 
     count, tokens, cache = lax.while_loop(unfinished, turn, (jnp.int32(1), tokens, cache))
@@ -97,7 +92,7 @@ class Generator:
         self.config, self.model = config, Llama(config)
         self.params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
         self._show: Callable[[int], None] = lambda token: None
-        self._compiled: dict[tuple[int, Sampling], tuple[Callable, Callable]] = {}
+        self._compiled: dict[tuple[int, Sampling], tuple[Callable, Callable, Callable]] = {}
 
     def __call__(
         self, prompt: list[int], sampling: Sampling, show: Callable[[int], None] = lambda token: None, seed: int = 0
@@ -109,9 +104,9 @@ class Generator:
                 f"The model was trained on {self.config.max_length} positions: prompt={len(prompt)} tokens, "
                 f"max_tokens={sampling.max_tokens}. Ask for fewer."
             )
-        run_prefill, run_decode = self._programs(padded, sampling)
+        new_cache, run_prefill, run_decode = self._programs(padded, sampling)
         self._show = show
-        cache = self._cache(padded, sampling)
+        cache = new_cache()
         cached = mqa_jax.cache_bytes(cache)
         tokens = jnp.zeros((1, padded), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt))
         keys = jax.random.split(jax.random.key(seed))
@@ -123,20 +118,21 @@ class Generator:
             np.asarray(generated)[: int(count), 0].tolist(), len(prompt), prefill_seconds, decode_seconds, cached
         )
 
-    def _programs(self, padded: int, sampling: Sampling) -> tuple[Callable, Callable]:
-        """Prefill and decode loop for prompts of up to `padded` tokens."""
+    def _programs(self, padded: int, sampling: Sampling) -> tuple[Callable, Callable, Callable]:
+        """Empty cache, prefill and decode loop for prompts of up to `padded` tokens."""
         if (padded, sampling) not in self._compiled:
             integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-            cache, key = self._cache(padded, sampling), jax.random.key(0)
+            max_length, key = padded + sampling.max_tokens, jax.random.key(0)
+            # Compiled too, because init_cache traces the whole model to find its attention.
+            new_cache = jax.jit(lambda: mqa_jax.init_cache(self.model, 1, max_length, integers(1, padded)))
+            cache = jax.eval_shape(new_cache)
             arguments = self.model, sampling
             self._compiled[padded, sampling] = (
+                new_cache.lower().compile(),
                 prefill.lower(*arguments, self.params, cache, integers(1, padded), integers(1), key).compile(),
                 decode.lower(*arguments, self._emit, self.params, cache, integers(1), key).compile(),
             )
         return self._compiled[padded, sampling]
-
-    def _cache(self, padded: int, sampling: Sampling) -> Any:
-        return mqa_jax.init_cache(self.model, 1, padded + sampling.max_tokens, jnp.zeros((1, padded), jnp.int32))
 
     def _emit(self, tokens: np.ndarray) -> None:
         self._show(int(tokens[0]))

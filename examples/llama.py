@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import mqa_jax
 
@@ -103,6 +103,11 @@ class Llama(nn.Module):
         if config.tied_embeddings:
             return embed.attend(x)
         return nn.Dense(config.vocabulary, use_bias=False, name="lm_head")(x)
+
+
+def next_token(logits: Float[Array, "B vocabulary"], temperature: float, key: PRNGKeyArray) -> Int[Array, " B"]:
+    """The most probable token at temperature 0, else one drawn from softmax(logits / temperature)."""
+    return jax.random.categorical(key, logits / temperature) if temperature else jnp.argmax(logits, axis=-1)
 
 
 def cache_bytes_per_token(

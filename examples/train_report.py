@@ -13,7 +13,7 @@ import matplotlib.figure
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from llama import Llama
+from llama import Llama, next_token
 
 import mqa_jax
 
@@ -66,7 +66,7 @@ def write(
 
     def turn(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Array]:
         logits, cache = carry
-        token = jax.random.categorical(key, logits / temperature) if temperature else jnp.argmax(logits, axis=-1)
+        token = next_token(logits, temperature, key)
         logits, changed = model.apply({"params": params, "cache": cache}, token[:, None], mutable=["cache"])
         return (logits[:, -1], changed["cache"]), token
 
