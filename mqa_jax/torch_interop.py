@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 StateDict = Mapping[str, Any]
@@ -261,8 +262,6 @@ def _concatenate(arrays: list[Any], axis: int = 0) -> Any:
     """With numpy for numpy arrays, with JAX for JAX arrays, so that JAX can differentiate a conversion."""
     if all(isinstance(x, np.ndarray) for x in arrays):
         return np.concatenate(arrays, axis)
-    import jax.numpy as jnp
-
     return jnp.concatenate(arrays, axis)
 
 

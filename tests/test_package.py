@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -59,14 +60,10 @@ def test_the_test_above_can_fail():
 
 
 def test_public_names():
-    names = {name for name, x in vars(mqa_jax).items() if not name.startswith("_") and not _is_module(x)}
+    names = {name for name, x in vars(mqa_jax).items() if not name.startswith("_") and not inspect.ismodule(x)}
     assert names == PUBLIC
     for name in names:
         assert getattr(mqa_jax, name).__doc__, name
-
-
-def _is_module(x):
-    return isinstance(x, type(sys))
 
 
 def test_the_kernels_are_not_a_package_of_their_own():

@@ -15,12 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-for package in ("chex", "matplotlib", "optax", "orbax.checkpoint", "tqdm"):
-    pytest.importorskip(package, reason=f"examples/train_lm.py needs the package {package.partition('.')[0]}")
-
-import train_lm  # noqa: E402
-from train_report import read, smooth, write, write_text  # noqa: E402
+import train_lm
+from train_report import read, smooth, write, write_text
 
 SMALL = train_lm.Settings(
     kv_heads=2, heads=4, layers=1, dim=32, hidden=64, length=32, batch=16, steps=100, learning_rate=0.02, dropout=0.1
