@@ -1,7 +1,7 @@
 """Start reading here: joins the forward and the backward pass of a fused kernel into one differentiable function.
 
 Whatever computes them, they agree on this: `forward(inputs)` returns the output and the log-sum-exp of every row
-(float32, -inf in empty rows), and these two are all that is saved for `backward`.
+(float32, -inf in empty rows), and these two are all that is saved for `backward`. No size is 0 where they are called.
 """
 
 import functools
@@ -9,10 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import refusals
 from mqa_jax.shapes import LogSumExp, Output
+
+# What the backward pass needs, under names for the policies of `jax.checkpoint` (save_only_these_names).
+OUT_NAME, LOG_SUM_EXP_NAME = "mqa_jax_out", "mqa_jax_log_sum_exp"
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,37 @@ class Kernels:
 
 def attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
     """Output and log-sum-exp, both differentiable once, in reverse mode."""
+    if 0 in (inputs.sizes.B, inputs.sizes.T, inputs.sizes.S, inputs.sizes.N):
+        return _empty(inputs)
     operands = jax.tree.map(refusals.reverse_mode_only, inputs.operands)
     return _attend(kernels, replace(inputs, operands=operands))
+
+
+@functools.cache  # the same object for the same choices, so that programs compiled for it are found again
+def by_platform(name: str | None, *choices: tuple[str | None, Kernels]) -> Kernels:
+    """Kernels that are chosen when a program is lowered: the first for its platform ("cuda"), or for all (None).
+
+    Where there are none, lowering raises; `name` says of what.
+    """
+    return Kernels(_by_platform(name, choices, "forward"), _by_platform(name, choices, "backward"))
+
+
+def _by_platform(name: str | None, choices: tuple[tuple[str | None, Kernels], ...], which: str) -> Callable:
+    ways: dict[str, Callable] = {}
+    for platform, kernels in choices:
+        ways.setdefault(platform or "default", getattr(kernels, which))
+    if list(ways) == ["default"]:
+        return ways["default"]
+    message = (
+        f"implementation={name!r} runs on {', '.join(sorted(ways))} alone, and this program is lowered for another "
+        "platform. Use implementation=None, which takes it where it can."
+    )
+
+    def elsewhere(*arguments):
+        shapes = jax.eval_shape(next(iter(ways.values())), *arguments)
+        return jax.tree.map(lambda x: refusals.where_lowered(jnp.zeros(x.shape, x.dtype), message), shapes)
+
+    return lambda *arguments: lax.platform_dependent(*arguments, **{"default": elsewhere, **ways})
 
 
 @functools.partial(jax.jit, static_argnums=0)  # a call outside jit is then compiled once, not traced anew each time
@@ -42,6 +77,7 @@ def _differentiable(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp
 def _forward(kernels: Kernels, inputs: Inputs):
     inputs = refusals.first_derivative_only(inputs)
     out, log_sum_exp = kernels.forward(inputs)
+    out, log_sum_exp = checkpoint_name(out, OUT_NAME), checkpoint_name(log_sum_exp, LOG_SUM_EXP_NAME)
     return (out, log_sum_exp), (inputs, out, log_sum_exp)
 
 
@@ -52,3 +88,10 @@ def _backward(kernels: Kernels, saved, cotangents):
 
 
 _differentiable.defvjp(_forward, _backward)
+
+
+def _empty(inputs: Inputs) -> tuple[Output, LogSumExp]:
+    """No query, or no key: every row is empty."""
+    size = inputs.sizes
+    rows = size.B, size.T, size.N
+    return jnp.zeros((*rows, size.V), inputs.dtype), jnp.full(rows, -jnp.inf, jnp.float32)

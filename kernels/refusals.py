@@ -1,6 +1,6 @@
-"""Derivatives that a fused kernel does not have, refused with a message that says what to do instead.
+"""What a fused kernel does not have, refused with a message that says what to do instead: derivatives, platforms.
 
-JAX refuses them as well, but in terms of `custom_vjp` and `while_loop`, which a user of attention never wrote.
+JAX refuses them as well, but in terms of `custom_vjp`, `while_loop` and `pallas_call`, which a user never wrote.
 """
 
 import jax
@@ -36,17 +36,22 @@ def _reverse_mode_only(x: Array) -> Array:
 
 @_reverse_mode_only.defjvp
 def _reverse_mode_only_jvp(primals, tangents):
-    return primals[0], _tangent_p.bind(tangents[0])
+    message = f"Fused attention has no forward-mode derivative (jvp, jacfwd, linearize). {_REMEDY}"
+    return primals[0], where_lowered(tangents[0], message)
 
 
-def _refuse(*_, **__):
-    raise NotImplementedError(f"Fused attention has no forward-mode derivative (jvp, jacfwd, linearize). {_REMEDY}")
+def where_lowered(x: Array, message: str) -> Array:
+    """A linear identity that can be staged, batched and transposed, which removes it, but neither run nor lowered."""
+    return _refused_p.bind(x, message=message)
 
 
-# A linear identity: it can be staged, batched and transposed (where it disappears), but neither run nor lowered.
-_tangent_p = Primitive("fused_attention_tangent")
-_tangent_p.def_impl(_refuse)
-_tangent_p.def_abstract_eval(lambda aval: aval)
-mlir.register_lowering(_tangent_p, _refuse)
-ad.deflinear(_tangent_p, lambda cotangent: [cotangent])
-batching.defvectorized(_tangent_p)
+def _refuse(*_, message: str, **__):
+    raise NotImplementedError(message)
+
+
+_refused_p = Primitive("refused")
+_refused_p.def_impl(_refuse)
+_refused_p.def_abstract_eval(lambda aval, **_: aval)
+mlir.register_lowering(_refused_p, _refuse)
+ad.deflinear(_refused_p, lambda cotangent, **_: [cotangent])
+batching.defvectorized(_refused_p)

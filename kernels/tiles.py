@@ -46,6 +46,36 @@ def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) ->
     return start, stop
 
 
+def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
+    """Keys that every query of the tile may attend to, if the queries are not padding."""
+    offset = 0 if mask.query_offset is None else mask.query_offset[0]
+    start: Index = 0
+    stop: Index = columns
+    if mask.is_causal:
+        stop = jnp.minimum(stop, offset + row_start + 1)
+    if mask.window is not None:
+        start = jnp.maximum(start, offset + row_stop - 1 - mask.window[0])
+        stop = jnp.minimum(stop, offset + row_start + mask.window[1] + 1)
+    if mask.key_lengths is not None:
+        stop = jnp.minimum(stop, mask.key_lengths[0])
+    return start, stop
+
+
+def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
+    """Queries that may attend to every key of the tile, if the keys are not padding."""
+    offset = 0 if mask.query_offset is None else mask.query_offset[0]
+    start: Index = 0
+    stop: Index = rows
+    if mask.is_causal:
+        start = jnp.maximum(start, column_stop - 1 - offset)
+    if mask.window is not None:
+        start = jnp.maximum(start, column_stop - 1 - mask.window[1] - offset)
+        stop = jnp.minimum(stop, column_start + mask.window[0] - offset + 1)
+    if mask.query_lengths is not None:
+        stop = jnp.minimum(stop, mask.query_lengths[0])
+    return start, stop
+
+
 def tile_range(start: Index, stop: Index, tile: int, tiles: int) -> tuple[Array, Array]:
     """Numbers of the tiles that a range of positions touches."""
     first = jnp.clip(start // tile, 0, tiles)

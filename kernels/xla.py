@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -13,15 +12,11 @@ from mqa_jax.shapes import LogSumExp, Output
 
 
 def forward(inputs: Inputs) -> tuple[Output, LogSumExp]:
-    if _nothing_to_do(inputs.sizes):
-        return _empty(inputs)
     return lax.platform_dependent(inputs, cpu=_forward_on_cpu, default=_forward_on_accelerator)
 
 
 def backward(inputs: Inputs, out: Output, log_sum_exp: LogSumExp, d_out: Output, d_log_sum_exp: LogSumExp) -> Operands:
     arguments = inputs, out, log_sum_exp, d_out, d_log_sum_exp
-    if _nothing_to_do(inputs.sizes):
-        return jax.tree.map(jnp.zeros_like, inputs.operands)
     with_tiles = lambda tiles: functools.partial(xla_backward.backward, shape=tiles(inputs.sizes))
     return lax.platform_dependent(*arguments, cpu=with_tiles(tiles_for_cpu), default=with_tiles(tiles_for_accelerator))
 
@@ -66,14 +61,3 @@ def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, LogSumExp]:
     if inputs.sizes.T == 1:
         return xla_decode.forward(inputs, xla_decode.PLAIN)
     return xla_forward.forward(inputs, tiles_for_accelerator(inputs.sizes))
-
-
-def _nothing_to_do(size: Sizes) -> bool:
-    return 0 in (size.B, size.T, size.S, size.N)
-
-
-def _empty(inputs: Inputs) -> tuple[Output, LogSumExp]:
-    """No query, or no key: every row is empty."""
-    size = inputs.sizes
-    rows = size.B, size.T, size.N
-    return jnp.zeros((*rows, size.V), inputs.dtype), jnp.full(rows, -jnp.inf, jnp.float32)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import online_softmax
+from mqa_jax.kernels import online_softmax, row_terms
 from mqa_jax.kernels.xla_tile import ZERO, Place, Scores, TileShape, Tiling
 from mqa_jax.shapes import LogSumExp, Output
 
@@ -52,7 +52,7 @@ def backward(
 ) -> Operands:
     """For each tile of keys, all tiles of queries that see it; five matrix products a tile."""
     tiling, operands = Tiling(inputs, shape), inputs.operands
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_log_sum_exp  # [B, T, N]
+    delta = row_terms.delta(out, d_out, d_log_sum_exp)
     saved = Saved(operands.query, d_out, log_sum_exp[..., None], delta[..., None])
 
     def key_tile(index: Array, sums: Sums) -> Sums:
@@ -129,14 +129,5 @@ def gradients(inputs: Inputs, sums: Sums, log_sum_exp: LogSumExp, delta: Float[A
         value=like(sums.value, operands.value),
         bias=like(sums.bias, operands.bias),
         alibi_slopes=like(sums.alibi_slopes, operands.alibi_slopes),
-        sinks=like(d_sinks(operands.sinks, log_sum_exp, delta), operands.sinks),
+        sinks=like(row_terms.d_sinks(operands.sinks, log_sum_exp, delta), operands.sinks),
     )
-
-
-def d_sinks(sinks: Array | None, log_sum_exp: LogSumExp, delta: Float[Array, "B T N"]) -> Array | None:
-    """A sink is a score whose value is 0: its gradient is -p * D, where its weight p is 0 in rows without keys."""
-    if sinks is None:
-        return None
-    empty = log_sum_exp == -jnp.inf
-    weight = jnp.where(empty, 0.0, jnp.exp(sinks.astype(jnp.float32) - online_softmax.finite(log_sum_exp)))
-    return -jnp.sum(weight * delta, axis=(0, 1))

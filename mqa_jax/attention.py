@@ -13,7 +13,7 @@ from mqa_jax import cudnn, reference
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import flash, xla
+from mqa_jax.kernels import flash, triton, xla
 from mqa_jax.options import Options
 
 
@@ -22,24 +22,27 @@ class Implementation:
     """One way to compute attention.
 
     Attributes:
-      run: output and log-sum-exp (None if it has none) of inputs with one batch axis.
+      compute: output and log-sum-exp (None if it has none) of inputs with one batch axis. Kernels may be taken by
+        `implementation=None`; a plain function, which JAX differentiates, only runs where it is asked for.
       cannot: why it cannot compute this call, or None if it can.
-      automatic: whether `implementation=None` may take it.
+      platform: the only one that it runs on, as in `jax.lax.platform_dependent`; None is all.
     """
 
-    run: Callable[[Inputs], tuple[Array, Array | None]]
+    compute: flash.Kernels | Callable[[Inputs], tuple[Array, Array | None]]
     cannot: Callable[[Inputs], str | None] = lambda inputs: None
-    automatic: bool = True
+    platform: str | None = None
 
 
 # In the order in which `implementation=None` tries them.
 IMPLEMENTATIONS = {
+    # Hand-written for NVIDIA GPUs. JAX has deprecated what it is written in; Mosaic GPU kernels would go above it.
+    "triton": Implementation(flash.Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda"),
     # Runs everywhere and does everything, in linear memory; which tiles it uses is settled per platform at lowering.
-    "xla": Implementation(functools.partial(flash.attend, flash.Kernels(xla.forward, xla.backward))),
-    # The oracle, and the way to second derivatives and forward mode. Builds [B, N, T, S], so never chosen unasked.
-    "reference": Implementation(jax.jit(reference.forward), automatic=False),
+    "xla": Implementation(flash.Kernels(xla.forward, xla.backward)),
+    # The oracle, and the way to second derivatives and forward mode. It builds [B, N, T, S].
+    "reference": Implementation(jax.jit(reference.forward)),
     # NVIDIA's, through jax.nn. It wants the GPU when the call is traced, so it cannot be chosen when it is lowered.
-    "cudnn": Implementation(cudnn.forward, cudnn.cannot, automatic=False),
+    "cudnn": Implementation(cudnn.forward, cudnn.cannot),
 }
 
 
@@ -109,7 +112,10 @@ def dot_product_attention(
       NotImplementedError: the named implementation cannot compute this call.
 
     Implementations:
-      None: the first of these that can; today 'xla', which always can.
+      None: the first of these that can compute the call and runs on the platform that the program is lowered for:
+        'triton' on an NVIDIA GPU, else 'xla', which always can.
+      'triton': FlashAttention-2 as Pallas-Triton kernels, for NVIDIA GPUs from compute capability 8.0; one derivative,
+        in reverse mode. K/V, dK and dV exist at the size of the key/value heads only.
       'xla': FlashAttention-2 in plain XLA, on every platform. Memory linear in T and S; tiles that the mask empties
         are not computed; one derivative, in reverse mode.
       'reference': a textbook, memory N * T * S; derivatives of any order and mode.
@@ -139,14 +145,13 @@ def dot_product_attention(
         precision=precision,
     )
     inputs = checked_inputs(query, key, value, bias, mask, options)
-    name = choose(implementation, inputs)
-    out, log_sum_exp = over_flat_batch(IMPLEMENTATIONS[name].run, inputs)
+    out, log_sum_exp = over_flat_batch(choose(implementation, inputs), inputs)
     if not return_residual:
         return out
     if log_sum_exp is None:
         raise NotImplementedError(
-            f"implementation={name!r} has no differentiable float32 log-sum-exp: return_residual={return_residual}. "
-            "Use implementation=None."
+            f"implementation={implementation!r} has no differentiable float32 log-sum-exp: "
+            f"return_residual={return_residual}. Use implementation=None."
         )
     return out, log_sum_exp
 
@@ -159,13 +164,18 @@ def attention_with_weights(
     return over_flat_batch(jax.jit(reference.forward_with_weights), inputs)
 
 
-def choose(implementation: str | None, inputs: Inputs) -> str:
-    """The name of the implementation that computes these inputs."""
+def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tuple[Array, Array | None]]:
+    """What computes these inputs."""
     if implementation is None:
-        return next(name for name, way in IMPLEMENTATIONS.items() if way.automatic and way.cannot(inputs) is None)
+        able = [way for way in IMPLEMENTATIONS.values() if way.cannot(inputs) is None]
+        kernels = tuple((way.platform, way.compute) for way in able if isinstance(way.compute, flash.Kernels))
+        return functools.partial(flash.attend, flash.by_platform(None, *kernels))
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}.")
-    reason = IMPLEMENTATIONS[implementation].cannot(inputs)
+    way = IMPLEMENTATIONS[implementation]
+    reason = way.cannot(inputs)
     if reason is not None:
         raise NotImplementedError(f"implementation={implementation!r} cannot compute this call: {reason}.")
-    return implementation
+    if not isinstance(way.compute, flash.Kernels):
+        return way.compute
+    return functools.partial(flash.attend, flash.by_platform(implementation, (way.platform, way.compute)))

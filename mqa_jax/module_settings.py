@@ -5,17 +5,18 @@ from typing import Any
 from mqa_jax.attention import IMPLEMENTATIONS
 from mqa_jax.norms import check_norm_type
 
-# Upstream's names for the way attention is computed: "torch" was plain PyTorch, the other two fused GPU kernels.
+# Upstream's names for the way attention is computed: "torch" was plain PyTorch, the other two fused GPU kernels. Models
+# are to run with them on every platform, so "triton" is not the implementation of that name, which wants a GPU.
 UPSTREAM_IMPLEMENTATIONS = {"torch": "xla", "flash": None, "triton": None}
 
 
 def implementation_of(attn_impl: str | None) -> str | None:
     """The `implementation` of `dot_product_attention` that a module's `attn_impl` means."""
-    if attn_impl is None or attn_impl in IMPLEMENTATIONS:
-        return attn_impl
     if attn_impl in UPSTREAM_IMPLEMENTATIONS:
         return UPSTREAM_IMPLEMENTATIONS[attn_impl]
-    names = [None, *UPSTREAM_IMPLEMENTATIONS, *IMPLEMENTATIONS]
+    if attn_impl is None or attn_impl in IMPLEMENTATIONS:
+        return attn_impl
+    names = [None, *dict.fromkeys([*UPSTREAM_IMPLEMENTATIONS, *IMPLEMENTATIONS])]
     raise ValueError(f"Unknown attn_impl={attn_impl!r}: use one of {names}.")
 
 

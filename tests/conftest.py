@@ -1,5 +1,6 @@
 """Settings for the whole suite. Strict where JAX is lenient; fast to compile rather than fast to run."""
 
+import functools
 import importlib.util
 import os
 
@@ -8,11 +9,9 @@ import jax
 import jaxlib
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Tests compile thousands of small programs once each. Nothing here changes what a program computes. XLA reads it when
-# the first array is made.
+# Tests compile thousands of small programs once each. Nothing here changes what a program computes.
 FAST_TO_COMPILE = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -20,7 +19,6 @@ FAST_TO_COMPILE = [
 ]
 if jaxlib.__version__.startswith("0.10."):  # later ones have no such flag any more, and end the process
     FAST_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FAST_TO_COMPILE))
 
 hypothesis.settings.register_profile(
     "suite",
@@ -50,3 +48,38 @@ def pytest_runtest_setup(item):
     """Tests marked `torch` import it themselves, so that each of them is counted where it is not there."""
     if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
         pytest.skip("the extra `torch` is not installed")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the Triton kernels on a GPU, and no test without them")
+
+
+def pytest_configure(config):
+    if not config.getoption("--gpu"):
+        jax.config.update("jax_platforms", "cpu")
+        os.environ.setdefault("XLA_FLAGS", " ".join(FAST_TO_COMPILE))  # read when the first array is made
+
+
+def pytest_collection_modifyitems(config, items):
+    """On a GPU only what tells something about kernels; elsewhere what needs one is skipped, counted and named."""
+    if config.getoption("--gpu"):
+        chosen = [item for item in items if "kernels" in item.fixturenames or item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip("a GPU and the option --gpu are wanted"))
+
+
+@pytest.fixture
+def kernels(monkeypatch, request):
+    """The Triton kernels as the implementation "kernels": in interpret mode, or with --gpu compiled, on the GPU."""
+    from mqa_jax import attention  # not before jaxtyping has hooked into the import of the kernels
+    from mqa_jax.kernels import flash, triton
+
+    interpret = not request.config.getoption("--gpu")
+    forward = functools.partial(triton.forward, interpret=interpret)
+    backward = functools.partial(triton.backward, interpret=interpret)
+    way = attention.Implementation(flash.Kernels(forward, backward), triton.cannot)
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "kernels", way)

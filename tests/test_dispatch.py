@@ -1,5 +1,6 @@
 """Which implementation runs: proved by what ran, not by what came out."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,51 +10,75 @@ import pytest
 
 import mqa_jax
 from mqa_jax import attention
+from mqa_jax.kernels import flash
 
 HALF = [jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, n, 8)), jnp.bfloat16) for n in (4, 2, 2)]
 
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Names of the implementations, in the order in which they run."""
+    """Names of the implementations, in the order in which they run (not in which they are traced)."""
     names = []
 
-    def watched(name, way):
+    def watched(name, compute):
         def run(inputs):
-            names.append(name)
-            return way.run(inputs)
+            jax.debug.callback(lambda: names.append(name))
+            return compute(inputs)
 
-        return attention.Implementation(run, way.cannot, way.automatic)
+        return run
 
-    table = {name: watched(name, way) for name, way in attention.IMPLEMENTATIONS.items()}
-    monkeypatch.setattr(attention, "IMPLEMENTATIONS", table)
+    for name, way in attention.IMPLEMENTATIONS.items():
+        if isinstance(way.compute, flash.Kernels):
+            compute: Any = replace(way.compute, forward=watched(name, way.compute.forward))
+        else:
+            compute = watched(name, way.compute)
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, name, replace(way, compute=compute))
     return names
 
 
-def test_none_is_xla_for_every_call(ran):
+def test_none_is_xla_on_a_cpu(ran):
     mqa_jax.dot_product_attention(*HALF)
     mqa_jax.dot_product_attention(*HALF, sinks=jnp.ones(4), dropout_rate=0.1, dropout_rng=jax.random.key(0))
+    jax.effects_barrier()
     assert ran == ["xla", "xla"]
 
 
 @pytest.mark.parametrize("name", ["xla", "reference"])
 def test_a_name_is_that_one(ran, name):
     mqa_jax.dot_product_attention(*HALF, implementation=name)
+    jax.effects_barrier()
     assert ran == [name]
 
 
-def test_none_takes_the_first_that_can(monkeypatch, ran):
-    answer = lambda inputs: (jnp.zeros_like(inputs.operands.query), None)
+def _answer(number: float) -> flash.Kernels:
+    """Kernels that say who they are."""
+
+    def forward(inputs):
+        return jnp.full_like(inputs.operands.query, number), jnp.zeros(inputs.operands.query.shape[:3], jnp.float32)
+
+    return flash.Kernels(forward, lambda inputs, *_: jax.tree.map(lambda x: jnp.full_like(x, number), inputs.operands))
+
+
+def test_none_takes_the_first_that_can_on_this_platform(monkeypatch):
     table = {
-        "cannot": attention.Implementation(answer, lambda inputs: "it is Tuesday"),
-        "unasked": attention.Implementation(answer, automatic=False),
-        **attention.IMPLEMENTATIONS,
+        "of Tuesday": attention.Implementation(_answer(1), cannot=lambda inputs: "it is Wednesday"),
+        "elsewhere": attention.Implementation(_answer(2), platform="tpu"),
+        "function": attention.Implementation(lambda inputs: _answer(3).forward(inputs)),
+        "here": attention.Implementation(_answer(4), platform="cpu"),
+        "later": attention.Implementation(_answer(5), platform="cpu"),
+        "anywhere": attention.Implementation(_answer(6)),
     }
     monkeypatch.setattr(attention, "IMPLEMENTATIONS", table)
-    mqa_jax.dot_product_attention(*HALF)
-    assert ran == ["xla"]
-    with pytest.raises(NotImplementedError, match="'cannot' cannot compute this call: it is Tuesday"):
-        mqa_jax.dot_product_attention(*HALF, implementation="cannot")
+    attend = lambda query, name=None: mqa_jax.dot_product_attention(query, *HALF[1:], implementation=name)
+    assert (attend(HALF[0]) == 4).all()
+    assert (jax.grad(lambda query: attend(query).astype(jnp.float32).sum())(HALF[0]) == 4).all()
+    assert (attend(HALF[0], "later") == 5).all()
+    del table["here"], table["later"]
+    assert (attend(HALF[0]) == 6).all()
+    with pytest.raises(NotImplementedError, match="'of Tuesday' cannot compute this call: it is Wednesday"):
+        attend(HALF[0], "of Tuesday")
+    with pytest.raises(NotImplementedError, match="'elsewhere' runs on tpu alone"):
+        attend(HALF[0], "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -62,12 +87,14 @@ def test_none_takes_the_first_that_can(monkeypatch, ran):
 )
 def test_attn_impl_of_the_modules(ran, attn_impl, name):
     mqa_jax.MultiQueryAttention(16, 4, attn_impl=attn_impl).init_with_output(jax.random.key(0), jnp.ones((2, 5, 16)))
+    jax.effects_barrier()
     assert ran == [name]
 
 
 @pytest.mark.parametrize(("flash", "name"), [(True, "xla"), (False, "reference")])
 def test_flash_of_flash_attention(ran, flash, name):
     mqa_jax.FlashAttention(flash=flash).apply({}, *[x.swapaxes(1, 2) for x in HALF])
+    jax.effects_barrier()
     assert ran == [name]
 
 

@@ -15,6 +15,10 @@ import pytest
 
 import mqa_jax
 from mqa_jax import torch_interop
+from mqa_jax.checks import checked_inputs
+from mqa_jax.kernels import tile_config
+from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.options import Options
 
 RNG = jax.random.key(0)
 ones = jnp.ones
@@ -100,7 +104,7 @@ FUNCTION = {
     "no rng": (lambda: attend(dropout_rate=0.1), r"dropout_rate=0.1 needs a key: pass dropout_rng=jax.random.key"),
     "implementation": (
         lambda: attend(implementation="tritn"),
-        r"Unknown implementation='tritn': use None or one of \['cudnn', 'reference', 'xla'\]",
+        r"Unknown implementation='tritn': use None or one of \['cudnn', 'reference', 'triton', 'xla'\]",
     ),
 }
 
@@ -228,8 +232,26 @@ TORCH = {
     ),
 }
 
+KERNELS: dict[str, Any] = {
+    "rows of a tile": (lambda: TileConfig(24, 16, 4, 2), r"rows must be a power of two from 16 on: rows=24"),
+    "features of a tile": (
+        lambda: TileConfig(16, 16, 4, 2, 8),
+        r"features must be a power of two from 16 on: features=8",
+    ),
+    "stages of a tile": (lambda: TileConfig(16, 16, 4, 0), r"stages must be at least 1: stages=0"),
+    "architecture": (
+        lambda: tile_config.assuming("sm70").__enter__(),
+        r"architecture must be one of \('sm80', 'sm89', 'sm90', 'sm100'\): architecture='sm70'",
+    ),
+    "no entry in the table": (
+        lambda: tile_config.choose("sideways", checked_inputs(QUERY, KEY, KEY, None, None, Options())),
+        r"no tiles for direction='sideways', dtype='float32', head_dim=8.*python -m benchmarks.tune",
+    ),
+}
+
 VALUE_ERRORS = {**{f"function: {k}": v for k, v in FUNCTION.items()}, **{f"module: {k}": v for k, v in MODULES.items()}}
 VALUE_ERRORS |= {**{f"cache: {k}": v for k, v in CACHE.items()}, **{f"torch: {k}": v for k, v in TORCH.items()}}
+VALUE_ERRORS |= {f"kernels: {k}": v for k, v in KERNELS.items()}
 
 
 @pytest.mark.parametrize("name", VALUE_ERRORS)
@@ -247,6 +269,23 @@ def _cudnn_residual():
     """As on a GPU, where cuDNN answers."""
     with mock.patch.object(jax.nn, "dot_product_attention", lambda query, *_, **__: query):
         return cudnn(return_residual=True)
+
+
+triton = functools.partial(attend, implementation="triton")
+
+
+def _on_an_old_gpu():
+    with mock.patch.object(tile_config, "capability_at_hand", return_value=75):
+        return triton()
+
+
+def _with_a_large_mask():
+    query, key = (
+        jax.ShapeDtypeStruct((1, 2**16, 1, 8), jnp.float32),
+        jax.ShapeDtypeStruct((1, 2**15, 1, 8), jnp.float32),
+    )
+    mask = jax.ShapeDtypeStruct((2**16, 2**15), bool)
+    return jax.eval_shape(lambda q, k, m: triton(q, k, mask=m), query, key, mask)
 
 
 mha = functools.partial(nn.MultiHeadDotProductAttention, num_heads=4, attention_fn=mqa_jax.attention_fn)
@@ -270,6 +309,21 @@ NOT_POSSIBLE: dict[str, Any] = {
     "cudnn: nothing": (lambda: cudnn(key=ones((2, 0, 2, 8), jnp.bfloat16)), r"no queries or keys"),
     "cudnn: residual": (_cudnn_residual, r"'cudnn' has no differentiable float32 log-sum-exp.*Use implementation=None"),
     "cudnn: no GPU": (cudnn, r"needs an NVIDIA GPU and cuDNN.*platform='cpu'\); use implementation=None"),
+    "triton: no GPU": (triton, r"'triton' runs on cuda alone, and this program is lowered for another platform.*Use"),
+    "triton: head size": (
+        lambda: triton(ones((2, 5, 4, 264)), ones((2, 7, 2, 264))),
+        r"'triton' cannot compute this call: head sizes of at most 256 only \(H=264, V=264\); use implementation=None",
+    ),
+    "triton: precision": (
+        lambda: triton(precision="BF16_BF16_F32_X3"),
+        r"products of float32, or of tf32 where the precision says so \(inputs.precision='BF16_BF16_F32_X3'\)",
+    ),
+    "triton: mixed precision": (lambda: triton(precision=("high", "highest")), r"precision=\('high', 'highest'\)"),
+    "triton: mask": (
+        _with_a_large_mask,
+        r"a boolean mask of less than 2 GiB only \(allowed.shape=\(1, 1, 65536, 32768",
+    ),
+    "triton: old GPU": (_on_an_old_gpu, r"GPUs from compute capability 8.0 on only \(this one: 7.5\)"),
     "jvp": (lambda: jax.jvp(attend, (QUERY,), (QUERY,)), r"no forward-mode derivative.*implementation='reference'"),
     "linearize": (lambda: jax.linearize(attend, QUERY)[1](QUERY), r"forward-mode.*implementation='reference'"),
     "second derivative": (

@@ -84,7 +84,8 @@ def test_one_trace_for_all_values_of_traced_options():
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_lowering_for_a_platform_that_is_not_here(platform):
     """What runs is settled when it is lowered; the default device of this process has no say."""
-    traced = jax.jit(gradient).trace(*ARRAYS)
+    loss = lambda *arrays: jnp.sum(attend(*arrays, implementation="xla") ** 2)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*ARRAYS)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.while" in text
     others = [traced.lower(lowering_platforms=(other,)).as_text() for other in ("cpu", "cuda")]
@@ -92,10 +93,13 @@ def test_lowering_for_a_platform_that_is_not_here(platform):
     assert text == others[platform != "cpu"]
 
 
-def test_export_and_back():
+@pytest.mark.parametrize(("implementation", "platforms"), [(None, ["cpu"]), ("xla", ["cpu", "cuda"])])
+def test_export_and_back(implementation, platforms):
+    """For several platforms at once only without Pallas, of which JAX lowers all for all of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        exported = export.export(jax.jit(attend), platforms=("cpu", "cuda"))(*ARRAYS)
+        function = jax.jit(functools.partial(attend, implementation=implementation))
+        exported = export.export(function, platforms=platforms)(*ARRAYS)
         again = export.deserialize(exported.serialize())
     close(again.call(*ARRAYS), attend(*ARRAYS))
 

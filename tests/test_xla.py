@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import problems
 import pytest
 from hypothesis import strategies as st
 
@@ -20,80 +21,17 @@ from mqa_jax.kernels import flash, xla, xla_backward, xla_decode, xla_forward
 from mqa_jax.kernels.xla_tile import TileShape
 from mqa_jax.masks import Mask
 
-HEADS = [(4, 4), (6, 3), (4, 1), (1, 1), (7, 1)]  # (query, key/value): MHA, GQA, MQA, one head, an odd group
-
-
-@st.composite
-def problems(draw):
-    """Any combination of options on small awkward shapes."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    batch = draw(st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 2)]))
-    rows, columns = draw(st.sampled_from([1, 2, 5, 13, 37])), draw(st.sampled_from([1, 3, 11, 16, 41]))
-    heads, kv_heads = draw(st.sampled_from(HEADS))
-    size = int(np.prod(batch, dtype=int))
-    chance = lambda: draw(st.booleans())
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
-    integers = lambda low, high, *shape: jnp.asarray(rng.integers(low, high, shape), jnp.int32)
-
-    def shared(*shape):
-        """Some axes of a bias or mask are shared."""
-        return tuple(1 if draw(st.booleans()) else n for n in shape)
-
-    pairs = (*batch, heads, rows, columns)
-    options: dict[str, Any] = {}
-    if chance():
-        options["is_causal"] = True
-    if chance():
-        low, high = -rows, columns
-        options["query_offset"] = integers(low, high, *batch) if chance() else int(rng.integers(low, high))
-    if chance():
-        options["local_window_size"] = draw(st.sampled_from([0, 3, (5, 0), (0, 4), (40, 2)]))
-    if chance():
-        options["query_seq_lengths"] = integers(0, rows + 1, *batch)
-    if chance():
-        options["key_value_seq_lengths"] = integers(0, columns + 1, *batch)
-    if chance():
-        options["query_segment_ids"] = jnp.sort(integers(0, 3, *batch, rows))
-        options["key_value_segment_ids"] = jnp.sort(integers(0, 3, *batch, columns))
-    if chance():
-        options["mask"] = normal(*shared(*pairs)) > -0.5
-    if chance():
-        options["bias"] = normal(*shared(*pairs))
-    if chance():
-        options["logits_soft_cap"] = 1.5
-    if chance():
-        options["alibi_slopes"] = normal(heads) / 8
-    if chance():
-        options["sinks"] = normal(heads)
-    if chance():
-        options["dropout_rate"], options["dropout_rng"] = 0.25, jax.random.key(int(rng.integers(99)))
-    if chance():
-        options["scale"] = 0.3
-    hypothesis.event(f"{len(options)} options, {size * rows * columns} pairs")
-    return oracle.random_problem(
-        rng,
-        batch=batch,
-        rows=rows,
-        columns=columns,
-        heads=heads,
-        kv_heads=kv_heads,
-        features=draw(st.sampled_from([5, 8])),
-        value_features=draw(st.sampled_from([8, 3])),
-        **options,
-    )
-
 
 def tiled(monkeypatch, shape: TileShape) -> str:
     """Registers the kernels with tiles of this shape, however small, under a name of their own."""
     kernels = flash.Kernels(
         functools.partial(xla_forward.forward, shape=shape), functools.partial(xla_backward.backward, shape=shape)
     )
-    way = attention.Implementation(functools.partial(flash.attend, kernels))
-    monkeypatch.setitem(attention.IMPLEMENTATIONS, "tiled", way)
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "tiled", attention.Implementation(kernels))
     return "tiled"
 
 
-@hypothesis.given(problems(), st.data())
+@hypothesis.given(problems.problems(), st.data())
 @hypothesis.settings(max_examples=25)
 def test_every_combination_of_options_in_small_tiles(problem, data):
     """Most shapes then need several tiles, of which the last ones are moved back inside the array."""
@@ -110,35 +48,17 @@ def test_every_combination_of_options_in_small_tiles(problem, data):
     oracle.judge_float32(fast, oracle.results(problem, "reference"))
 
 
-@hypothesis.given(problems())
+@hypothesis.given(problems.problems())
 @hypothesis.settings(max_examples=6)
 def test_every_combination_of_options_as_users_call_it(problem):
     oracle.judge_float32(oracle.results(problem, None), oracle.results(problem, "reference"))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(
-    ("rows", "columns", "heads", "kv_heads", "features", "value_features", "options"),
-    [
-        (113, 203, 6, 2, 80, 80, {}),
-        (239, 239, 4, 4, 64, 64, {"is_causal": True}),
-        (97, 97, 71, 1, 16, 16, {"is_causal": True}),
-        (127, 131, 8, 1, 40, 24, {"logits_soft_cap": 5.0, "scale": 0.3}),
-    ],
-)
-def test_precision(monkeypatch, dtype, rows, columns, heads, kv_heads, features, value_features, options):
+@pytest.mark.parametrize("sizes", problems.FOR_PRECISION, ids=str)
+def test_precision(monkeypatch, dtype, sizes):
     """In each dtype, at most twice the error of a plain computation in that dtype: output, LSE and gradients."""
-    problem = oracle.random_problem(
-        np.random.default_rng(0),
-        batch=(1,),
-        rows=rows,
-        columns=columns,
-        heads=heads,
-        kv_heads=kv_heads,
-        features=features,
-        value_features=value_features,
-        **options,
-    ).astype(dtype)
+    problem = oracle.random_problem(np.random.default_rng(0), **sizes).astype(dtype)
     plain, reference = oracle.plain_results(problem), oracle.results(problem.astype(jnp.float32), "reference")
     for upcast in (True, False):  # products as on CPUs, and as on accelerators
         fast = oracle.results(problem, tiled(monkeypatch, TileShape(32, 64, 1, upcast)))
@@ -222,7 +142,8 @@ NAN_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", NAN_OPTIONS)
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("implementation", ["xla", "reference", "kernels"])
 def test_padding_never_reaches_a_result(implementation, shape):
     """Whatever lies beyond the lengths, outputs and gradients are those with zeros there."""
     sizes = NAN_OPTIONS[shape]
@@ -244,7 +165,8 @@ def test_padding_never_reaches_a_result(implementation, shape):
 
 
 @pytest.mark.parametrize("rows", [1, 13])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("implementation", ["xla", "reference", "kernels"])
 def test_a_masked_key_may_hold_anything(implementation, rows):
     problem = oracle.random_problem(
         np.random.default_rng(0), batch=(8,), rows=rows, columns=11, heads=4, kv_heads=2, features=8
@@ -255,7 +177,8 @@ def test_a_masked_key_may_hold_anything(implementation, rows):
     np.testing.assert_array_equal(attend(**spoilt), attend(**problem.arrays))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("implementation", ["xla", "reference", "kernels"])
 @pytest.mark.parametrize(("batch", "rows", "columns"), [((2,), 0, 5), ((2,), 5, 0), ((0,), 5, 4), ((), 0, 0)])
 def test_nothing_to_attend(implementation, batch, rows, columns):
     problem = oracle.random_problem(
@@ -276,7 +199,8 @@ def test_nothing_to_attend(implementation, batch, rows, columns):
     assert all(not results[f"d_{name}"].any() for name in problem.arrays)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("implementation", ["xla", "reference", "kernels"])
 def test_a_bias_of_the_lowest_number_is_not_a_mask(implementation):
     """finfo.min everywhere leaves all keys equally likely, as in torch; -inf everywhere leaves none."""
     problem = oracle.random_problem(np.random.default_rng(0), rows=3, columns=5, heads=2, kv_heads=1, features=8)

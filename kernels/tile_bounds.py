@@ -1,0 +1,118 @@
+"""Which tiles each program of a kernel visits, and which of them the mask cannot touch: arrays that a kernel reads.
+
+A tile of queries visits the key tiles [start, stop). Of these [full_start, full_stop) need no masking at all: the mask
+hides no pair in them and they end inside the array. With 4 x 4 tiles and a causal window of two tiles:
+
+    query tile 0    m . . .    start 0  full 0:0  stop 1          . never visited
+    query tile 1    m m . .    start 0  full 0:0  stop 2          m visited with the mask
+    query tile 2    m f m .    start 0  full 1:2  stop 3          f visited without it
+    query tile 3    . m f m    start 1  full 2:3  stop 4
+
+The same table from the side of the keys serves the gradients of keys and values. It is plain JAX, before the kernel.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from mqa_jax.inputs import Sizes
+from mqa_jax.kernels import tiles
+from mqa_jax.masks import Mask
+from mqa_jax.shapes import positions
+
+Bounds = Int[Array, "#B tiles 4"]  # start, full_start, full_stop, stop
+
+
+def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
+    """For each tile of queries, the tiles of keys."""
+    needs_mask = mask.allowed is not None
+
+    def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
+        start, stop = tile * rows, jnp.minimum((tile + 1) * rows, sizes.T)
+        some = tiles.key_range(mask, start, stop, sizes.S)
+        every = (0, 0) if needs_mask else tiles.full_key_range(mask, start, stop, sizes.S)
+        return *some, *every
+
+    ranges = _for_each_tile(mask, of_tile, _tiles(sizes.T, rows))
+    related = _related(mask.query_segments, mask.key_segments, rows, columns)
+    return _bounds(ranges, columns, _tiles(sizes.S, columns), related)
+
+
+def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
+    """For each tile of keys, the tiles of queries. What lies beyond the last key is left to the kernel."""
+    needs_mask = mask.allowed is not None
+
+    def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
+        start, stop = tile * columns, jnp.minimum((tile + 1) * columns, sizes.S)
+        some = tiles.row_range(mask, start, stop, sizes.T)
+        every = (0, 0) if needs_mask else tiles.full_row_range(mask, start, stop, sizes.T)
+        return *some, *every
+
+    ranges = _for_each_tile(mask, of_tile, _tiles(sizes.S, columns))
+    related = _related(mask.key_segments, mask.query_segments, columns, rows)
+    return _bounds(ranges, rows, _tiles(sizes.T, rows), related)
+
+
+def _tiles(length: int, tile: int) -> int:
+    return -(-length // tile)
+
+
+def _for_each_tile(mask, of_tile, count: int) -> tuple[Array, ...]:
+    """`of_tile(mask of one batch row, number of the tile)` for all, each `[#B, count]`."""
+    vectors = replace(mask, allowed=None, query_segments=None, key_segments=None)
+    batch = max([x.shape[0] for x in jax.tree.leaves(vectors)], default=1)
+    vectors = jax.tree.map(lambda x: jnp.broadcast_to(x, batch)[:, None], vectors)  # one entry for each mapped row
+    for_one_row = jax.vmap(of_tile, in_axes=(None, 0), out_axes=0)
+    for_batch = jax.vmap(for_one_row, in_axes=(0, None)) if jax.tree.leaves(vectors) else for_one_row
+    found = for_batch(vectors, positions(count))
+    return tuple(jnp.broadcast_to(x, (batch, count)) for x in found)
+
+
+def _bounds(ranges: tuple[Array, ...], tile: int, count: int, related) -> Bounds:
+    """From ranges of positions to ranges of tiles: outwards for those visited, inwards for those without mask."""
+    start, stop, full_start, full_stop = ranges
+    start, stop = tiles.tile_range(start, stop, tile, count)
+    full_start, full_stop = -(-full_start // tile), full_stop // tile
+    if related is not None:
+        some, every = _hull(related[0]), _first_run(related[1])
+        start, stop = jnp.maximum(start, some[0]), jnp.minimum(stop, some[1])
+        full_start, full_stop = jnp.maximum(full_start, every[0]), jnp.minimum(full_stop, every[1])
+    stop = jnp.maximum(start, stop)
+    full_start = jnp.clip(full_start, start, stop)
+    full_stop = jnp.clip(full_stop, full_start, stop)
+    return jnp.stack([start, full_start, full_stop, stop], axis=-1).astype(jnp.int32)
+
+
+def _related(own, other, own_tile: int, other_tile: int) -> tuple[Bool[Array, "B X Y"], Bool[Array, "B X Y"]] | None:
+    """Which pairs of tiles may share a segment, as the ranges of their ids overlap; and which share a single one."""
+    if own is None:
+        return None
+    own_low, own_high = (x[:, :, None] for x in _extremes(own, own_tile))
+    other_low, other_high = (x[:, None, :] for x in _extremes(other, other_tile))
+    some = (own_low <= other_high) & (other_low <= own_high)
+    every = (own_low == own_high) & (other_low == other_high) & (own_low == other_low)
+    return some, every
+
+
+def _extremes(segments: Int[Array, "B X"], tile: int) -> tuple[Array, Array]:
+    """Lowest and highest id in each tile."""
+    padding = -segments.shape[1] % tile
+    tiled = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge").reshape(segments.shape[0], -1, tile)
+    return jnp.min(tiled, axis=-1), jnp.max(tiled, axis=-1)
+
+
+def _hull(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
+    """First tile that is related, and the one after the last; (0, 0) if there is none."""
+    count = related.shape[-1]
+    stop = jnp.where(jnp.any(related, axis=-1), count - jnp.argmax(related[..., ::-1], axis=-1), 0)
+    return jnp.argmax(related, axis=-1), stop
+
+
+def _first_run(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
+    """The first contiguous run; the only one where ids are sorted."""
+    start = jnp.argmax(related, axis=-1)
+    ended = ~related & (positions(related.shape[-1]) >= start[..., None])
+    stop = jnp.where(jnp.any(ended, axis=-1), jnp.argmax(ended, axis=-1), related.shape[-1])
+    return start, jnp.where(jnp.any(related, axis=-1), stop, 0)

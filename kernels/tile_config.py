@@ -1,0 +1,130 @@
+"""How large the tiles of a GPU kernel are: a small table, measured or compiled for, with a reason for each entry.
+
+`tile_table.json` holds it; `python -m benchmarks.tune` times the legal choices on the GPU at hand and rewrites it.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mqa_jax.inputs import Inputs
+
+DIRECTIONS = ("forward", "dq", "dkv", "dscore")
+ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100")  # A100; L40S, RTX 40; H100, H200; B200
+TABLE = Path(__file__).with_name("tile_table.json")
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """The tiles of one kernel.
+
+    Attributes:
+      rows: query positions, a power of two from 16.
+      columns: keys, a power of two from 16.
+      warps: of 32 threads; a power of two.
+      features: the widest piece that head sizes are cut into, a power of two from 16.
+      stages: tiles that are on their way from memory at once, and the one in use; from 1.
+      defer_values: forward only: multiply the weights of a tile with its values one step later, beside the softmax of
+        the next tile, so that tensor cores and exponentials are busy at once. Costs registers.
+      settle_sums: dK and dV only, for Hopper: have the sums of a step before the next one starts. Else Triton leaves
+        their products running from one step to the next and across the end of the loop, where `ptxas` finds other
+        writers of the same registers and serialises every wgmma of the kernel (its remark C7515).
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    features: int = 256
+    defer_values: bool = False
+    settle_sums: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 16), ("columns", 16), ("features", 16), ("warps", 1)):
+            number = getattr(self, name)
+            if number < least or number & (number - 1):
+                raise ValueError(f"{name} must be a power of two from {least} on: {name}={number}.")
+        if self.stages < 1:
+            raise ValueError(f"stages must be at least 1: stages={self.stages}.")
+
+    def fitted(self, rows: int, columns: int) -> "TileConfig":
+        """No larger than the arrays; small tiles do not keep eight warps busy."""
+        rows, columns = (min(mine, power_of_two(whole)) for mine, whole in ((self.rows, rows), (self.columns, columns)))
+        warps = self.warps if (rows, columns) == (self.rows, self.columns) else min(self.warps, 4)
+        return replace(self, rows=rows, columns=columns, warps=warps)
+
+
+def power_of_two(length: int) -> int:
+    """The next one, from 16 on."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def choose(direction: str, inputs: Inputs, architecture: str | None = None) -> TileConfig:
+    """The entry of the table for these inputs on this architecture, or on the one at hand."""
+    size = inputs.sizes
+    features = max(size.H, size.V)
+    kind = "float32" if inputs.dtype == jnp.float32 else "16-bit"
+    for entry in table():
+        matches = entry["direction"] == direction and entry["dtype"] == kind and features <= entry["head_dim"]
+        if matches and entry["architecture"] == (architecture or architecture_at_hand()):
+            return config_of(entry).fitted(size.T, size.S)
+    raise ValueError(
+        f"{TABLE.name} has no tiles for direction={direction!r}, dtype={kind!r}, head_dim={features}, "
+        f"architecture={architecture!r}. `python -m benchmarks.tune` writes them."
+    )
+
+
+def config_of(entry: dict[str, Any]) -> TileConfig:
+    return TileConfig(**{field.name: entry[field.name] for field in fields(TileConfig) if field.name in entry})
+
+
+@functools.cache
+def table() -> list[dict[str, Any]]:
+    """Entries from small to large head size."""
+    return sorted(json.loads(TABLE.read_text())["entries"], key=lambda entry: entry["head_dim"])
+
+
+# -- the GPU ----------------------------------------------------------------------------------------------------------
+
+_assumed: ContextVar[str | None] = ContextVar("architecture", default=None)
+
+
+@contextlib.contextmanager
+def assuming(architecture: str) -> Iterator[None]:
+    """Traces for this architecture, whatever GPU is at hand: to compile for another machine."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {ARCHITECTURES}: architecture={architecture!r}.")
+    token = _assumed.set(architecture)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def architecture_at_hand() -> str:
+    """The one assumed, or that of the first GPU, or else the one with the least memory, whose tiles fit the others."""
+    return _assumed.get() or nearest_architecture(capability_at_hand() or 89)
+
+
+@functools.cache
+def capability_at_hand() -> int | None:
+    """Compute capability x 10 of the first NVIDIA GPU; None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    return round(10 * float(capability)) if capability.replace(".", "").isdigit() else None
+
+
+def nearest_architecture(capability: int) -> str:
+    """The newest in the table that is no newer: sm120 (RTX 50) has the memory of sm89, not of sm100."""
+    if capability >= 120:
+        return "sm89"
+    return [name for name in ARCHITECTURES if int(name[2:]) <= capability][-1]

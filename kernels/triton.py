@@ -1,0 +1,54 @@
+"""The Pallas-Triton implementation: what it cannot do, and which kernel computes what."""
+
+from mqa_jax.inputs import Inputs, Operands
+from mqa_jax.kernels import row_terms, tile_config, triton_backward, triton_call, triton_forward, triton_score_gradient
+from mqa_jax.kernels.triton_backward import Saved
+from mqa_jax.shapes import LogSumExp, Output
+
+LARGEST_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
+LARGEST_MASK = 2 << 30  # bytes; JAX computes offsets into 1-byte arrays beyond it with a wrong sign
+
+
+def cannot(inputs: Inputs) -> str | None:
+    """Why not, or None if it can."""
+    size, allowed = inputs.sizes, inputs.mask.allowed
+    capability = tile_config.capability_at_hand()
+    reasons = {
+        f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})": max(size.H, size.V) > LARGEST_HEAD,
+        f"a boolean mask of less than 2 GiB only ({allowed.shape=})" if allowed is not None else "": (
+            allowed is not None and allowed.size >= LARGEST_MASK
+        ),
+        f"products of float32, or of tf32 where the precision says so ({inputs.precision=})": (
+            triton_call.precision_of(inputs) is None
+        ),
+        f"GPUs from compute capability 8.0 on only (this one: {(capability or 0) / 10})": (capability or 80) < 80,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    return "; ".join(found) + "; use implementation=None" if found else None
+
+
+def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, LogSumExp]:
+    return triton_forward.forward(inputs, tile_config.choose("forward", inputs), interpret)
+
+
+def backward(
+    inputs: Inputs,
+    out: Output,
+    log_sum_exp: LogSumExp,
+    d_out: Output,
+    d_log_sum_exp: LogSumExp,
+    interpret: bool = False,
+) -> Operands:
+    operands = inputs.operands
+    delta = row_terms.delta(out, d_out, d_log_sum_exp)
+    saved = Saved(d_out, log_sum_exp.swapaxes(1, 2), delta.swapaxes(1, 2))
+    run = lambda kernel, direction: kernel(inputs, saved, tile_config.choose(direction, inputs), interpret)
+    d_key, d_value = run(triton_backward.d_key_and_value, "dkv")
+    return Operands(
+        query=run(triton_backward.d_query, "dq"),
+        key=d_key,
+        value=d_value,
+        bias=None if operands.bias is None else run(triton_score_gradient.d_bias, "dscore"),
+        alibi_slopes=None if operands.alibi_slopes is None else run(triton_score_gradient.d_slopes, "dscore"),
+        sinks=row_terms.d_sinks(operands.sinks, log_sum_exp, delta),
+    )

@@ -1,0 +1,171 @@
+"""The backward pass as Triton kernels: FlashAttention-2 (arXiv 2307.08691), algorithm 2, cut in two.
+
+One kernel writes dQ, one writes dK and dV; each recomputes the weights (seven matrix products instead of five). So each
+entry is written once, by one program, in a fixed order: no atomics, bitwise reproducible. The gradients of what is
+added to the scores are in `triton_score_gradient`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels import tile_bounds, triton_call
+from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.tiles import Index
+from mqa_jax.kernels.triton_grid import KeyTiles, over_key_tiles, over_query_tiles
+from mqa_jax.kernels.triton_tile import Pieces, Place, Program, Scores, zeros
+
+
+class Saved(NamedTuple):
+    """Query-side arrays of the backward pass."""
+
+    d_out: Any  # [B, T, N, V]
+    log_sum_exp: Any  # float32 [B, N, T]
+    delta: Any  # float32 [B, N, T], sum(d_out * out) - d_log_sum_exp
+
+
+class Rows(NamedTuple):
+    """One tile of queries and of what is saved for them."""
+
+    query: Pieces
+    d_out: Pieces
+    log_sum_exp: Array  # in units of scores, +inf in empty rows; broadcasts against a tile of scores
+    delta: Array
+
+    @classmethod
+    def load(cls, program: Program, saved: Saved, row: Array, masked: bool) -> "Rows":
+        # +inf, so that exp(score - log_sum_exp) is 0 in rows that see no key and in those that do not exist
+        log_sum_exp = program.row_numbers(saved.log_sum_exp, row, masked, other=-jnp.inf)
+        log_sum_exp = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp * (1 / program.unit))
+        delta = program.row_numbers(saved.delta, row, masked)
+        along = (lambda x: x[None]) if program.transposed else (lambda x: x[:, None])
+        query = program.queries(program.inputs.operands.query, row, masked)
+        return cls(query, program.queries(saved.d_out, row, masked), along(log_sum_exp), along(delta))
+
+
+def d_scores(
+    program: Program, rows: Rows, key: Pieces, value: Pieces, place: Place, masked: bool
+) -> tuple[Scores, Scores, Scores]:
+    """The weights, and the gradients of the scores: before and after the soft cap, which act on different things."""
+    ours, theirs = (
+        ((key, value), (rows.query, rows.d_out)) if program.transposed else ((rows.query, rows.d_out), (key, value))
+    )
+    raw = program.dot(ours[0], theirs[0])
+    d_weight = program.dot(ours[1], theirs[1])  # before the exponentials, which then run beside the tensor cores
+    score, tanh = program.scores(raw, place, masked)
+    weight = program.weights(score, rows.log_sum_exp)
+    d_score = weight * (program.drop(d_weight, place) - rows.delta)
+    return weight, d_score, d_score if tanh is None else d_score * (1 - tanh * tanh)
+
+
+def d_query(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, "B T N H"]:
+    size = inputs.sizes
+    grid, place_of_program = over_query_tiles(inputs, config)
+
+    def kernel(inputs: Inputs, saved: Saved, bounds: Any, out: Any) -> None:
+        batch, head, tile = place_of_program()
+        _one_tile_of_d_query(Program(inputs, config, interpret, batch, head), saved, tile, bounds, out)
+
+    shape = jax.ShapeDtypeStruct(inputs.operands.query.shape, inputs.dtype)
+    bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
+    return triton_call.call("mqa_dq", kernel, grid, config, shape, interpret)(inputs, saved, bounds)
+
+
+def _one_tile_of_d_query(program: Program, saved: Saved, tile: Array, bounds: Any, out: Any) -> None:
+    config, operands = program.config, program.inputs.operands
+    row = tile * config.rows
+    rows = Rows.load(program, saved, row, masked=True)
+    key_tiles = KeyTiles.load(program, bounds, tile)
+
+    def step(number: Index, total: Pieces, masked: bool) -> Pieces:
+        place = Place(row, key_tiles.number(number, masked) * config.columns)
+        key = program.keys(operands.key, place.column, masked)
+        value = program.keys(operands.value, place.column, masked)
+        _, _, d_score = d_scores(program, rows, key, value, place, masked)
+        d_score = d_score.astype(program.inputs.dtype)
+        return tuple(x + program.product(d_score, k) for x, k in zip(total, key))
+
+    total = zeros(config.rows, program.sizes.H, config)
+    total = lax.fori_loop(0, key_tiles.full, lambda number, total: step(number, total, masked=False), total)
+    if key_tiles.some_masked:
+        total = lax.fori_loop(0, key_tiles.masked, lambda number, total: step(number, total, masked=True), total)
+    program.store_rows(out, tuple(x * program.inputs.scale for x in total), row)
+
+
+def d_key_and_value(
+    inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+    """Summed over the query heads of each key/value head in float32, inside the kernel.
+
+    With few key/value heads there are too few tiles of keys to fill a GPU. Then several programs share one, each for a
+    part of the query heads and tiles, and their sums, float32, are added up afterwards.
+    """
+    size = inputs.sizes
+    grid, shares, place_of_program = over_key_tiles(inputs, config)
+
+    def kernel(inputs: Inputs, saved: Saved, bounds: Any, d_key: Any, d_value: Any) -> None:
+        batch, kv_head, share, tile = place_of_program()
+        program = Program(inputs, config, interpret, batch, kv_head * size.G, transposed=True)
+        _one_tile_of_d_key(program, saved, tile, Share(share, shares), bounds, (d_key, d_value))
+
+    shape = lambda x: jax.ShapeDtypeStruct((shares, *x.shape), inputs.dtype if shares == 1 else jnp.float32)
+    shapes = shape(inputs.operands.key), shape(inputs.operands.value)
+    bounds = tile_bounds.row_tiles(inputs.mask, size, config.rows, config.columns)
+    sums = triton_call.call("mqa_dkv", kernel, grid, config, shapes, interpret)(inputs, saved, bounds)
+    d_key, d_value = (x[0] if shares == 1 else jnp.sum(x, axis=0).astype(inputs.dtype) for x in sums)
+    return d_key, d_value
+
+
+class Share(NamedTuple):
+    """Which part of the work on a tile of keys is one program's."""
+
+    number: Array
+    of: int
+
+    def range(self, steps: Array) -> tuple[Array, Array]:
+        part = lambda number: lax.div(steps * number, jnp.int32(self.of))
+        return part(self.number), part(self.number + 1)
+
+
+def _one_tile_of_d_key(
+    program: Program, saved: Saved, tile: Array, share: Share, bounds: Any, out: tuple[Any, Any]
+) -> None:
+    config, operands, size = program.config, program.inputs.operands, program.sizes
+    column = tile * config.columns
+    key = program.keys(operands.key, column, masked=True)
+    value = program.keys(operands.value, column, masked=True)
+    row_tiles = KeyTiles.load(program, bounds, tile)
+    settled = lambda sums: tuple(triton_call.settled(x, program.interpret) for x in sums)
+
+    def loop(total: tuple[Pieces, Pieces], masked: bool) -> tuple[Pieces, Pieces]:
+        """Over query heads and tiles of queries, as one loop, so that memory stays busy from one head to the next."""
+        tiles = row_tiles.masked if masked else row_tiles.full
+
+        def step(number: Index, total: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
+            head = program.head + lax.div(number, jnp.maximum(tiles, 1))
+            one = program.of_head(program.batch, head)
+            place = Place(row_tiles.number(lax.rem(number, jnp.maximum(tiles, 1)), masked) * config.rows, column)
+            rows = Rows.load(one, saved, place.row, masked)
+            weight, _, d_score = d_scores(one, rows, key, value, place, masked)
+            weight, d_score = (x.astype(program.inputs.dtype) for x in (one.drop(weight, place), d_score))
+            d_value = tuple(x + one.product(weight, d) for x, d in zip(total[1], rows.d_out))
+            d_key = tuple(x + one.product(d_score, q) for x, q in zip(total[0], rows.query))
+            return (settled(d_key), settled(d_value)) if config.settle_sums else (d_key, d_value)
+
+        return lax.fori_loop(*share.range(tiles * size.G), step, total)
+
+    total = zeros(config.columns, size.H, config), zeros(config.columns, size.V, config)
+    total = loop(total, masked=False)
+    if row_tiles.some_masked:
+        total = loop(total, masked=True)
+    d_key, d_value = total
+    d_key = tuple(x * program.inputs.scale for x in d_key)
+    if program.inputs.mask.key_lengths is not None:  # sums over keys that are padding mean nothing
+        exists = program.columns(Place(column, column)) < program.column_limit()
+        d_key, d_value = (tuple(jnp.where(exists, x, 0.0) for x in y) for y in (d_key, d_value))
+    for into, values in zip(out, (d_key, d_value)):
+        program.store_columns(into, values, column, share.number)

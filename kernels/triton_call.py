@@ -1,0 +1,135 @@
+"""The one place that starts a Pallas-Triton kernel, and the operations that differ between a GPU and interpret mode.
+
+JAX 0.11 deprecates this backend in favour of Mosaic GPU. What has to be replaced then is `kernels/triton*.py`.
+"""
+
+import math
+import struct
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels.tile_config import TileConfig
+
+LOG2_E = math.log2(math.e)
+
+
+def call(
+    name: str, kernel: Callable[..., None], grid: tuple[int, ...], config: TileConfig, out: Any, interpret: bool
+) -> Callable[..., Any]:
+    """Runs `kernel(*arguments, results)` for each point of the grid; both are trees of references to whole arrays.
+
+    Args:
+      name: of the kernel in profiles and compiled code.
+      grid: the first axis is launched fastest.
+      out: shapes and dtypes of the results, a tree.
+    """
+    # JAX warns at every lowering. Here, when the program is traced, is after whatever reset the filters (pytest does).
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+    def body(*references: Any) -> None:
+        kernel(*references)
+
+    body.__name__ = name  # Triton takes the name of the function, whatever `pallas_call` is told
+    parameters = triton.CompilerParams(num_warps=config.warps, num_stages=config.stages)
+    return pallas.pallas_call(
+        body, out_shape=out, grid=grid, compiler_params=parameters, interpret=interpret, name=name
+    )
+
+
+def load(reference: Any, *index: Any, where: Any = None) -> Array:
+    """Part of an array; 0 where `where` is False, and then no memory is touched. `index` holds numbers and spans."""
+    part = reference.at[index]
+    if where is None:
+        return triton.load(part)
+    return triton.load(part, mask=where, other=jnp.zeros((), reference.dtype))
+
+
+def store(reference: Any, value: Array, *index: Any, where: Any = None) -> None:
+    """Writes part of an array, only where `where` is True."""
+    triton.store(reference.at[index], value.astype(reference.dtype), mask=where)
+
+
+def span(start: Any, size: int) -> Any:
+    """`size` neighbouring entries, a power of two. Those that do not exist have to be masked."""
+    return pallas.ds(jnp.asarray(start, jnp.int32), size)
+
+
+def program_id(axis: int) -> Array:
+    return pallas.program_id(axis)
+
+
+def exp2_of_line(x: Float[Array, "..."], slope: float, shift: Float[Array, "..."], interpret: bool) -> Array:
+    """exp2(slope * x + shift); 0 where that is -inf.
+
+    On a GPU two instructions: `jnp.exp2` adds three for denormal results, which round to nothing here, and XLA's Triton
+    never fuses the multiplication with the addition. No rule for the assembly exists in interpret mode.
+    """
+    if interpret:
+        return jnp.exp2(slope * x + shift)
+    shape = jnp.broadcast_shapes(x.shape, shift.shape)
+    hexadecimal = struct.pack(">f", slope).hex()
+    (result,) = triton.elementwise_inline_asm(
+        f"{{ .reg .f32 t; fma.rn.ftz.f32 t, $1, 0f{hexadecimal}, $2; ex2.approx.ftz.f32 $0, t; }}",
+        args=[jnp.broadcast_to(x, shape), jnp.broadcast_to(shift, shape)],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return result
+
+
+def settled(x: Float[Array, "..."], interpret: bool) -> Array:
+    """x, which the compiler then has to have computed here. Costs nothing: `ptxas` removes the copy."""
+    if interpret:
+        return x
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    (copy,) = triton.elementwise_inline_asm(
+        "mov.b32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+    )
+    return copy
+
+
+ALGORITHMS = (
+    jax.lax.DotAlgorithmPreset.F32_F32_F32,
+    jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
+    jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
+)
+
+
+def precision_of(inputs: Inputs) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset | None:
+    """Of the products: full float32 unless the caller says tf32 (DEFAULT and HIGH on a GPU, as JAX documents them).
+
+    Products of 16-bit numbers are exact, and their sums float32, whatever it says. None: there are no such products.
+    """
+    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    wanted = default if inputs.precision is None else inputs.precision
+    if isinstance(wanted, tuple | list) and wanted[0] == wanted[1]:
+        wanted = wanted[0]
+    if isinstance(wanted, str):
+        presets = jax.lax.DotAlgorithmPreset.__members__
+        wanted = presets[wanted] if wanted in presets else jax.lax.Precision(wanted)
+    if wanted is None or wanted == jax.lax.DotAlgorithmPreset.DEFAULT:
+        wanted = jax.lax.Precision.HIGHEST
+    if not isinstance(wanted, jax.lax.Precision) and wanted not in ALGORITHMS:
+        return None
+    return wanted if inputs.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def product(left: Array, right: Array, precision: Any) -> Float[Array, "rows columns"]:
+    """A matrix product with float32 sums."""
+    numbers = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+
+def product_transposed(left: Array, right: Array, precision: Any) -> Float[Array, "rows columns"]:
+    """Left @ right.T"""
+    numbers = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,109 @@
+"""The forward pass as a Triton kernel: FlashAttention-2 (arXiv 2307.08691), algorithm 1, one program a tile of queries.
+
+The running softmax is in base 2 with the scale folded into the exponential. Tiles that need no masking come first, then
+the others, each in a loop of its own.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels import online_softmax, tile_bounds, triton_call
+from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.tiles import Index
+from mqa_jax.kernels.triton_grid import KeyTiles, over_query_tiles
+from mqa_jax.kernels.triton_tile import Pieces, Place, Program, zeros
+from mqa_jax.shapes import LogSumExp, Output
+
+
+def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, LogSumExp]:
+    size = inputs.sizes
+    grid, place_of_program = over_query_tiles(inputs, config)
+
+    def kernel(inputs: Inputs, bounds: Any, out: Any, log_sum_exp: Any) -> None:
+        batch, head, tile = place_of_program()
+        attend(Program(inputs, config, interpret, batch, head), tile, bounds, out, log_sum_exp)
+
+    shapes = (
+        jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype),
+        jax.ShapeDtypeStruct((size.B, size.N, size.T), jnp.float32),
+    )
+    bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
+    run = triton_call.call("mqa_forward", kernel, grid, config, shapes, interpret)
+    out, log_sum_exp = run(inputs, bounds)
+    return out, log_sum_exp.swapaxes(1, 2)
+
+
+class State(NamedTuple):
+    """A running softmax (see `online_softmax.State`), and the weights whose product with the values is still due."""
+
+    highest: Float[Array, " bq"]  # of scores / unit
+    total: Float[Array, " bq"]
+    weighted: Pieces
+    due: Array | None  # [bq, bk]
+
+
+def attend(program: Program, tile: Array, bounds: Any, out: Any, log_sum_exp: Any) -> None:
+    config, operands = program.config, program.inputs.operands
+    row = tile * config.rows
+    query = program.queries(operands.query, row, masked=True)
+    key_tiles = KeyTiles.load(program, bounds, tile)
+
+    def step(number: Index, state: State, masked: bool) -> State:
+        place = Place(row, key_tiles.number(number, masked) * config.columns)
+        raw = program.dot(query, program.keys(operands.key, place.column, masked))
+        score, _ = program.scores(raw, place, masked)
+        highest = jnp.maximum(state.highest, jnp.max(score, axis=1))
+        shift = online_softmax.finite(highest)
+        weight = program.weights(score, shift[:, None])
+        rescale = program.weights(state.highest, shift)
+        total = state.total * rescale + jnp.sum(weight, axis=1)
+        dropped = program.drop(weight, place).astype(program.inputs.dtype)
+        weighted = state.weighted
+        if state.due is None:
+            value = program.keys(operands.value, place.column, masked)
+            weighted = tuple(x * rescale[:, None] + program.product(dropped, v) for x, v in zip(weighted, value))
+            return State(highest, total, weighted, None)
+        weighted = add_due(state.weighted, state.due, key_tiles.previous(number, masked), masked)
+        return State(highest, total, tuple(x * rescale[:, None] for x in weighted), dropped)
+
+    def add_due(weighted: Pieces, due: Array, tile: Array, masked: bool) -> Pieces:
+        value = program.keys(operands.value, tile * config.columns, masked)
+        return tuple(x + program.product(due, v) for x, v in zip(weighted, value))
+
+    state = empty(program)
+    state = lax.fori_loop(0, key_tiles.full, lambda number, state: step(number, state, masked=False), state)
+    if key_tiles.some_masked:
+        state = lax.fori_loop(0, key_tiles.masked, lambda number, state: step(number, state, masked=True), state)
+    if state.due is not None:
+        state = state._replace(weighted=add_due(state.weighted, state.due, key_tiles.last(), masked=True))
+    finish(program, state, row, out, log_sum_exp)
+
+
+def empty(program: Program) -> State:
+    config, inputs = program.config, program.inputs
+    full = lambda *shape, value=0.0: jnp.full(shape, value, jnp.float32)
+    weighted = zeros(config.rows, program.sizes.V, config)
+    due = jnp.zeros((config.rows, config.columns), inputs.dtype) if config.defer_values else None
+    return State(full(config.rows, value=-jnp.inf), full(config.rows), weighted, due)
+
+
+def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: Any) -> None:
+    """Divides, lets the sink take its share, and writes; 0 and -inf in rows that saw no key."""
+    highest, total = state.highest * program.unit, state.total
+    seen = highest > -jnp.inf
+    if program.inputs.mask.query_lengths is not None:
+        seen = seen & (program.rows(Place(row, row))[:, 0] < program.row_limit())
+    rescale = jnp.ones_like(total)
+    if program.inputs.operands.sinks is not None:
+        sink = triton_call.load(program.inputs.operands.sinks, program.head).astype(jnp.float32)
+        with_sink = jnp.maximum(highest, sink)
+        rescale = jnp.exp(highest - with_sink)
+        highest, total = with_sink, total * rescale + jnp.exp(sink - with_sink)
+    factor = jnp.where(seen, rescale / total, 0.0)[:, None]
+    program.store_rows(out, tuple(jnp.where(seen[:, None], x * factor, 0.0) for x in state.weighted), row)
+    program.store_row_numbers(log_sum_exp, jnp.where(seen, highest + jnp.log(total), -jnp.inf), row)

@@ -1,0 +1,120 @@
+"""In which order the programs of a kernel start, and which tiles each of them visits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from mqa_jax.inputs import Inputs, Sizes
+from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.tiles import Index
+from mqa_jax.kernels.triton_call import load, program_id
+from mqa_jax.kernels.triton_tile import Program
+
+ENOUGH_PROGRAMS = 512
+MOST_SHARES = 4  # each costs as much memory as dK and dV in float32
+L2_SHARE = 24 << 20  # bytes of keys and values that neighbouring programs may read at once; H100 has 50 MB, A100 40
+
+
+def over_query_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...], Callable[[], tuple[Array, ...]]]:
+    """One program for each tile of queries and query head; and which one a program is: (batch, head, tile).
+
+    Last tiles first: under a causal mask they are the longest. Heads that read the same keys start together, and as
+    many more as fit into the L2 cache with them.
+    """
+    size = inputs.sizes
+    tiles = -(-size.T // config.rows)
+    together = size.G * _kv_heads_together(size, jnp.dtype(inputs.dtype).itemsize)
+    grid = together, tiles, size.B * size.N // together
+
+    def place() -> tuple[Array, ...]:
+        everything = program_id(2) * together + program_id(0)  # batch row and head
+        return lax.div(everything, jnp.int32(size.N)), lax.rem(everything, jnp.int32(size.N)), tiles - 1 - program_id(1)
+
+    return grid, place
+
+
+def over_key_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...], int, Callable[[], tuple[Array, ...]]]:
+    """One program for each tile of keys, key/value head and share; how many shares; and (batch, kv_head, share, tile).
+
+    First tiles first: under a causal mask they are the longest.
+    """
+    size = inputs.sizes
+    tiles = -(-size.S // config.columns)
+    shares = shares_of(tiles * size.B * size.K, most=min(MOST_SHARES, size.G * -(-size.T // config.rows)))
+    grid = tiles, shares, size.B * size.K
+
+    def place() -> tuple[Array, ...]:
+        kv_heads = jnp.int32(size.K)
+        return lax.div(program_id(2), kv_heads), lax.rem(program_id(2), kv_heads), program_id(1), program_id(0)
+
+    return grid, shares, place
+
+
+def shares_of(programs: int, most: int) -> int:
+    """Into how many parts the work of each program is cut, for about four programs on each of 128 multiprocessors."""
+    return max(1, min(most, ENOUGH_PROGRAMS // programs))
+
+
+def _kv_heads_together(size: Sizes, itemsize: int) -> int:
+    """The largest divisor of K whose keys and values fit, at least 1."""
+    bytes_per_head = size.S * (size.H + size.V) * itemsize
+    fits = lambda heads: size.K % heads == 0 and heads * bytes_per_head <= L2_SHARE
+    return max(filter(fits, range(1, size.K + 1)), default=1)
+
+
+@dataclass(frozen=True)
+class KeyTiles:
+    """The tiles that a program visits, in order: `full` ones without mask, then `masked` ones on both sides of them."""
+
+    start: Array
+    full_start: Array
+    full_stop: Array
+    stop: Array
+    count: int  # of all tiles there are
+    some_masked: bool  # static: whether any program may have a masked tile
+
+    @classmethod
+    def load(cls, program: Program, bounds: Any, tile: Array) -> "KeyTiles":
+        batch = program.batch if bounds.shape[0] > 1 else program.number(0)
+        start, full_start, full_stop, stop = (load(bounds, batch, tile, program.number(i)) for i in range(4))
+        sides = (program.sizes.T, program.config.rows), (program.sizes.S, program.config.columns)
+        length, side = sides[0 if program.transposed else 1]
+        return cls(start, full_start, full_stop, stop, -(-length // side), program.may_mask())
+
+    @property
+    def full(self) -> Array:
+        return self.full_stop - self.full_start
+
+    @property
+    def left(self) -> Array:
+        return self.full_start - self.start
+
+    @property
+    def masked(self) -> Array:
+        return self.left + self.stop - self.full_stop
+
+    def number(self, step: Index, masked: bool) -> Array:
+        """Which tile a step of either loop visits."""
+        if not masked:
+            return self.full_start + step
+        return jnp.where(step < self.left, self.start + step, self.full_stop + step - self.left)
+
+    def previous(self, step: Index, masked: bool) -> Array:
+        """Which tile was visited one step before; at the very first step any tile that exists."""
+        if not masked:
+            return jnp.maximum(self.full_start + step - 1, self.full_start)
+        before = jnp.where(self.full > 0, self.full_stop - 1, self.start)
+        return self._existing(jnp.where(step == 0, before, self.number(step - 1, masked)))
+
+    def last(self) -> Array:
+        """The tile visited last, if any."""
+        if not self.some_masked:
+            return self._existing(self.full_stop - 1)
+        return self.previous(self.masked, masked=True)
+
+    def _existing(self, tile: Array) -> Array:
+        return jnp.clip(tile, 0, self.count - 1)
