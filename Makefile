@@ -14,7 +14,7 @@ ARGS ?=
 
 VENV := .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
 # PyTorch is what some tests and benchmarks compare with. Its small CPU build is for Python 3.11; elsewhere pip would
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.

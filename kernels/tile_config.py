@@ -67,19 +67,30 @@ def power_of_two(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
-def choose(direction: str, inputs: Inputs, architecture: str | None = None) -> TileConfig:
-    """The entry of the table for these inputs on this architecture, or on the one at hand."""
+def choose(direction: str, inputs: Inputs) -> TileConfig:
+    """The first entry of the table for these inputs on the architecture at hand.
+
+    An entry holds for head sizes up to its own; one that says `plain` only where `is_plain`.
+    """
     size = inputs.sizes
     features = max(size.H, size.V)
     kind = "float32" if inputs.dtype == jnp.float32 else "16-bit"
+    wanted = {"direction": direction, "dtype": kind, "architecture": architecture_at_hand()}
     for entry in table():
-        matches = entry["direction"] == direction and entry["dtype"] == kind and features <= entry["head_dim"]
-        if matches and entry["architecture"] == (architecture or architecture_at_hand()):
+        fits = features <= entry["head_dim"] and (is_plain(inputs) or not entry.get("plain"))
+        if fits and all(entry[key] == value for key, value in wanted.items()):
             return config_of(entry).fitted(size.T, size.S)
     raise ValueError(
-        f"{TABLE.name} has no tiles for direction={direction!r}, dtype={kind!r}, head_dim={features}, "
-        f"architecture={architecture!r}. `python -m benchmarks.tune` writes them."
+        f"{TABLE.name} has no tiles for {', '.join(f'{key}={value!r}' for key, value in wanted.items())}, "
+        f"head_dim={features}. `python -m benchmarks.tune` writes them."
     )
+
+
+def is_plain(inputs: Inputs) -> bool:
+    """Whether scores are q . k and weights their softmax: anything else needs registers, which large tiles lack."""
+    operands, mask = inputs.operands, inputs.mask
+    extras = (operands.bias, operands.alibi_slopes, inputs.logits_soft_cap, inputs.dropout, mask.allowed)
+    return all(extra is None for extra in (*extras, mask.query_segments))
 
 
 def config_of(entry: dict[str, Any]) -> TileConfig:
@@ -109,6 +120,10 @@ def assuming(architecture: str) -> Iterator[None]:
         _assumed.reset(token)
 
 
+def is_assumed() -> bool:
+    return _assumed.get() is not None
+
+
 def architecture_at_hand() -> str:
     """The one assumed, or that of the first GPU, or else the one with the least memory, whose tiles fit the others."""
     return _assumed.get() or nearest_architecture(capability_at_hand() or 89)
@@ -124,7 +139,7 @@ def capability_at_hand() -> int | None:
 
 
 def nearest_architecture(capability: int) -> str:
-    """The newest in the table that is no newer: sm120 (RTX 50) has the memory of sm89, not of sm100."""
-    if capability >= 120:
+    """The newest in the table that is no newer and has no more memory: RTX 30 (8.6) and RTX 50 (12.0) have sm89's."""
+    if capability == 86 or capability >= 120:
         return "sm89"
     return [name for name in ARCHITECTURES if int(name[2:]) <= capability][-1]

@@ -27,6 +27,11 @@ def cannot(inputs: Inputs) -> str | None:
     return "; ".join(found) + "; use implementation=None" if found else None
 
 
+def in_reach() -> bool:
+    """Whether there is an NVIDIA GPU, or one is compiled for."""
+    return tile_config.is_assumed() or tile_config.capability_at_hand() is not None
+
+
 def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, LogSumExp]:
     return triton_forward.forward(inputs, tile_config.choose("forward", inputs), interpret)
 

@@ -146,9 +146,9 @@ def _one_tile_of_d_key(
         tiles = row_tiles.masked if masked else row_tiles.full
 
         def step(number: Index, total: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
-            head = program.head + lax.div(number, jnp.maximum(tiles, 1))
-            one = program.of_head(program.batch, head)
-            place = Place(row_tiles.number(lax.rem(number, jnp.maximum(tiles, 1)), masked) * config.rows, column)
+            head, turn = triton_call.divided(number, jnp.maximum(tiles, 1))
+            one = program.of_head(program.batch, program.head + head)
+            place = Place(row_tiles.number(turn, masked) * config.rows, column)
             rows = Rows.load(one, saved, place.row, masked)
             weight, _, d_score = d_scores(one, rows, key, value, place, masked)
             weight, d_score = (x.astype(program.inputs.dtype) for x in (one.drop(weight, place), d_score))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
@@ -66,6 +67,11 @@ def program_id(axis: int) -> Array:
     return pallas.program_id(axis)
 
 
+def divided(number: Any, by: Any) -> tuple[Array, Array]:
+    """Quotient and remainder of numbers that are not negative: one instruction each, unlike // and %."""
+    return lax.div(number, jnp.asarray(by, jnp.int32)), lax.rem(number, jnp.asarray(by, jnp.int32))
+
+
 def exp2_of_line(x: Float[Array, "..."], slope: float, shift: Float[Array, "..."], interpret: bool) -> Array:
     """exp2(slope * x + shift); 0 where that is -inf.
 
@@ -98,13 +104,13 @@ def settled(x: Float[Array, "..."], interpret: bool) -> Array:
 
 
 ALGORITHMS = (
-    jax.lax.DotAlgorithmPreset.F32_F32_F32,
-    jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
-    jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
+    lax.DotAlgorithmPreset.F32_F32_F32,
+    lax.DotAlgorithmPreset.TF32_TF32_F32,
+    lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
 )
 
 
-def precision_of(inputs: Inputs) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset | None:
+def precision_of(inputs: Inputs) -> lax.Precision | lax.DotAlgorithmPreset | None:
     """Of the products: full float32 unless the caller says tf32 (DEFAULT and HIGH on a GPU, as JAX documents them).
 
     Products of 16-bit numbers are exact, and their sums float32, whatever it says. None: there are no such products.
@@ -114,22 +120,22 @@ def precision_of(inputs: Inputs) -> jax.lax.Precision | jax.lax.DotAlgorithmPres
     if isinstance(wanted, tuple | list) and wanted[0] == wanted[1]:
         wanted = wanted[0]
     if isinstance(wanted, str):
-        presets = jax.lax.DotAlgorithmPreset.__members__
-        wanted = presets[wanted] if wanted in presets else jax.lax.Precision(wanted)
-    if wanted is None or wanted == jax.lax.DotAlgorithmPreset.DEFAULT:
-        wanted = jax.lax.Precision.HIGHEST
-    if not isinstance(wanted, jax.lax.Precision) and wanted not in ALGORITHMS:
+        presets = lax.DotAlgorithmPreset.__members__
+        wanted = presets[wanted] if wanted in presets else lax.Precision(wanted)
+    if wanted is None or wanted == lax.DotAlgorithmPreset.DEFAULT:
+        wanted = lax.Precision.HIGHEST
+    if not isinstance(wanted, lax.Precision) and wanted not in ALGORITHMS:
         return None
-    return wanted if inputs.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return wanted if inputs.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def product(left: Array, right: Array, precision: Any) -> Float[Array, "rows columns"]:
     """A matrix product with float32 sums."""
     numbers = (((1,), (0,)), ((), ()))
-    return jax.lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
 def product_transposed(left: Array, right: Array, precision: Any) -> Float[Array, "rows columns"]:
     """Left @ right.T"""
     numbers = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)

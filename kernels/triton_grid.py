@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.tiles import Index
-from mqa_jax.kernels.triton_call import load, program_id
+from mqa_jax.kernels.triton_call import divided, load, program_id
 from mqa_jax.kernels.triton_tile import Program
 
 ENOUGH_PROGRAMS = 512
@@ -31,8 +30,8 @@ def over_query_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...
     grid = together, tiles, size.B * size.N // together
 
     def place() -> tuple[Array, ...]:
-        everything = program_id(2) * together + program_id(0)  # batch row and head
-        return lax.div(everything, jnp.int32(size.N)), lax.rem(everything, jnp.int32(size.N)), tiles - 1 - program_id(1)
+        batch, head = divided(program_id(2) * together + program_id(0), size.N)
+        return batch, head, tiles - 1 - program_id(1)
 
     return grid, place
 
@@ -48,8 +47,7 @@ def over_key_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...],
     grid = tiles, shares, size.B * size.K
 
     def place() -> tuple[Array, ...]:
-        kv_heads = jnp.int32(size.K)
-        return lax.div(program_id(2), kv_heads), lax.rem(program_id(2), kv_heads), program_id(1), program_id(0)
+        return *divided(program_id(2), size.K), program_id(1), program_id(0)
 
     return grid, shares, place
 

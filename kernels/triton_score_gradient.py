@@ -22,7 +22,7 @@ from mqa_jax.kernels import tile_bounds, triton_call
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.tiles import Index
 from mqa_jax.kernels.triton_backward import Rows, Saved, Share, d_scores
-from mqa_jax.kernels.triton_call import load, program_id, span, store
+from mqa_jax.kernels.triton_call import divided, load, program_id, span, store
 from mqa_jax.kernels.triton_grid import shares_of
 from mqa_jax.kernels.triton_tile import Place, Program
 
@@ -88,7 +88,7 @@ def _summed(
     inputs: Inputs, saved: Saved, walk: Walk, config: TileConfig, interpret: bool, times_distance: bool = False
 ) -> Float[Array, "#B #N #T #S"]:
     def kernel(inputs: Inputs, saved: Saved, hull: Any, out: Any) -> None:
-        batch, head = (operation(program_id(2), jnp.int32(walk.shape[1])) for operation in (lax.div, lax.rem))
+        batch, head = divided(program_id(2), walk.shape[1])
         _one_tile(Program(inputs, config, interpret, batch, head), saved, walk, hull, out, times_distance)
 
     shape = jax.ShapeDtypeStruct(walk.sums, jnp.float32)
@@ -106,10 +106,7 @@ def _hull(inputs: Inputs, walk: Walk, config: TileConfig) -> Int[Array, "tiles 2
 
 def _one_tile(program: Program, saved: Saved, walk: Walk, hull: Any, out: Any, times_distance: bool) -> None:
     config, operands = program.config, program.inputs.operands
-    row_tile, column_tile = (
-        lax.div(program_id(0), jnp.int32(walk.column_tiles)),
-        lax.rem(program_id(0), jnp.int32(walk.column_tiles)),
-    )
+    row_tile, column_tile = divided(program_id(0), walk.column_tiles)
     fixed = column_tile if walk.along_rows else row_tile
     start, stop = (load(hull, fixed, program.number(which)) for which in (0, 1))
     if not (walk.along_rows or walk.along_columns):  # one tile, if it is needed at all
@@ -119,15 +116,11 @@ def _one_tile(program: Program, saved: Saved, walk: Walk, hull: Any, out: Any, t
     steps = tiles * (walk.batches * walk.heads)
 
     def step(number: Index, total: Float[Array, "bq bk"]) -> Float[Array, "bq bk"]:
-        tile = start + lax.rem(number, jnp.maximum(tiles, 1))
-        pair = lax.div(number, jnp.maximum(tiles, 1))  # batch row and head, of those walked along
-        one = program.of_head(
-            program.batch + lax.div(pair, jnp.int32(walk.heads)), program.head + lax.rem(pair, jnp.int32(walk.heads))
-        )
-        place = Place(
-            (tile if walk.along_rows else row_tile) * config.rows,
-            (column_tile if walk.along_rows else tile) * config.columns,
-        )
+        pair, turn = divided(number, jnp.maximum(tiles, 1))
+        batch, head = divided(pair, walk.heads)  # of those walked along
+        one = program.of_head(program.batch + batch, program.head + head)
+        row, column = (start + turn, column_tile) if walk.along_rows else (row_tile, start + turn)
+        place = Place(row * config.rows, column * config.columns)
         rows = Rows.load(one, saved, place.row, masked=True)
         key, value = (one.keys(x, place.column, masked=True) for x in (operands.key, operands.value))
         _, d_score, _ = d_scores(one, rows, key, value, place, masked=True)
@@ -152,9 +145,8 @@ def _store(program: Program, walk: Walk, total: Float[Array, "bq bk"], tile: Pla
         else:
             store(out, sums, *index, span(row, config.rows), program.number(0), where=rows < size.T)
     elif walk.along_rows:
-        store(
-            out, jnp.sum(total, axis=0), *index, program.number(0), span(column, config.columns), where=columns < size.S
-        )
+        sums = jnp.sum(total, axis=0)
+        store(out, sums, *index, program.number(0), span(column, config.columns), where=columns < size.S)
     else:
         where = (rows < size.T)[:, None] & (columns < size.S)[None]
         store(out, total, *index, span(row, config.rows), span(column, config.columns), where=where)

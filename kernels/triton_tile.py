@@ -23,6 +23,7 @@ from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.triton_call import (
     LOG2_E,
+    divided,
     exp2_of_line,
     load,
     precision_of,
@@ -82,13 +83,13 @@ class Program:
 
     @property
     def kv_head(self) -> Array:
-        return lax.div(self.head, jnp.int32(self.sizes.G))
+        return divided(self.head, self.sizes.G)[0]
 
     def of_head(self, batch: Array, head: Array) -> "Program":
         return replace(self, batch=batch, head=head)
 
     def number(self, n: int) -> Array:
-        """N as an index: interpret mode has no rule for a literal, and the compiler sees through this."""
+        """A number as an index: interpret mode has no rule for a literal, and the compiler sees through this."""
         return 0 * self.batch + n
 
     # -- places ---------------------------------------------------------------------------------------------------

@@ -26,17 +26,21 @@ class Implementation:
         `implementation=None`; a plain function, which JAX differentiates, only runs where it is asked for.
       cannot: why it cannot compute this call, or None if it can.
       platform: the only one that it runs on, as in `jax.lax.platform_dependent`; None is all.
+      in_reach: whether a program traced now may run there; if not, `implementation=None` does not even trace it.
     """
 
     compute: flash.Kernels | Callable[[Inputs], tuple[Array, Array | None]]
     cannot: Callable[[Inputs], str | None] = lambda inputs: None
     platform: str | None = None
+    in_reach: Callable[[], bool] = lambda: True
 
 
 # In the order in which `implementation=None` tries them.
 IMPLEMENTATIONS = {
     # Hand-written for NVIDIA GPUs. JAX has deprecated what it is written in; Mosaic GPU kernels would go above it.
-    "triton": Implementation(flash.Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda"),
+    "triton": Implementation(
+        flash.Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda", in_reach=triton.in_reach
+    ),
     # Runs everywhere and does everything, in linear memory; which tiles it uses is settled per platform at lowering.
     "xla": Implementation(flash.Kernels(xla.forward, xla.backward)),
     # The oracle, and the way to second derivatives and forward mode. It builds [B, N, T, S].
@@ -113,7 +117,8 @@ def dot_product_attention(
 
     Implementations:
       None: the first of these that can compute the call and runs on the platform that the program is lowered for:
-        'triton' on an NVIDIA GPU, else 'xla', which always can.
+        'triton' on an NVIDIA GPU, else 'xla', which always can. (A machine without such a GPU traces 'triton' only
+        inside `mqa_jax.kernels.tile_config.assuming`, to compile for another one.)
       'triton': FlashAttention-2 as Pallas-Triton kernels, for NVIDIA GPUs from compute capability 8.0; one derivative,
         in reverse mode. K/V, dK and dV exist at the size of the key/value heads only.
       'xla': FlashAttention-2 in plain XLA, on every platform. Memory linear in T and S; tiles that the mask empties
@@ -167,7 +172,7 @@ def attention_with_weights(
 def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tuple[Array, Array | None]]:
     """What computes these inputs."""
     if implementation is None:
-        able = [way for way in IMPLEMENTATIONS.values() if way.cannot(inputs) is None]
+        able = [way for way in IMPLEMENTATIONS.values() if way.in_reach() and way.cannot(inputs) is None]
         kernels = tuple((way.platform, way.compute) for way in able if isinstance(way.compute, flash.Kernels))
         return functools.partial(flash.attend, flash.by_platform(None, *kernels))
     if implementation not in IMPLEMENTATIONS:

@@ -63,6 +63,7 @@ def test_none_takes_the_first_that_can_on_this_platform(monkeypatch):
     table = {
         "of Tuesday": attention.Implementation(_answer(1), cannot=lambda inputs: "it is Wednesday"),
         "elsewhere": attention.Implementation(_answer(2), platform="tpu"),
+        "out of reach": attention.Implementation(_answer(7), platform="cpu", in_reach=lambda: False),
         "function": attention.Implementation(lambda inputs: _answer(3).forward(inputs)),
         "here": attention.Implementation(_answer(4), platform="cpu"),
         "later": attention.Implementation(_answer(5), platform="cpu"),

@@ -53,6 +53,7 @@ def test_every_combination_of_options_in_small_tiles(problem, data):
     oracle.judge_float32(fast, oracle.results(problem, "reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("sizes", problems.FOR_PRECISION, ids=str)
 def test_precision(dtype, sizes):
@@ -121,6 +122,7 @@ TOUCHING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOUCHING)
 def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(monkeypatch, name):
     """On a strict model of a GPU's memory, see `strict_gpu`; interpret mode would hide it."""
@@ -228,7 +230,8 @@ def test_remat_can_save_what_the_backward_pass_needs(policy, forward_kernels):
 
 
 def lowered_for_cuda(function, *arguments):
-    with gpu_compile.lowering_for(gpu_compile.TARGETS["h100"]):
+    jax.clear_caches()  # of what was traced without the kernels
+    with tile_config.assuming("sm90"), gpu_compile.lowering_for(gpu_compile.TARGETS["h100"]):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
@@ -258,7 +261,9 @@ def test_the_deprecation_warning_of_the_backend_is_silent():
 def test_export_for_cuda():
     """The kernels are no stable part of StableHLO, so the caller has to say that this is known."""
     check = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    with gpu_compile.lowering_for(gpu_compile.TARGETS["h100"]), warnings.catch_warnings():
+    jax.clear_caches()
+    target = gpu_compile.TARGETS["h100"]
+    with tile_config.assuming("sm90"), gpu_compile.lowering_for(target), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of flatbuffers, in `serialize`
         exported = export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=[check])(**PROBLEM.arrays)
         again = export.deserialize(exported.serialize())

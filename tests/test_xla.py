@@ -54,6 +54,7 @@ def test_every_combination_of_options_as_users_call_it(problem):
     oracle.judge_float32(oracle.results(problem, None), oracle.results(problem, "reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("sizes", problems.FOR_PRECISION, ids=str)
 def test_precision(monkeypatch, dtype, sizes):
