@@ -3,6 +3,7 @@
 python -m benchmarks
 python -m benchmarks --only forward decode-mqa --repeats 3
 python -m benchmarks --quick
+python -m benchmarks --gpu
 """
 
 import argparse
@@ -11,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment
+from benchmarks import environment, gpu
 from benchmarks.cases import CASES
 from benchmarks.measure import measure
 from benchmarks.table import aligned
@@ -24,19 +25,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [case.name for case in CASES]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    names, on_gpu = [case.name for case in CASES], gpu.NAMES
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"of {', '.join(names)}; with --gpu of {', '.join(on_gpu)}"
+    )
+    parser.add_argument("--gpu", action="store_true", help="tests and measures the GPU kernels, on this machine's GPU")
     parser.add_argument("--repeats", type=int, help=f"turns of each peer; by default {Settings().turns}")
     parser.add_argument("--quick", action="store_true", help="small problems, few repeats: does everything run?")
     parser.add_argument(
         "--out", type=Path, help="results as JSON; by default benchmarks/results/DEVICE.json if all cases run in full"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    unknown = set(options.only or []) - set(on_gpu if options.gpu else names)
+    if unknown:
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
+    return options
 
 
 def command(options: argparse.Namespace) -> str:
     """Without --out, which says nothing about the numbers and may be a place on one machine."""
-    words = ["python -m benchmarks"]
+    words = ["python -m benchmarks --gpu" if options.gpu else "python -m benchmarks"]
     words += [f"--only {' '.join(options.only)}"] if options.only else []
     words += [f"--repeats {options.repeats}"] if options.repeats else []
     words += ["--quick"] if options.quick else []
@@ -47,11 +55,14 @@ def out_file(options: argparse.Namespace) -> Path | None:
     """Where results go; those of some cases or of small ones never replace the full ones unasked."""
     if options.out or options.only or options.quick:
         return options.out
-    return RESULTS / f"{environment.device_kind().lower().replace(' ', '-')}.json"
+    return RESULTS / f"{environment.device_kind().lower().replace(' ', '-')}{'-gpu' if options.gpu else ''}.json"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(arguments)
+    if options.gpu:
+        gpu.share_memory()
+        return gpu.main(options, command(options), out_file(options))
     settings = QUICK if options.quick else Settings()
     settings = replace(settings, turns=options.repeats or settings.turns)
     results = environment.describe(command(options))

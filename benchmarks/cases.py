@@ -1,7 +1,7 @@
 """The table of what is measured, and against whom."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ class Case:
       peers: name -> how to build it from a problem. "ours" comes first; ratios are to it.
       reference: the outputs that are right.
       checked: the problem on which outputs are compared, if not `problem` itself.
+      allowed: by how much each output of a peer, by name, may differ there; if None, by `measure.TOLERANCE`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     peers: Peers
     reference: Callable[[Any], list[np.ndarray]] = attention_reference
     checked: Any = None
+    allowed: Callable[[str, Any], Sequence[float]] | None = None
 
     def small(self) -> "Case":
         return replace(self, problem=self.problem.small(), checked=self.checked and self.checked.small())

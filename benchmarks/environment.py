@@ -5,6 +5,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,21 @@ import mqa_jax
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
-def describe(command: str) -> dict[str, Any]:
+def describe(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     return {
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": today(),
         "machine": {"cpu": cpu_model(), "cores": usable_cores(), "load": load(), "device": device_kind()},
         "versions": {
             "python": platform.python_version(),
             "mqa_jax": mqa_jax.__version__,
-            **{package: version(package) for package in PACKAGES},
+            **{package: version(package) for package in packages},
         },
     }
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def header(environment: dict[str, Any]) -> str:
@@ -57,6 +64,14 @@ def load() -> float:
 
 def device_kind() -> str:
     return jax.devices()[0].device_kind
+
+
+def driver() -> str:
+    """Of the NVIDIA GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0] or "unknown"
 
 
 def version(package: str) -> str:

@@ -2,17 +2,18 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.cases import Case
-from benchmarks.peers import Candidate
+from benchmarks.peers import Candidate, NotApplicable
+from benchmarks.progress import progress_bar
 from benchmarks.timing import Settings
 
 TOLERANCE = 1e-4  # absolute, in float32; a wrong mask or head is off by more than 0.1
@@ -24,7 +25,7 @@ class Row:
     """What became of one peer.
 
     Attributes:
-      status: "measured", "wrong" (and not measured), "raised", or "absent": not installed.
+      status: "measured", "wrong" (and not measured), "raised", "absent": not installed, or "not applicable".
       cost: median over the turns, in seconds, bytes or seconds a token.
       ratio: median over the turns of the peer's cost / our cost: how many times better we are.
       error: largest absolute difference from the reference; of tokens their numbers differ.
@@ -58,17 +59,20 @@ class Attempt:
             yield
         except ImportError as error:
             self.status, self.message = "absent", _message(error)
+        except NotApplicable as error:
+            self.status, self.message = "not applicable", str(error)
         except Exception as error:  # whatever a peer raises is its result
             self.status, self.message = "raised", f"{type(error).__name__}: {_message(error)}"
 
 
 def measure(case: Case, settings: Settings) -> list[Row]:
     attempts = [Attempt(peer) for peer in case.peers]
-    with tqdm(total=len(attempts) + settings.turns, desc=case.name, unit="step", leave=False) as progress:
-        reference = functools.cache(lambda: case.reference(case.checked or case.problem))
+    checked = case.checked or case.problem
+    with progress_bar(len(attempts) + settings.turns, case.name, "step") as progress:
+        reference = functools.cache(lambda: case.reference(checked))
         for attempt in attempts:
             with attempt.noting_failure():
-                _check(attempt, case, reference())
+                _check(attempt, case, reference)
             progress.update()
         for _ in range(settings.turns):
             for attempt in attempts:
@@ -77,14 +81,18 @@ def measure(case: Case, settings: Settings) -> list[Row]:
     return [_row(case, attempt, attempts[0]) for attempt in attempts]
 
 
-def _check(attempt: Attempt, case: Case, expected: list[np.ndarray]) -> None:
+def _check(attempt: Attempt, case: Case, reference: Callable[[], list[np.ndarray]]) -> None:
     build = case.peers[attempt.peer]
-    attempt.candidate = build(case.problem)
+    attempt.candidate = build(case.problem)  # first: for a peer that is absent nothing has to be computed
     checked = build(case.checked) if case.checked else attempt.candidate
-    error = max(float(np.max(np.abs(array - right))) for array, right in zip(checked.outputs(), expected, strict=True))
-    attempt.error = error if math.isfinite(error) else None
-    if not error <= TOLERANCE:
-        attempt.status, attempt.message = "wrong", f"differs by {error:.3g} from the reference"
+    difference = lambda array, right: float(np.max(np.abs(array - right)))
+    errors = [difference(array, right) for array, right in zip(checked.outputs(), reference(), strict=True)]
+    attempt.error = max(errors) if all(map(math.isfinite, errors)) else None
+    allowed = case.allowed(attempt.peer, case.checked or case.problem) if case.allowed else itertools.repeat(TOLERANCE)
+    for error, most in zip(errors, allowed):
+        if not error <= most:
+            message = f"differs by {error:.3g} from the reference, where {most:.3g} is allowed"
+            attempt.status, attempt.message = "wrong", message
 
 
 def _take_turn(attempt: Attempt, settings: Settings) -> None:

@@ -31,6 +31,10 @@ class Candidate(NamedTuple):
     cost: Callable[[float], float]
 
 
+class NotApplicable(Exception):
+    """Why a peer has nothing to do with a problem."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """One call of attention in float32; the letters are those of `mqa_jax.shapes`.

@@ -5,7 +5,7 @@ python -m benchmarks.table benchmarks/results/cpu.json
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,62 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return row["case"], row["problem"], row["peer"], measured, ratio, error
 
 
-def aligned(rows: Iterable[dict[str, Any]]) -> str:
-    lines = [TITLES, *(cells(row) for row in rows)]
+def table(rows: Sequence[dict[str, Any]], leading: Sequence[str] = TITLES[:3]) -> list[tuple[str, ...]]:
+    """Titles and lines. What was measured on a GPU has a direction: a peer's directions share a line."""
+    if not any("direction" in row for row in rows):
+        return [TITLES, *map(cells, rows)]
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in leading), []).append(row)
+    directions = [row["direction"] for row in next(iter(lines.values()))]
+    return [
+        (*leading, *directions, "largest error, or why nothing was measured"),
+        *((*line, *map(rate, found), remarks(found)) for line, found in lines.items()),
+    ]
+
+
+def rate(row: dict[str, Any]) -> str:
+    """Time, FLOP/s, their share of those of a large matrix product, and how many times as long as ours it takes."""
+    if row["cost"] is None:
+        return "in the noise" if row["status"] == "measured" else row["status"]
+    share = "" if row["share"] is None else f" {row['share']:.0%}"
+    ratio = "" if row["ratio"] is None else f" {figures(row['ratio'])}x"
+    return f"{UNITS[row['unit']](row['cost'])} {figures(row['flops'] / 1e12)} TFLOP/s{share}{ratio}"
+
+
+def remarks(rows: Sequence[dict[str, Any]]) -> str:
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    reasons = dict.fromkeys(row["message"] for row in rows if row["message"])  # each once
+    return "; ".join([*([f"{max(errors):.1e}"] if errors else []), *reasons])
+
+
+def describe_ceilings(ceilings: dict[str, Any]) -> str:
+    if "matmul" not in ceilings:
+        return f"not measured: {ceilings.get('error')}"
+    products = ", ".join(f"{dtype} {figures(rate / 1e12)} TFLOP/s" for dtype, rate in ceilings["matmul"].items())
+    return f"matrix product {products}; copy {figures(ceilings['copy'] / 1e9)} GB/s"
+
+
+def aligned(rows: Sequence[dict[str, Any]], leading: Sequence[str] = TITLES[:3]) -> str:
+    return in_columns(table(rows, leading))
+
+
+def in_columns(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The table, and under it where it comes from."""
-    lines = [TITLES, ("---",) * len(TITLES), *(cells(row) for row in results["rows"])]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    titles, *lines = table(results["rows"])
+    lines = [titles, ("---",) * len(titles), *lines]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     machine, versions = results["machine"], results["versions"]
+    gpu = ""
+    if "ceilings" in results:
+        gpu = f"{machine['device']}, driver {machine['driver']}; {describe_ceilings(results['ceilings'])}; "
     return (
-        f"{table}\n\n`{results['command']}`, {results['date']}, {machine['cpu']}, {machine['cores']} cores, "
+        f"{text}\n\n`{results['command']}`, {results['date']}, {gpu}{machine['cpu']}, {machine['cores']} cores, "
         f"load {machine['load']}; {', '.join(f'{name} {number}' for name, number in versions.items())}."
     )
 

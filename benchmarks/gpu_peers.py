@@ -1,0 +1,358 @@
+"""Attention on a GPU, by us and by others, and the rule that judges them: that of tests/oracle.py.
+
+A peer says itself what it does not do, by raising `NotApplicable` when it is traced. Its program is compiled once for
+each problem, and may be compiled in any thread.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+import mqa_jax
+from benchmarks import timing
+from benchmarks.cases import Peers
+from benchmarks.peers import Attention, Candidate, NotApplicable, jax_program
+from mqa_jax import attention, reference
+from mqa_jax.checks import checked_inputs
+from mqa_jax.kernels import flash, triton
+from mqa_jax.options import Options
+from mqa_jax.shapes import positions
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import oracle
+
+LENIENCE = 2
+LARGEST_SCORES = 10 << 30  # bytes of one array of all scores; gradients take four of them
+
+
+@dataclass(frozen=True)
+class Problem(Attention):
+    """Attention with what models do to it.
+
+    Attributes:
+      window: how many keys a query sees, its own included; None for all.
+      alibi: whether scores fall with distance.
+      documents: how many, all of one length, are packed into each row; they do not see each other.
+      dropout: its rate.
+    """
+
+    dtype: str = "bfloat16"
+    window: int | None = None
+    alibi: bool = False
+    documents: int = 1
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        words = [
+            super().__str__(),
+            "" if self.window is None else f"window={self.window}",
+            "ALiBi" if self.alibi else "",
+            f"documents={self.documents}" if self.documents > 1 else "",
+            f"dropout={self.dropout}" if self.dropout else "",
+            self.dtype,
+        ]
+        return " ".join(filter(None, words))
+
+    def at_length(self, length: int) -> "Problem":
+        """One row of this many tokens; a window shrinks with them."""
+        window = None if self.window is None else self.window * length // self.queries
+        return replace(self, batch=1, queries=length, keys=length, window=window)
+
+    def small(self, factor: int = 0) -> "Problem":
+        """Small enough for interpret mode: fewer heads and features as well."""
+        kv_heads = min(self.kv_heads, 2)
+        heads = kv_heads * min(self.heads // self.kv_heads, 2)
+        return replace(self.at_length(40), heads=heads, kv_heads=kv_heads, head_dim=self.head_dim // 4)
+
+    @property
+    def pairs(self) -> float:
+        """Of a query and a key, in one head, that the mask leaves: about, as a causal one is said to leave half."""
+        length = self.queries // self.documents
+        whole = self.documents * length * (self.keys // self.documents)
+        if self.window is not None:
+            return self.queries * self.window - self.window**2 / 2
+        return whole / 2 if self.is_causal else whole
+
+    @property
+    def flops(self) -> float:
+        """Two products in the forward pass; in the backward pass five, as FlashAttention counts, whoever needs more."""
+        forward = 4 * self.batch * self.heads * self.pairs * self.head_dim
+        return 3.5 * forward if self.gradients else forward
+
+    @property
+    def results(self) -> int:
+        return 4 if self.gradients else 1
+
+    def options(self) -> dict[str, Any]:
+        """Of `mqa_jax.dot_product_attention`."""
+        ids = self.ids() if self.documents > 1 else None
+        return dict(
+            is_causal=self.is_causal,
+            local_window_size=self.sides(),
+            alibi_slopes=mqa_jax.alibi_slopes(self.heads) if self.alibi else None,
+            query_segment_ids=ids,
+            key_value_segment_ids=ids,
+            dropout_rate=self.dropout,
+            dropout_rng=jax.random.key(0) if self.dropout else None,
+        )
+
+    def sides(self) -> tuple[int, int] | None:
+        return None if self.window is None else (self.window - 1, 0)
+
+    def ids(self) -> Array:
+        """Which document a token belongs to."""
+        ids = positions(self.queries) // -(-self.queries // self.documents)
+        return jnp.broadcast_to(ids, (self.batch, self.queries))
+
+    def needs_no(self, *names: str) -> None:
+        """Raises for the first of these options that the problem has."""
+        defaults = Problem(1, 1, 1, 1, 1, 1)
+        for name in names:
+            if getattr(self, name) != getattr(defaults, name):
+                raise NotApplicable(f"it has no {name}")
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def without_gradients(problem: Problem) -> Problem:
+    """The numbers of a problem are the same for both."""
+    return replace(problem, gradients=False)
+
+
+KEPT = 3  # problems: what is measured, what is checked, and that without dropout
+
+
+@functools.lru_cache(maxsize=KEPT)
+def random_arrays(problem: Problem) -> list[np.ndarray]:
+    return problem.arrays()
+
+
+@functools.lru_cache(maxsize=KEPT)
+def on_device(problem: Problem) -> list[Array]:
+    """Query, key, value and the weights of the output."""
+    return [jnp.asarray(array).astype(problem.dtype) for array in random_arrays(problem)]
+
+
+# -- peers in JAX: from a problem, query, key and value to the output --------------------------------------------------
+
+
+def ours(problem: Problem, query: Array, key: Array, value: Array, is_causal: bool, implementation: str) -> Array:
+    if implementation == "triton" and jax.default_backend() != "gpu":
+        implementation = interpreted()
+    return mqa_jax.dot_product_attention(query, key, value, **problem.options(), implementation=implementation)
+
+
+@functools.cache
+def interpreted() -> str:
+    """The name of our Triton kernels in interpret mode, where there is no GPU."""
+    interpret = functools.partial(functools.partial, interpret=True)
+    kernels = flash.Kernels(interpret(triton.forward), interpret(triton.backward))
+    attention.IMPLEMENTATIONS["triton in interpret mode"] = attention.Implementation(kernels, triton.cannot)
+    return "triton in interpret mode"
+
+
+def jax_nn(
+    problem: Problem, query: Array, key: Array, value: Array, is_causal: bool, implementation: Literal["xla", "cudnn"]
+) -> Array:
+    problem.needs_no("dropout")
+    bias, mask = bias_and_mask(problem)
+    if implementation == "cudnn" and bias is not None:
+        raise NotApplicable("it has no ALiBi; it would take a bias, in bfloat16, which is too coarse for distances")
+    if implementation == "xla":
+        has_space_for_scores(problem)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        is_causal=is_causal,
+        local_window_size=problem.sides(),
+        implementation=implementation,
+    )
+
+
+def tokamax(problem: Problem, query: Array, key: Array, value: Array, is_causal: bool) -> Array:
+    attend = importlib.import_module("tokamax").dot_product_attention
+    problem.needs_no("dropout")
+    bias, mask = bias_and_mask(problem)
+    return attend(query, key, value, bias, mask, is_causal=is_causal, local_window_size=problem.sides())
+
+
+def pallas_mha(problem: Problem, query: Array, key: Array, value: Array, is_causal: bool) -> Array:
+    """JAX's own example. It wants as many key/value heads as query heads, and whole blocks of queries and keys."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is for tokamax
+        mha = importlib.import_module("jax.experimental.pallas.ops.gpu.attention").mha
+    problem.needs_no("window", "alibi", "dropout")
+    group = problem.heads // problem.kv_heads
+    key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+    padding = -problem.queries % 128
+    query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
+    ids = None
+    if problem.documents > 1 or (padding and not is_causal):  # a causal mask hides the padding, which comes last
+        ids = jnp.pad(problem.ids(), ((0, 0), (0, padding)), constant_values=problem.documents)
+    interpret = jax.default_backend() != "gpu"
+    out = mha(query, key, value, ids, sm_scale=problem.head_dim**-0.5, causal=is_causal, interpret=interpret)
+    return out[:, : problem.queries]
+
+
+def bias_and_mask(problem: Problem) -> tuple[Array | None, Array | None]:
+    """ALiBi and documents, for those who know neither."""
+    bias = mask = None
+    tokens = positions(problem.queries)
+    if problem.alibi:
+        distance = jnp.abs(tokens[:, None] - tokens[None]).astype(jnp.float32)
+        bias = (-mqa_jax.alibi_slopes(problem.heads)[:, None, None] * distance)[None]
+    if problem.documents > 1:
+        ids = problem.ids()[:1, None]
+        mask = ids[..., :, None] == ids[..., None, :]
+    return bias, mask
+
+
+def has_space_for_scores(problem: Problem) -> None:
+    size = 4 * problem.batch * problem.heads * problem.queries * problem.keys
+    if size > LARGEST_SCORES:
+        raise NotApplicable(f"one array of all scores would be {size / 2**30:.0f} GiB")
+
+
+JAX_PEERS: dict[str, Callable[..., Array]] = {
+    "ours": functools.partial(ours, implementation="triton"),
+    "ours, xla": functools.partial(ours, implementation="xla"),
+    "jax.nn, cudnn": functools.partial(jax_nn, implementation="cudnn"),
+    "jax.nn, xla": functools.partial(jax_nn, implementation="xla"),
+    "pallas mha": pallas_mha,
+    "tokamax": tokamax,
+}
+
+
+def precision_of(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """JAX may multiply float32 as tf32 on a GPU, which is another problem."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
+
+
+@functools.cache
+def compiled(peer: str, problem: Problem) -> Callable[..., Any]:
+    """The program of a JAX peer."""
+    shapes = [jax.ShapeDtypeStruct(shape, problem.dtype) for shape in problem.shapes()]
+    with precision_of(problem.dtype):
+        return jax_program(functools.partial(JAX_PEERS[peer], problem), problem).lower(*shapes).compile()
+
+
+def jax_peer(peer: str, problem: Problem) -> Candidate:
+    """Costs seconds a call."""
+    program, arrays = compiled(peer, problem), on_device(without_gradients(problem))
+    run = lambda: program(*arrays)
+    cost = functools.partial(timing.seconds_per_call, run, finish=jax.block_until_ready)
+    return Candidate(lambda: [np.asarray(x.astype(jnp.float32)) for x in run()], cost)
+
+
+# -- peers in PyTorch --------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=KEPT)
+def torch_tensors(problem: Problem, device: str) -> list[Any]:
+    """On PyTorch's own layout `[B, N, T, H]`."""
+    import torch
+
+    move = lambda array: torch.from_numpy(array).to(device, getattr(torch, problem.dtype))
+    return [move(array).transpose(1, 2).contiguous() for array in random_arrays(problem)]
+
+
+def torch_peer(backend: str, problem: Problem) -> Candidate:
+    """Costs seconds a call of PyTorch's SDPA."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    problem.needs_no("window", "alibi", "documents")
+    if problem.dropout:
+        raise NotApplicable("it drops other weights, so its numbers cannot be checked")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and jax.default_backend() == "gpu":
+        raise NotApplicable("this PyTorch has no CUDA")
+    query, key, value, weights = torch_tensors(without_gradients(problem), device)
+    attend: Any = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        is_causal=problem.is_causal,
+        enable_gqa=problem.heads != problem.kv_heads,
+    )
+
+    def run() -> tuple[Any, ...]:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            if not problem.gradients:
+                with torch.inference_mode():
+                    return (attend(query, key, value),)
+            leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+            out = attend(*leaves)
+            return out.detach(), *torch.autograd.grad(out, leaves, weights)
+
+    finish = lambda result: torch.cuda.synchronize() if device == "cuda" else None
+    cost = functools.partial(timing.seconds_per_call, run, finish=finish)
+    return Candidate(lambda: [tensor.transpose(1, 2).float().cpu().numpy() for tensor in run()], cost)
+
+
+def peers_of(problem: Problem) -> Peers:
+    """PyTorch's kernel for float32 is another one."""
+    backends = ["EFFICIENT"] if problem.dtype == "float32" else ["FLASH", "CUDNN"]
+    return {name: functools.partial(jax_peer, name) for name in JAX_PEERS} | {
+        f"torch, {backend.lower()}": functools.partial(torch_peer, f"{backend}_ATTENTION") for backend in backends
+    }
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+def exact(problem: Problem) -> list[np.ndarray]:
+    """The outputs in float32, for the numbers that the peers get."""
+    return _exact(replace(problem, gradients=True))[: problem.results]
+
+
+def allowed(peer: str, problem: Problem) -> list[float]:
+    """By how much outputs may differ from `exact`: the oracle's rule, with the largest error of a plain computation.
+
+    Others follow rules of their own, as FlashAttention, which allows its gradients half as much again: they are given
+    LENIENCE times as much, which no wrong mask or head gets by with. Dropout changes hardly anything about all that,
+    and the plain computation has none.
+    """
+    errors = _allowed(replace(problem, gradients=True, dropout=0.0))[: problem.results]
+    return errors if peer.startswith("ours") else [LENIENCE * error for error in errors]
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _exact(problem: Problem) -> list[np.ndarray]:
+    attend = functools.partial(ours, problem, implementation="reference")
+    arrays = [x.astype(jnp.float32) for x in on_device(without_gradients(problem))]
+    return [np.asarray(x) for x in jax_program(attend, problem)(*arrays)]
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _allowed(problem: Problem) -> list[float]:
+    with precision_of(problem.dtype):
+        program = jax_program(functools.partial(plain_attention, problem), problem)
+        plain = program(*on_device(without_gradients(problem)))
+    unit = oracle.FLOOR_ULPS[problem.dtype] * float(jnp.finfo(problem.dtype).eps)
+    largest = lambda array: float(np.max(np.abs(array)))
+    return [
+        oracle.FACTOR * largest(np.asarray(x.astype(jnp.float32)) - right) + unit * largest(right)
+        for x, right in zip(plain, _exact(problem), strict=True)
+    ]
+
+
+def plain_attention(problem: Problem, query: Array, key: Array, value: Array, is_causal: bool) -> Array:
+    """The oracle's, which knows masks and ALiBi as a bias: the scores of a query that is 0."""
+    inputs = checked_inputs(jnp.zeros_like(query), key, value, None, None, Options(**problem.options()))
+    bias = jax.lax.stop_gradient(reference.scores(inputs))
+    out, _ = oracle.plain_attention({"query": query, "key": key, "value": value, "bias": bias}, {})
+    return out

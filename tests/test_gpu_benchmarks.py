@@ -1,0 +1,267 @@
+"""The benchmarks for GPUs and the search for tiles run, judge what they time, hide nothing. No speed is asserted."""
+
+import functools
+import json
+import time
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import gpu, gpu_peers, table, tune
+from benchmarks.__main__ import main
+from benchmarks.cases import Case, Peers
+from benchmarks.gpu_peers import Problem
+from benchmarks.measure import Row, measure
+from benchmarks.peers import Candidate, NotApplicable
+from benchmarks.timing import QUICK
+from mqa_jax.checks import checked_inputs
+from mqa_jax.kernels import tile_config
+from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.options import Options
+
+TINY = Problem(batch=1, queries=24, keys=24, heads=4, kv_heads=2, head_dim=8, is_causal=True)
+
+
+def never(least: float) -> float:
+    raise AssertionError("timed although it should not be")
+
+
+# -- python -m benchmarks --gpu ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What a quick run of one case writes."""
+    file = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    printed = main(["--gpu", "--quick", "--only", "head-80", "--repeats", "1", "--out", str(file)])
+    written = json.loads(file.read_text())
+    assert written == printed
+    return written
+
+
+def test_every_peer_has_a_row_for_every_direction(results):
+    peers = gpu_peers.peers_of(gpu.PROBLEMS["head-80"])
+    expected = [(direction, peer) for direction in gpu.DIRECTIONS for peer in peers]
+    assert [(row["direction"], row["peer"]) for row in results["rows"]] == expected
+    for row in results["rows"]:
+        if row["direction"] != "backward" and row["peer"] in ("ours", "ours, xla", "jax.nn, xla", "pallas mha"):
+            assert row["status"] == "measured", row
+            assert row["flops"] > 0
+            assert (row["ratio"] is None) == (row["peer"] == "ours")
+
+
+def test_results_say_how_they_were_measured(results):
+    assert results["command"] == "python -m benchmarks --gpu --only head-80 --repeats 1 --quick"
+    assert results["tests"] == "not run: not asked for"
+    assert set(results["ceilings"]["matmul"]) == {"bfloat16", "float16", "float32"}
+    assert results["machine"].keys() >= {"device", "driver"}
+    markdown = table.markdown(results)
+    assert table.describe_ceilings(results["ceilings"]) in markdown
+    assert len(table.aligned(results["rows"]).splitlines()) == 1 + len(gpu_peers.peers_of(gpu.PROBLEMS["head-80"]))
+    for row in results["rows"]:
+        assert f"\n| {row['case']} | {row['problem']} | {row['peer']} | " in markdown
+
+
+def test_flops():
+    problem = Problem(batch=2, queries=64, keys=64, heads=3, kv_heads=1, head_dim=8)
+    forward = 4 * 2 * 3 * 64 * 64 * 8
+    assert problem.flops == forward
+    assert replace(problem, is_causal=True).flops == forward / 2
+    assert replace(problem, gradients=True).flops == 3.5 * forward
+    assert replace(problem, is_causal=True, documents=4).flops == forward / 8
+    assert replace(problem, is_causal=True, window=64).flops == forward / 2
+    assert replace(problem, is_causal=True, window=16).flops == forward * (64 * 16 - 16 * 16 / 2) / 64**2
+    assert gpu.flops(problem, "backward") == 2.5 * forward
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_wrong_numbers_are_not_timed(dtype):
+    """One head, or one gradient, or everything by a little more than the rule allows."""
+    problem = replace(TINY, dtype=dtype, gradients=True, window=9, alibi=True, documents=2)
+    right, allowed = gpu_peers.exact(problem), gpu_peers.allowed("theirs", problem)
+    assert len(right) == len(allowed) == 4
+    off = [
+        [right[0] * np.array([1, 1, 1, 0])[:, None], *right[1:]],
+        [*right[:3], -right[3]],
+        [x + 1.01 * most for x, most in zip(right, allowed)],
+    ]
+    giving = lambda arrays: lambda problem: Candidate(lambda: arrays, never)
+    peers: Peers = {"ours, xla": functools.partial(gpu_peers.jax_peer, "ours, xla")}
+    peers = {**peers, **{f"wrong {number}": giving(arrays) for number, arrays in enumerate(off)}}
+    case = Case("tiny", "ms", problem, peers, gpu_peers.exact, allowed=gpu_peers.allowed)
+    assert [row.status for row in measure(case, QUICK)] == ["measured", "wrong", "wrong", "wrong"]
+
+
+def test_what_a_peer_does_not_do_is_said():
+    with pytest.raises(NotApplicable, match="it has no window"):
+        gpu_peers.compiled("pallas mha", replace(TINY, window=4))
+    with pytest.raises(NotApplicable, match="one array of all scores would be 64 GiB"):
+        gpu_peers.compiled("jax.nn, xla", replace(TINY, queries=1 << 16, keys=1 << 16))
+
+
+def test_the_backward_pass_is_a_difference():
+    row = functools.partial(Row, "tiny", "problem", "ms", status="measured", ratio=None, error=None, message="")
+    forward = [row("ours", cost=1.0), row("theirs", cost=2.0), row("noisy", cost=2.0), row("broken", cost=1.0)]
+    failed = replace(forward[3], status="raised", cost=None, message="out of luck")
+    both = [row("ours", cost=3.0), row("theirs", cost=6.0), row("noisy", cost=1.0), failed]
+    found = gpu.differences(forward, both)
+    assert [(x.status, x.cost, x.ratio) for x in found] == [
+        ("measured", 2.0, None),
+        ("measured", 4.0, 2.0),
+        ("measured", None, None),
+        ("raised", None, None),
+    ]
+    assert found[3].message == "out of luck"
+
+
+def test_without_a_gpu_the_command_says_so():
+    for command in (lambda: main(["--gpu"]), lambda: tune.main([])):
+        with pytest.raises(SystemExit, match="no GPU here that JAX can use"):
+            command()
+    with pytest.raises(SystemExit):
+        main(["--gpu", "--only", "decode-mqa"])  # a case of the other benchmarks
+
+
+# -- processes that end -----------------------------------------------------------------------------------------------
+
+NAMES = ["ceilings", "gqa", "mqa"]
+
+
+def work(monkeypatch, program: str, seconds: float = 60.0) -> dict:
+    """What is found by processes that run this program instead."""
+    prelude = f"import json, os, sys, time; names = json.loads(sys.argv[1])['names']; mark = {gpu.MARK!r}; "
+    monkeypatch.setattr(gpu, "WORKER", prelude + program)
+    return dict(gpu.work(NAMES, True, QUICK, time.monotonic() + seconds))
+
+
+def messages(found: dict) -> list[str]:
+    return [found["ceilings"]["error"], *({row["message"] for row in found[name]}.pop() for name in NAMES[1:])]
+
+
+def test_a_process_that_ends_is_the_result_of_its_case_alone(monkeypatch):
+    found = work(monkeypatch, "sys.exit('out of luck in /some/place/file.cu')")
+    assert messages(found) == ["its process ended with status 1: out of luck in file.cu"] * 3
+    rows = gpu.with_rates(found["gqa"], gpu.problem_of("gqa", True), found["ceilings"])
+    assert {(row["status"], row["cost"], row["flops"]) for row in rows} == {("raised", None, None)}
+    assert "out of luck in file.cu" in table.aligned(rows)
+
+
+def test_a_process_that_has_lost_its_gpu_is_replaced(monkeypatch):
+    found = work(
+        monkeypatch, f"print('noise'); print(mark + json.dumps(names[0]), flush=True); os._exit({gpu.WORN_OUT})"
+    )
+    assert found == {name: name for name in NAMES}
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(gpu, "LONGEST_CASE", 0.2)
+    assert messages(work(monkeypatch, "time.sleep(60)")) == ["its process ended with status -9: "] * 3
+
+
+def test_what_there_is_no_time_for_is_said(monkeypatch):
+    assert messages(work(monkeypatch, "time.sleep(60)", seconds=0.2)) == ["time is up"] * 3
+
+
+ABSENT = '<testcase name="tests.test_x"><error>E ModuleNotFoundError: No module named gguf</error></testcase>'
+
+
+@pytest.mark.parametrize(
+    ("status", "cases", "expected"),
+    [
+        (0, '<testcase name="a"/><testcase name="b"><skipped/></testcase>', "passed: 1 passed, 0 failed, 1 skipped"),
+        (0, '<testcase name="a"><skipped/></testcase>', "failed: 0 passed, 0 failed, 1 skipped"),
+        (5, "", "failed: 0 passed, 0 failed, 0 skipped"),
+        (1, '<testcase name="a"/><testcase name="b"><failure/></testcase>', "failed: 1 passed, 1 failed, 0 skipped"),
+        (1, f'<testcase name="a"/>{ABSENT}', "passed: 1 passed, 0 failed, 0 skipped"),
+        (1, ABSENT, "failed: 0 passed, 0 failed, 0 skipped"),
+        (2, f'<testcase name="a"/>{ABSENT}', "failed: 1 passed, 0 failed, 0 skipped"),
+    ],
+)
+def test_no_test_on_the_gpu_is_a_failure_and_a_file_for_want_of_a_package_is_none(status, cases, expected, tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    found = gpu.verdict(status, report)
+    assert found.startswith(f"{expected} on the GPU")
+    assert ("for want of packages: tests.test_x" in found) == (ABSENT in cases)
+
+
+# -- python -m benchmarks.tune ----------------------------------------------------------------------------------------
+
+
+def test_a_quick_search_writes_an_entry_and_nothing_else(tmp_path, capsys):
+    file, before = tmp_path / "tiles.json", tile_config.TABLE.read_text()
+    tune.main(["--quick", "--out", str(file), "--directions", "dscore", "--dtypes", "float32", "--head-dims", "128"])
+    assert tile_config.TABLE.read_text() == before
+    old, new = (json.loads(text)["entries"] for text in (before, file.read_text()))
+    entry = tune.Entry("dscore", "float32", 128)
+    changed = [x for x in new if x not in old]
+    assert [x.items() >= entry.key.items() for x in changed] == [True]
+    assert tile_config.config_of(changed[0]) in tune.TINY
+    assert changed[0]["reason"].startswith("fastest of 2 at B=1 T=32 1/1 heads causal: ")
+    assert "2 measured" in capsys.readouterr().out
+
+
+TABLE = [
+    {"architecture": architecture, "direction": "forward", "dtype": "16-bit", "head_dim": head_dim, **more}
+    for architecture in ("sm80", "sm90")
+    for head_dim in (64, 128)
+    for more in ({"rows": 128, "plain": True}, {"rows": 64})
+]
+SAME = {"columns": 64, "warps": 4, "stages": 1, "reason": "of old"}
+
+
+def test_only_this_entry_of_this_architecture_is_rewritten(tmp_path, monkeypatch):
+    """And the new one is found: that for plain calls before that for all."""
+    file, config = tmp_path / "tiles.json", TileConfig(32, 32, warps=4, stages=3, defer_values=True)
+    entry, array = tune.Entry("forward", "16-bit", 128), jnp.zeros((1, 4096, 1, 128), jnp.bfloat16)
+    monkeypatch.setattr(tile_config, "TABLE", file)
+    for removed in (None, 6):  # the predecessor
+        old = [{**x, **SAME} for number, x in enumerate(TABLE) if number != removed]
+        file.write_text(json.dumps({"entries": old}))
+        tile_config.table.cache_clear()
+        try:
+            with tile_config.assuming("sm90"):
+                tune.write(file, entry, config, "fast")
+                plain = checked_inputs(array, array, array, None, None, Options())
+                capped = checked_inputs(array, array, array, None, None, Options(logits_soft_cap=1.0))
+                assert tile_config.choose("forward", plain) == config
+                assert tile_config.choose("forward", capped).rows == 64
+        finally:
+            tile_config.table.cache_clear()
+        new = json.loads(file.read_text())["entries"]
+        assert [x["reason"] for x in new] == ["of old"] * 6 + ["fast", "of old"]
+        assert [x for x in new if x["reason"] == "of old"] == [x for x in old if not (x.get("plain") and x == old[6])]
+
+
+def test_tiles_that_fail_or_differ_are_counted_and_not_chosen(monkeypatch):
+    """The first ones say what is right."""
+
+    def kernel(inputs, saved, config, interpret):
+        if config.rows == 64:
+            raise RuntimeError(f"shared memory: {config.columns} KiB")
+        return inputs * (2 if config.rows == 32 else 1) + (jnp.nan if config.rows == 128 else 0)
+
+    monkeypatch.setitem(tune.KERNELS, "forward", kernel)
+    monkeypatch.setattr(tune.Entry, "arguments", lambda entry, interpret: (jnp.ones(4), jnp.ones(4)))
+    configs = [TileConfig(rows, 16, warps=4, stages=1) for rows in (16, 32, 64, 128, 256)]
+    entry = tune.Entry("forward", "float32", 64)
+    rows, best = tune.tune(entry, configs, True, [QUICK, QUICK], None)
+    assert [row.status for row in rows] == ["measured", "wrong", "raised", "wrong", "measured"]
+    assert {row.peer for row in best} == {tune.describe(configs[0]), tune.describe(configs[4])}
+    assert tune.reason_of(entry, best[0], rows).startswith("fastest of 2 at B=4 T=4096 16/16 heads causal: ")
+    assert "  1 raised: RuntimeError: shared memory: # KiB\n" in tune.report(entry, rows, best)
+
+
+def test_the_search_starts_from_the_table_and_stays_within_the_registers():
+    for direction in tune.KERNELS:
+        for dtype in tune.DTYPES:
+            for head_dim in (64, 128, 256):
+                entry = tune.Entry(direction, dtype, head_dim)
+                first, *others = tune.candidates(entry)
+                array = jnp.zeros((1, 4096, 1, head_dim), tune.DTYPES[dtype])
+                inputs = checked_inputs(array, array, array, None, None, Options())
+                assert first == tile_config.choose(direction, inputs)
+                assert others
+                assert all(tune.numbers_of_a_thread(entry, config) <= tune.MOST_NUMBERS for config in others)
