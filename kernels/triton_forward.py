@@ -60,7 +60,7 @@ def attend(program: Program, tile: Array, bounds: Any, out: Any, log_sum_exp: An
         highest = jnp.maximum(state.highest, jnp.max(score, axis=1))
         shift = online_softmax.finite(highest)
         weight = program.weights(score, shift[:, None])
-        rescale = program.weights(state.highest, shift)
+        rescale = program.exp_of_difference(state.highest, shift)
         total = state.total * rescale + jnp.sum(weight, axis=1)
         dropped = program.drop(weight, place).astype(program.inputs.dtype)
         weighted = state.weighted

@@ -253,11 +253,17 @@ class Program:
 
     def weights(self, scores: Scores, shift: Float[Array, "..."]) -> Float[Array, "..."]:
         """exp(score - shift), both / `unit`; the shift broadcasts."""
-        if self.bare:
-            slope = self.unit * LOG2_E
-            return exp2_of_line(scores, slope, shift * -slope, self.interpret)
-        # A score may be as low as finfo.min, the usual bias of a pair that is not wanted: subtract before multiplying.
-        return exp2_of_line(scores - shift, LOG2_E, jnp.zeros_like(shift), self.interpret)
+        if not self.bare or self.inputs.dtype == jnp.float32:
+            return self.exp_of_difference(scores, shift)
+        slope = self.unit * LOG2_E  # one instruction less, and an error that 16-bit weights do not show
+        return exp2_of_line(scores, slope, shift * -slope, self.interpret)
+
+    def exp_of_difference(self, scores: Scores, shift: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The same, and exactly 1 where both are equal, so that rescaling a sum many times by 1 leaves it as it is.
+
+        Subtracting first also keeps finfo.min, the usual bias of a pair that is not wanted, from overflowing.
+        """
+        return exp2_of_line(scores - shift, self.unit * LOG2_E, jnp.zeros_like(shift), self.interpret)
 
     def drop(self, weights: Float[Array, "..."], place: Place) -> Float[Array, "..."]:
         """Dropout, of the weights or of their gradients."""

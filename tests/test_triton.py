@@ -213,6 +213,22 @@ def test_vmap_and_scan():
     close(*(jax.grad(layers)(PROBLEM.arrays["query"], name) for name in ("kernels", "xla")))
 
 
+def test_donation_and_compiling_ahead_of_time():
+    query, key, value = PROBLEM.arrays.values()
+    step = jax.jit(lambda query: attend(query, key, value, implementation="kernels"), donate_argnums=0)
+    donated, expected = query + 0, attend(query, key, value, implementation="xla")
+    close(step.lower(donated).compile()(donated), expected)
+    assert donated.is_deleted()
+
+
+@pytest.mark.parametrize("derivative", [jax.jvp, lambda f, x, _: jax.hessian(f)(x[0])])
+def test_other_derivatives_are_refused(derivative):
+    query, key, value = (x[:1, :3] for x in PROBLEM.arrays.values())
+    total = lambda query: attend(query, key, value, implementation="kernels").sum()
+    with pytest.raises(NotImplementedError, match="implementation='reference'"):
+        derivative(total, (query,), (query,))
+
+
 @pytest.mark.parametrize(
     ("policy", "forward_kernels"),
     [(None, 2), (checkpoint_policies.save_only_these_names(flash.OUT_NAME, flash.LOG_SUM_EXP_NAME), 1)],
