@@ -21,7 +21,7 @@ from strict_gpu import strict_gpu
 import mqa_jax
 from benchmarks import gpu_compile
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import flash, tile_config, triton, triton_grid
+from mqa_jax.kernels import flash, tile_config, triton, triton_call, triton_grid
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.options import Options
 
@@ -61,6 +61,54 @@ def test_precision(dtype, sizes):
     problem = oracle.random_problem(np.random.default_rng(0), **sizes).astype(dtype)
     plain, reference = oracle.plain_results(problem), oracle.results(problem.astype(jnp.float32), "reference")
     oracle.judge(oracle.results(problem, "kernels"), plain, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("features", "value_features"), [(96, 96), (192, 128), (8, 256), (256, 256)])
+def test_head_sizes_in_pieces(monkeypatch, features, value_features):
+    """192 = 128 + 64, 96 = 64 + 32; and cut smaller, as full float32 products want them."""
+    pieces = dict(SMALL, forward=small(16, 32, features=32), dq=small(16, 16, features=128))
+    use_tiles(monkeypatch, **pieces)
+    sizes: Any = dict(batch=(1,), rows=21, columns=37, heads=2, kv_heads=1, is_causal=True)
+    rng = np.random.default_rng(0)
+    problem = oracle.random_problem(rng, features=features, value_features=value_features, **sizes)
+    oracle.judge_float32(oracle.results(problem, "kernels"), oracle.results(problem, "reference"))
+
+
+TF32_3X = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "products"),
+    [
+        (jnp.float32, None, "HIGHEST"),
+        (jnp.float32, "float32", "HIGHEST"),
+        (jnp.float32, ("highest", "highest"), "HIGHEST"),
+        (jnp.float32, "F32_F32_F32", "F32_F32_F32"),
+        (jnp.float32, "tensorfloat32", "HIGH"),
+        (jnp.float32, jax.lax.Precision.DEFAULT, "DEFAULT"),
+        (jnp.float32, TF32_3X, "TF32_TF32_F32_X3"),
+        (jnp.bfloat16, None, "DEFAULT"),
+        (jnp.bfloat16, "highest", "DEFAULT"),
+    ],
+)
+def test_products_are_as_precise_as_asked(dtype, precision, products):
+    """Triton takes HIGH and DEFAULT for tf32, which float32 gets only where the caller says so."""
+    inputs = checked_inputs(*[jnp.ones((1, 4, 1, 8), dtype)] * 3, None, None, Options(precision=precision))
+    program = str(jax.make_jaxpr(functools.partial(triton.forward, interpret=True))(inputs))
+    assert set(re.findall(r"precision=\(?(?:Precision\.|DotAlgorithmPreset\.)?(\w+)", program)) == {products}
+
+
+def test_the_default_precision_of_jax_counts():
+    inputs = checked_inputs(*[jnp.ones((1, 4, 1, 8))] * 3, None, None, Options())
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert triton_call.precision_of(inputs) == jax.lax.Precision.HIGH
+
+
+def test_what_runs_here_are_the_kernels():
+    problem = oracle.random_problem(np.random.default_rng(0), rows=5, columns=7, heads=2, kv_heads=1, features=8)
+    program = str(jax.make_jaxpr(oracle.program(problem, "kernels"))(problem.arrays))
+    assert sorted(re.findall(r"name=(mqa_[a-z]+)\n", program)) == ["mqa_dkv", "mqa_dq", "mqa_forward"]
 
 
 def everything(batch: int = 2, rows: int = 37, columns: int = 53, heads: int = 4) -> dict[str, Any]:
