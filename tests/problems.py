@@ -32,6 +32,14 @@ FOR_PRECISION: list[dict[str, Any]] = [
 ]
 
 
+# bfloat16 everywhere; the others where a tile boundary, a group or many tiles could make a difference.
+FOR_PRECISION_IN_DTYPES = [
+    *((jnp.bfloat16, sizes) for sizes in FOR_PRECISION),
+    *((dtype, FOR_PRECISION[number]) for dtype in (jnp.float16, jnp.float32) for number in (0, 3)),
+    (jnp.float32, FOR_PRECISION[2]),
+]
+
+
 @st.composite
 def problems(draw):
     """Any combination of options on small awkward shapes."""

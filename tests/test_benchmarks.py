@@ -16,6 +16,8 @@ from benchmarks.measure import Row, measure
 from benchmarks.peers import Attention, Candidate
 from benchmarks.timing import QUICK
 
+pytestmark = pytest.mark.slow
+
 TINY = Attention(batch=1, queries=4, keys=4, heads=2, kv_heads=1, head_dim=4)
 ATTENTION_CASES = [case for case in CASES if isinstance(case.problem, Attention)]
 HAS_TORCH = importlib.util.find_spec("torch") is not None

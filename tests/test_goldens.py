@@ -11,6 +11,8 @@ from golden_modules import FOLDER, Golden
 
 import mqa_jax
 
+pytestmark = pytest.mark.slow
+
 OUTPUT_TOLERANCE = 1e-5  # absolute
 GRADIENT_TOLERANCE = 1e-4  # absolute, or GRADIENT_SHARE of the largest entry
 GRADIENT_SHARE = 1e-5

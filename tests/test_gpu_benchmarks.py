@@ -21,6 +21,8 @@ from mqa_jax.kernels import tile_config
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.options import Options
 
+pytestmark = pytest.mark.slow
+
 TINY = Problem(batch=1, queries=24, keys=24, heads=4, kv_heads=2, head_dim=8, is_causal=True)
 
 

@@ -19,6 +19,7 @@ COMPILED = [
     or (case.direction == "backward" and case.shape.name in DIFFERENT and case.dtype == "bfloat16")
     or (case.shape.name == "SmolLM2-135M" and (case.direction == "backward" or case.dtype == "bfloat16"))
 ]
+FULL_FLOAT32 = "a100", "l40s"  # unrolled multiplications take long to compile: only where there is the least room
 KERNELS = {"forward": ("mqa_forward",), "backward": ("mqa_forward", "mqa_dq", "mqa_dkv")}
 TENSOR_CORES = {"h100": "wgmma", "b200": "tcgen05"}  # the instructions without which they run at half speed, or less
 WITHOUT_SPILLS = (64, 128)  # head sizes
@@ -55,10 +56,11 @@ def complaints(case: Case, result: Result) -> list[str]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_well_for(target):
     """One test for each GPU, since a compiler's process is started once for all programs."""
-    results = list(gpu_compile.compile_cases(target, COMPILED))
-    found = [f"{case}: {text}" for case, result in zip(COMPILED, results) for text in complaints(case, result)]
+    cases = [case for case in COMPILED if case.dtype != "float32" or target in FULL_FLOAT32]
+    results = list(gpu_compile.compile_cases(target, cases))
+    found = [f"{case}: {text}" for case, result in zip(cases, results) for text in complaints(case, result)]
     assert not found, "\n".join(found)
-    assert [result.case for result in results] == [str(case) for case in COMPILED]
+    assert [result.case for result in results] == [str(case) for case in cases]
 
 
 # -- reading, on texts as XLA and ptxas write them ---------------------------------------------------------------------

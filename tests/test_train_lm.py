@@ -18,6 +18,8 @@ import pytest
 import train_lm
 from train_report import read, smooth, write, write_text
 
+pytestmark = pytest.mark.slow
+
 SMALL = train_lm.Settings(
     kv_heads=2, heads=4, layers=1, dim=32, hidden=64, length=32, batch=16, steps=100, learning_rate=0.02, dropout=0.1
 )

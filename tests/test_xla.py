@@ -31,6 +31,7 @@ def tiled(monkeypatch, shape: TileShape) -> str:
     return "tiled"
 
 
+@pytest.mark.slow
 @hypothesis.given(problems.problems(), st.data())
 @hypothesis.settings(max_examples=25)
 def test_every_combination_of_options_in_small_tiles(problem, data):
@@ -55,8 +56,7 @@ def test_every_combination_of_options_as_users_call_it(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("sizes", problems.FOR_PRECISION, ids=str)
+@pytest.mark.parametrize(("dtype", "sizes"), problems.FOR_PRECISION_IN_DTYPES, ids=str)
 def test_precision(monkeypatch, dtype, sizes):
     """In each dtype, at most twice the error of a plain computation in that dtype: output, LSE and gradients."""
     problem = oracle.random_problem(np.random.default_rng(0), **sizes).astype(dtype)
