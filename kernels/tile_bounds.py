@@ -25,18 +25,20 @@ from mqa_jax.shapes import positions
 Bounds = Int[Array, "#B tiles 4"]  # start, full_start, full_stop, stop
 
 
-def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
-    """For each tile of queries, the tiles of keys."""
+def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1) -> Bounds:
+    """For each tile of queries, the tiles of keys; `group` neighbouring rows of a tile are heads of one query."""
     needs_mask = mask.allowed is not None
 
     def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
-        start, stop = tile * rows, jnp.minimum((tile + 1) * rows, sizes.T)
+        start, stop = tile * rows // group, jnp.minimum(-(-(tile + 1) * rows // group), sizes.T)
         some = tiles.key_range(mask, start, stop, sizes.S)
         every = (0, 0) if needs_mask else tiles.full_key_range(mask, start, stop, sizes.S)
         return *some, *every
 
-    ranges = _for_each_tile(mask, of_tile, _tiles(sizes.T, rows))
-    related = _related(mask.query_segments, mask.key_segments, rows, columns)
+    ranges = _for_each_tile(mask, of_tile, _tiles(sizes.T * group, rows))
+    own = mask.query_segments
+    own = own if own is None or group == 1 else jnp.repeat(own, group, axis=1)
+    related = _related(own, mask.key_segments, rows, columns)
     return _bounds(ranges, columns, _tiles(sizes.S, columns), related)
 
 

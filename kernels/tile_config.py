@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mqa_jax.inputs import Inputs
 
-DIRECTIONS = ("forward", "dq", "dkv", "dscore")
+DIRECTIONS = ("forward", "dq", "dkv", "dscore", "decode")
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100")  # A100; L40S, RTX 40; H100, H200; B200
 TABLE = Path(__file__).with_name("tile_table.json")
 
@@ -67,8 +67,8 @@ def power_of_two(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
-def choose(direction: str, inputs: Inputs) -> TileConfig:
-    """The first entry of the table for these inputs on the architecture at hand.
+def choose(direction: str, inputs: Inputs, rows: int | None = None) -> TileConfig:
+    """The first entry of the table for these inputs on the architecture at hand; `rows` of a tile, if not queries.
 
     An entry holds for head sizes up to its own; one that says `plain` only where `is_plain`.
     """
@@ -79,7 +79,7 @@ def choose(direction: str, inputs: Inputs) -> TileConfig:
     for entry in table():
         fits = features <= entry["head_dim"] and (is_plain(inputs) or not entry.get("plain"))
         if fits and all(entry[key] == value for key, value in wanted.items()):
-            return config_of(entry).fitted(size.T, size.S)
+            return config_of(entry).fitted(rows or size.T, size.S)
     raise ValueError(
         f"{TABLE.name} has no tiles for {', '.join(f'{key}={value!r}' for key, value in wanted.items())}, "
         f"head_dim={features}. `python -m benchmarks.tune` writes them."

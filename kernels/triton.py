@@ -1,7 +1,15 @@
 """The Pallas-Triton implementation: what it cannot do, and which kernel computes what."""
 
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import row_terms, tile_config, triton_backward, triton_call, triton_forward, triton_score_gradient
+from mqa_jax.kernels import (
+    row_terms,
+    tile_config,
+    triton_backward,
+    triton_call,
+    triton_decode,
+    triton_forward,
+    triton_score_gradient,
+)
 from mqa_jax.kernels.triton_backward import Saved
 from mqa_jax.shapes import LogSumExp, Output
 
@@ -33,6 +41,10 @@ def in_reach() -> bool:
 
 
 def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, LogSumExp]:
+    size = inputs.sizes
+    if size.T <= triton_decode.MOST_QUERIES:
+        tiles = tile_config.choose("decode", inputs, rows=size.T * size.G)
+        return triton_decode.forward(inputs, tiles, interpret)
     return triton_forward.forward(inputs, tile_config.choose("forward", inputs), interpret)
 
 

@@ -16,7 +16,7 @@ from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import tile_bounds, triton_call
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.tiles import Index
-from mqa_jax.kernels.triton_grid import KeyTiles, over_key_tiles, over_query_tiles
+from mqa_jax.kernels.triton_grid import KeyTiles, Share, over_key_tiles, over_query_tiles
 from mqa_jax.kernels.triton_tile import Pieces, Place, Program, Scores, zeros
 
 
@@ -118,17 +118,6 @@ def d_key_and_value(
     sums = triton_call.call("mqa_dkv", kernel, grid, config, shapes, interpret)(inputs, saved, bounds)
     d_key, d_value = (x[0] if shares == 1 else jnp.sum(x, axis=0).astype(inputs.dtype) for x in sums)
     return d_key, d_value
-
-
-class Share(NamedTuple):
-    """Which part of the work on a tile of keys is one program's."""
-
-    number: Array
-    of: int
-
-    def range(self, steps: Array) -> tuple[Array, Array]:
-        part = lambda number: lax.div(steps * number, jnp.int32(self.of))
-        return part(self.number), part(self.number + 1)
 
 
 def _one_tile_of_d_key(

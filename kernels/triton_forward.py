@@ -26,7 +26,10 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
 
     def kernel(inputs: Inputs, bounds: Any, out: Any, log_sum_exp: Any) -> None:
         batch, head, tile = place_of_program()
-        attend(Program(inputs, config, interpret, batch, head), tile, bounds, out, log_sum_exp)
+        program, row = Program(inputs, config, interpret, batch, head), tile * config.rows
+        key_tiles = KeyTiles.load(program, bounds, tile)
+        state = attend(program, row, key_tiles, ((0, key_tiles.full), (0, key_tiles.masked)))
+        finish(program, state, row, out, log_sum_exp)
 
     shapes = (
         jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype),
@@ -38,6 +41,9 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
     return out, log_sum_exp.swapaxes(1, 2)
 
 
+Loops = tuple[tuple[Index, Index], tuple[Index, Index]]  # first and last + 1 of the steps
+
+
 class State(NamedTuple):
     """A running softmax (see `online_softmax.State`), and the weights whose product with the values is still due."""
 
@@ -47,11 +53,10 @@ class State(NamedTuple):
     due: Array | None  # [bq, bk]
 
 
-def attend(program: Program, tile: Array, bounds: Any, out: Any, log_sum_exp: Any) -> None:
+def attend(program: Program, row: Array, key_tiles: KeyTiles, loops: Loops) -> State:
+    """The running softmax of a tile of queries over the steps of two loops: tiles without mask, and with it."""
     config, operands = program.config, program.inputs.operands
-    row = tile * config.rows
     query = program.queries(operands.query, row, masked=True)
-    key_tiles = KeyTiles.load(program, bounds, tile)
 
     def step(number: Index, state: State, masked: bool) -> State:
         place = Place(row, key_tiles.number(number, masked) * config.columns)
@@ -76,12 +81,12 @@ def attend(program: Program, tile: Array, bounds: Any, out: Any, log_sum_exp: An
         return tuple(x + program.product(due, v) for x, v in zip(weighted, value))
 
     state = empty(program)
-    state = lax.fori_loop(0, key_tiles.full, lambda number, state: step(number, state, masked=False), state)
+    state = lax.fori_loop(*loops[0], lambda number, state: step(number, state, masked=False), state)
     if key_tiles.some_masked:
-        state = lax.fori_loop(0, key_tiles.masked, lambda number, state: step(number, state, masked=True), state)
+        state = lax.fori_loop(*loops[1], lambda number, state: step(number, state, masked=True), state)
     if state.due is not None:
         state = state._replace(weighted=add_due(state.weighted, state.due, key_tiles.last(), masked=True))
-    finish(program, state, row, out, log_sum_exp)
+    return state
 
 
 def empty(program: Program) -> State:
@@ -92,7 +97,7 @@ def empty(program: Program) -> State:
     return State(full(config.rows, value=-jnp.inf), full(config.rows), weighted, due)
 
 
-def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: Any) -> None:
+def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: Any, *leading: Array) -> None:
     """Divides, lets the sink take its share, and writes; 0 and -inf in rows that saw no key."""
     highest, total = state.highest * program.unit, state.total
     seen = highest > -jnp.inf
@@ -105,5 +110,5 @@ def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: An
         rescale = jnp.exp(highest - with_sink)
         highest, total = with_sink, total * rescale + jnp.exp(sink - with_sink)
     factor = jnp.where(seen, rescale / total, 0.0)[:, None]
-    program.store_rows(out, tuple(jnp.where(seen[:, None], x * factor, 0.0) for x in state.weighted), row)
-    program.store_row_numbers(log_sum_exp, jnp.where(seen, highest + jnp.log(total), -jnp.inf), row)
+    program.store_rows(out, tuple(jnp.where(seen[:, None], x * factor, 0.0) for x in state.weighted), row, *leading)
+    program.store_row_numbers(log_sum_exp, jnp.where(seen, highest + jnp.log(total), -jnp.inf), row, *leading)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs, Sizes
@@ -62,6 +63,17 @@ def _kv_heads_together(size: Sizes, itemsize: int) -> int:
     bytes_per_head = size.S * (size.H + size.V) * itemsize
     fits = lambda heads: size.K % heads == 0 and heads * bytes_per_head <= L2_SHARE
     return max(filter(fits, range(1, size.K + 1)), default=1)
+
+
+class Share(NamedTuple):
+    """Which part of the work is one program's."""
+
+    number: Array
+    of: int
+
+    def range(self, steps: Array) -> tuple[Array, Array]:
+        part = lambda number: lax.div(steps * number, jnp.int32(self.of))
+        return part(self.number), part(self.number + 1)
 
 
 @dataclass(frozen=True)

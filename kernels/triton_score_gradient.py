@@ -21,9 +21,9 @@ from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import tile_bounds, triton_call
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.tiles import Index
-from mqa_jax.kernels.triton_backward import Rows, Saved, Share, d_scores
+from mqa_jax.kernels.triton_backward import Rows, Saved, d_scores
 from mqa_jax.kernels.triton_call import divided, load, program_id, span, store
-from mqa_jax.kernels.triton_grid import shares_of
+from mqa_jax.kernels.triton_grid import Share, shares_of
 from mqa_jax.kernels.triton_tile import Place, Program
 
 MOST_SHARES = 64  # only arrays of few tiles are shared, so these sums are small

@@ -68,7 +68,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """The inputs (references to whole arrays) for one batch row and one query head."""
+    """The inputs (references to whole arrays) for one batch row and one query head.
+
+    Attributes: group, how many neighbouring rows are heads of one query; see `triton_decode`. Then `head` is the
+    key/value head, and ALiBi slopes are `[K, rows]`.
+    """
 
     inputs: Inputs
     config: TileConfig
@@ -76,6 +80,7 @@ class Program:
     batch: Array
     head: Array
     transposed: bool = False
+    group: int = 1
 
     @property
     def sizes(self) -> Sizes:
@@ -97,6 +102,10 @@ class Program:
     def rows(self, place: Place) -> Array:
         """Numbers of the queries, `[bq, 1]`, or `[1, bq]` if transposed."""
         return place.row + _axis(self.config.rows, 1 if self.transposed else 0)
+
+    def queries_of_rows(self, place: Place) -> Array:
+        rows = self.rows(place)
+        return rows if self.group == 1 else divided(rows, self.group)[0]
 
     def columns(self, place: Place) -> Array:
         return place.column + _axis(self.config.columns, 0 if self.transposed else 1)
@@ -154,12 +163,12 @@ class Program:
         numbers = load(x, self.batch, self.head, span(start, self.config.rows), where=where)
         return numbers if where is None or other == 0.0 else jnp.where(where, numbers, other)
 
-    def store_rows(self, into: Any, values: Pieces, start: Array) -> None:
-        """Writes a tile of `[B, T, N, X]`."""
+    def store_rows(self, into: Any, values: Pieces, start: Array, *leading: Array) -> None:
+        """Writes a tile of `[..., B, T, N, X]`."""
         limit = self.sizes.T if self.sizes.T % self.config.rows else None
         for value, piece in zip(values, pieces(into.shape[-1], self.config.features)):
             where = _inside(start, self.config.rows, limit, piece)
-            index = self.batch, span(start, self.config.rows), self.head, span(piece.start, piece.width)
+            index = *leading, self.batch, span(start, self.config.rows), self.head, span(piece.start, piece.width)
             store(into, value, *index, where=where)
 
     def store_columns(self, into: Any, values: Pieces, start: Array, *leading: Array) -> None:
@@ -170,11 +179,11 @@ class Program:
             index = *leading, self.batch, span(start, self.config.columns), self.kv_head
             store(into, value, *index, span(piece.start, piece.width), where=where)
 
-    def store_row_numbers(self, into: Any, numbers: Float[Array, " bq"], start: Array) -> None:
-        """Writes a tile of `[B, N, T]`."""
+    def store_row_numbers(self, into: Any, numbers: Float[Array, " bq"], start: Array, *leading: Array) -> None:
+        """Writes a tile of `[..., B, N, T]`."""
         tile = self.config.rows
         where = start + _line(tile) < self.sizes.T if self.sizes.T % tile else None
-        store(into, numbers, self.batch, self.head, span(start, tile), where=where)
+        store(into, numbers, *leading, self.batch, self.head, span(start, tile), where=where)
 
     def pairs(self, x: Any, place: Place, masked: bool) -> Array:
         """A tile of `[#B, #N, #T, #S]`, whose axes of size 1 stay; 0 where a pair does not exist."""
@@ -217,10 +226,17 @@ class Program:
         if operands.bias is not None:
             raw = raw + self.pairs(operands.bias, place, masked).astype(jnp.float32)
         if operands.alibi_slopes is not None:
-            slope = load(operands.alibi_slopes, self.head).astype(jnp.float32)
-            raw = raw - slope * self.distance(place)
+            raw = raw - self.slopes(place) * self.distance(place)
         visible = self.visible(place) if masked else None
         return raw if visible is None else jnp.where(visible, raw, -jnp.inf), tanh
+
+    def slopes(self, place: Place) -> Float[Array, "..."]:
+        """One number, or one for each row."""
+        slopes: Any = self.inputs.operands.alibi_slopes
+        if len(slopes.shape) == 1:
+            return load(slopes, self.head).astype(jnp.float32)
+        line = place.row + _line(self.config.rows)
+        return load(slopes, self.head, span(place.row, self.config.rows), where=line < self.sizes.T)[:, None]
 
     def query_offset(self) -> Any:
         offset = self.inputs.mask.query_offset
@@ -228,11 +244,11 @@ class Program:
 
     def distance(self, place: Place) -> Float[Array, "..."]:
         """|query position - key position|"""
-        return jnp.abs(self.columns(place) - (self.rows(place) + self.query_offset())).astype(jnp.float32)
+        return jnp.abs(self.columns(place) - (self.queries_of_rows(place) + self.query_offset())).astype(jnp.float32)
 
     def visible(self, place: Place) -> Bool[Array, "..."] | None:
         """True where a pair exists and the mask leaves it (`mqa_jax.masks`). Padded queries are left to the caller."""
-        mask, rows, columns = self.inputs.mask, self.rows(place), self.columns(place)
+        mask, rows, columns = self.inputs.mask, self.queries_of_rows(place), self.columns(place)
         conditions = []
         if mask.is_causal or mask.window is not None:
             distance = columns - (rows + self.query_offset())
@@ -272,7 +288,10 @@ class Program:
             return weights
         seed: Any = load(spec.seed, self.number(0)), load(spec.seed, self.number(1))  # no kernel can take it apart
         loaded, batch = replace(spec, seed=seed), load(spec.batch, self.batch)
-        kept = dropout.keep(loaded, batch, self.head, self.rows(place), self.columns(place))
+        head = self.head
+        if self.group > 1:
+            head = head * self.group + divided(self.rows(place), self.group)[1]
+        kept = dropout.keep(loaded, batch, head, self.queries_of_rows(place), self.columns(place))
         return jnp.where(kept, weights * spec.scale, 0.0)
 
     def product(self, left: Array, right: Array) -> Array:

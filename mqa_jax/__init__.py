@@ -13,6 +13,7 @@ from mqa_jax.modules import Attention as Attention
 from mqa_jax.modules import GroupedQueryAttention as GroupedQueryAttention
 from mqa_jax.modules import MultiHeadAttention as MultiHeadAttention
 from mqa_jax.modules import MultiQueryAttention as MultiQueryAttention
+from mqa_jax.partials import merge_partials as merge_partials
 from mqa_jax.positions import LinearScaling as LinearScaling
 from mqa_jax.positions import Llama3Scaling as Llama3Scaling
 from mqa_jax.positions import Rope as Rope

@@ -35,6 +35,7 @@ PUBLIC = {
     "check_cache",
     "dot_product_attention",
     "init_cache",
+    "merge_partials",
     "reorder_cache",
     "reset_cache",
 }

@@ -21,7 +21,7 @@ from strict_gpu import strict_gpu
 import mqa_jax
 from benchmarks import gpu_compile
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import flash, tile_config, triton, triton_call, triton_grid
+from mqa_jax.kernels import flash, tile_config, triton, triton_call, triton_decode, triton_grid
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.options import Options
 
@@ -30,12 +30,16 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 def use_tiles(monkeypatch, **tiles: TileConfig) -> None:
     """These tiles instead of the table's, by direction."""
-    monkeypatch.setattr(tile_config, "choose", lambda direction, inputs: tiles[direction])
+    monkeypatch.setattr(tile_config, "choose", lambda direction, inputs, rows=None: tiles[direction])
 
 
 small = functools.partial(TileConfig, warps=4, stages=2)
 SMALL = dict(
-    forward=small(16, 32, defer_values=True), dq=small(16, 16), dkv=small(32, 16, features=16), dscore=small(16, 32)
+    forward=small(16, 32, defer_values=True),
+    dq=small(16, 16),
+    dkv=small(32, 16, features=16),
+    dscore=small(16, 32),
+    decode=small(16, 16),
 )
 
 
@@ -47,9 +51,11 @@ def test_every_combination_of_options_in_small_tiles(problem, data):
     side, features = st.sampled_from([16, 32]), st.sampled_from([16, 256])
     draw = lambda **more: small(data.draw(side), data.draw(side), features=data.draw(features), **more)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        others = {direction: draw() for direction in ("dq", "dkv", "dscore")}
+        others = {direction: draw() for direction in ("dq", "dkv", "dscore", "decode")}
         use_tiles(monkeypatch, forward=draw(defer_values=data.draw(st.booleans())), **others)
         monkeypatch.setattr(triton_grid, "ENOUGH_PROGRAMS", data.draw(st.sampled_from([1, 64])))
+        monkeypatch.setattr(triton_decode, "MOST_QUERIES", data.draw(st.sampled_from([0, 16])))
+        monkeypatch.setattr(triton_decode, "LEAST_KEYS", 8)
         fast = oracle.results(problem, "kernels")
     oracle.judge_float32(fast, oracle.results(problem, "reference"))
 
@@ -94,13 +100,15 @@ TF32_3X = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 )
 def test_products_are_as_precise_as_asked(dtype, precision, products):
     """Triton takes HIGH and DEFAULT for tf32, which float32 gets only where the caller says so."""
-    inputs = checked_inputs(*[jnp.ones((1, 4, 1, 8), dtype)] * 3, None, None, Options(precision=precision))
+    array = jnp.ones((1, 4, 1, 8), dtype)
+    inputs = checked_inputs(array, array, array, None, None, Options(precision=precision))
     program = str(jax.make_jaxpr(functools.partial(triton.forward, interpret=True))(inputs))
     assert set(re.findall(r"precision=\(?(?:Precision\.|DotAlgorithmPreset\.)?(\w+)", program)) == {products}
 
 
 def test_the_default_precision_of_jax_counts():
-    inputs = checked_inputs(*[jnp.ones((1, 4, 1, 8))] * 3, None, None, Options())
+    array = jnp.ones((1, 4, 1, 8))
+    inputs = checked_inputs(array, array, array, None, None, Options())
     with jax.default_matmul_precision("tensorfloat32"):
         assert triton_call.precision_of(inputs) == jax.lax.Precision.HIGH
 
@@ -108,7 +116,7 @@ def test_the_default_precision_of_jax_counts():
 def test_what_runs_here_are_the_kernels():
     problem = oracle.random_problem(np.random.default_rng(0), rows=5, columns=7, heads=2, kv_heads=1, features=8)
     program = str(jax.make_jaxpr(oracle.program(problem, "kernels"))(problem.arrays))
-    assert sorted(re.findall(r"name=(mqa_[a-z]+)\n", program)) == ["mqa_dkv", "mqa_dq", "mqa_forward"]
+    assert sorted(re.findall(r"name=(mqa_[a-z]+)\n", program)) == ["mqa_decode", "mqa_dkv", "mqa_dq"]
 
 
 def everything(batch: int = 2, rows: int = 37, columns: int = 53, heads: int = 4) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def everything(batch: int = 2, rows: int = 37, columns: int = 53, heads: int = 4
         is_causal=True,
         query_offset=jnp.asarray(rng.integers(-5, 20, batch), jnp.int32),
         local_window_size=(30, 3),
-        query_seq_lengths=jnp.asarray([rows, rows - 9] * batch, jnp.int32)[:batch],
+        query_seq_lengths=jnp.asarray([rows, max(1, rows - 9)] * batch, jnp.int32)[:batch],
         key_value_seq_lengths=jnp.asarray([columns - 20, columns] * batch, jnp.int32)[:batch],
         query_segment_ids=jnp.sort(jnp.asarray(rng.integers(0, 3, (batch, rows)), jnp.int32)),
         key_value_segment_ids=jnp.sort(jnp.asarray(rng.integers(0, 3, (batch, columns)), jnp.int32)),
@@ -197,6 +205,25 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradients, expected_gradients)
 
 
+def test_a_decoding_step_touches_what_exists(monkeypatch):
+    """Three queries of two groups of three heads, with all options, on a strict model of memory."""
+    use_tiles(monkeypatch, **SMALL)
+    monkeypatch.setattr(triton_decode, "LEAST_KEYS", 8)
+    options = everything(2, 3, 35, 6)
+    bias, mask = options.pop("bias"), options.pop("mask")
+    sizes: Any = dict(batch=(2,), rows=3, columns=35, heads=6, kv_heads=2, features=24, value_features=20)
+    problem = oracle.random_problem(np.random.default_rng(0), **sizes)
+    inputs = checked_inputs(**problem.arrays, bias=bias, mask=mask, options=Options(**options))
+    with jax.disable_jit():
+        ran = strict_gpu(monkeypatch)
+        out, log_sum_exp = triton.forward(inputs, interpret=True)
+    assert ran == ["mqa_decode"]
+    monkeypatch.undo()
+    expected = mqa_jax.reference.forward(inputs)
+    np.testing.assert_allclose(out, expected[0], atol=1e-5)
+    np.testing.assert_allclose(log_sum_exp, expected[1], atol=1e-5)
+
+
 def test_the_strict_memory_is_strict(monkeypatch):
     """A kernel that forgets to mask the tail is caught reading it."""
     use_tiles(monkeypatch, **SMALL)
@@ -238,7 +265,7 @@ def test_nothing_has_query_heads_at_the_size_of_keys_and_nothing_all_pairs():
 # -- transformations --------------------------------------------------------------------------------------------------
 
 
-PROBLEM = oracle.random_problem(np.random.default_rng(0), rows=13, columns=17, heads=4, kv_heads=2, features=8)
+PROBLEM = oracle.random_problem(np.random.default_rng(0), rows=21, columns=17, heads=4, kv_heads=2, features=8)
 attend = functools.partial(mqa_jax.dot_product_attention, is_causal=True, query_offset=3)
 loss = lambda arrays, implementation, wrap=lambda f: f: jnp.sum(
     wrap(lambda arrays: attend(**arrays, implementation=implementation))(arrays) ** 2

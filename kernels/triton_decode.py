@@ -1,0 +1,112 @@
+"""Few queries on many keys, as in decoding: a Triton kernel that reads the cache once, where it lies.
+
+The query heads of a key/value head times the query positions are the rows of a tile, G to a query, so that each key is
+read for all of them at once. The keys are split over programs, each with a softmax of its own (Flash-Decoding); what
+they find is merged by its log-sum-exp. A split is a part of the tiles that a row of the batch needs, so short rows cost
+little, and a window costs a window.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mqa_jax.inputs import Inputs, Sizes
+from mqa_jax.kernels import tile_bounds, triton_call
+from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.triton_call import divided, program_id
+from mqa_jax.kernels.triton_forward import attend, finish
+from mqa_jax.kernels.triton_grid import KeyTiles, Share
+from mqa_jax.kernels.triton_tile import Program
+from mqa_jax.partials import merge_partials
+from mqa_jax.shapes import LogSumExp, Output
+
+MOST_QUERIES = 16  # beyond, a tile of one head is well filled
+ENOUGH_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
+LEAST_KEYS = 256  # of a split
+MOST_SPLITS = 128
+
+
+def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, LogSumExp]:
+    """T is at most MOST_QUERIES."""
+    size, packed = inputs.sizes, pack(inputs)
+    rows = packed.sizes.T
+    row_tiles = -(-rows // config.rows)
+    splits = splits_of(size, row_tiles)
+
+    def kernel(inputs: Inputs, bounds: Any, out: Any, log_sum_exp: Any) -> None:
+        batch, kv_head = divided(program_id(2), size.K)
+        program = Program(inputs, config, interpret, batch, kv_head, group=size.G)
+        key_tiles = KeyTiles.load(program, bounds, program_id(1))
+        split, row = Share(program_id(0), splits), program_id(1) * config.rows
+        state = attend(program, row, key_tiles, (split.range(key_tiles.full), split.range(key_tiles.masked)))
+        finish(program, state, row, out, log_sum_exp, split.number)
+
+    shapes = (
+        jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), jnp.float32),
+        jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32),
+    )
+    bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns, size.G)
+    grid = splits, row_tiles, size.B * size.K
+    outs, log_sum_exps = triton_call.call("mqa_decode", kernel, grid, config, shapes, interpret)(packed, bounds)
+    out, log_sum_exp = merge_partials(outs, log_sum_exps.swapaxes(2, 3))
+    out, log_sum_exp = unpack(out, size), unpack(log_sum_exp[..., None], size)[..., 0]
+    return with_sinks(out, log_sum_exp, inputs.operands.sinks, inputs)
+
+
+def splits_of(size: Sizes, row_tiles: int) -> int:
+    """Into how many parts the keys are cut."""
+    wanted = -(-ENOUGH_PROGRAMS // (size.B * size.K * row_tiles))
+    return max(1, min(wanted, size.S // LEAST_KEYS, MOST_SPLITS))
+
+
+def pack(inputs: Inputs) -> Inputs:
+    """The same with `[B, T * G, K, H]` queries, the heads of a group side by side, and whatever belongs to them."""
+    operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
+    query = operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(2, 3)
+    slopes = operands.alibi_slopes
+    if slopes is not None:
+        slopes = jnp.tile(slopes.astype(jnp.float32).reshape(size.K, size.G), (1, size.T))
+    return replace(
+        inputs,
+        operands=replace(
+            operands,
+            query=query.reshape(size.B, size.T * size.G, size.K, size.H),
+            bias=_pack_pairs(operands.bias, size),
+            alibi_slopes=slopes,
+            sinks=None,
+        ),
+        mask=replace(
+            mask,
+            allowed=_pack_pairs(mask.allowed, size),
+            query_lengths=None if mask.query_lengths is None else mask.query_lengths * size.G,
+            query_segments=None if mask.query_segments is None else jnp.repeat(mask.query_segments, size.G, axis=1),
+        ),
+    )
+
+
+def _pack_pairs(x: Array | None, size: Sizes) -> Array | None:
+    """`[#B, #N, #T, #S]` to `[#B, #K, #TG, #S]`. What all queries and heads share stays so."""
+    if x is None or (x.shape[1] == 1 and x.shape[2] == 1):
+        return x
+    batch, _, _, columns = x.shape
+    x = jnp.broadcast_to(x, (batch, size.N, size.T, columns)).reshape(batch, size.K, size.G, size.T, columns)
+    return x.swapaxes(2, 3).reshape(batch, size.K, size.T * size.G, columns)
+
+
+def unpack(x: Float[Array, "B TG K X"], size: Sizes) -> Float[Array, "B T N X"]:
+    return x.reshape(size.B, size.T, size.G, size.K, -1).swapaxes(2, 3).reshape(size.B, size.T, size.N, -1)
+
+
+def with_sinks(
+    out: Float[Array, "B T N V"], log_sum_exp: LogSumExp, sinks: Array | None, inputs: Inputs
+) -> tuple[Output, LogSumExp]:
+    """A sink takes its share of the probability, except in rows that saw no key."""
+    if sinks is None:
+        return out.astype(inputs.dtype), log_sum_exp
+    seen = log_sum_exp > -jnp.inf
+    with_sink = jnp.logaddexp(log_sum_exp, sinks.astype(jnp.float32))
+    share = jnp.where(seen, jnp.exp(log_sum_exp - with_sink), 0.0)
+    return (out * share[..., None]).astype(inputs.dtype), jnp.where(seen, with_sink, -jnp.inf)
