@@ -22,7 +22,7 @@ from jaxtyping import Array
 import mqa_jax
 from benchmarks import timing
 from benchmarks.cases import Peers
-from benchmarks.peers import Attention, Candidate, NotApplicable, jax_program
+from benchmarks.peers import Attention, Candidate, NotApplicable, jax_program, torch_results
 from mqa_jax import reference
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import flash, triton
@@ -288,12 +288,7 @@ def torch_peer(backend: str, problem: Problem) -> Candidate:
 
     def run() -> tuple[Any, ...]:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            if not problem.gradients:
-                with torch.inference_mode():
-                    return (attend(query, key, value),)
-            leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-            out = attend(*leaves)
-            return out.detach(), *torch.autograd.grad(out, leaves, weights)
+            return torch_results(attend, problem.gradients, query, key, value, weights)
 
     finish = lambda result: torch.cuda.synchronize() if device == "cuda" else None
     cost = functools.partial(timing.seconds_per_call, run, finish=finish)

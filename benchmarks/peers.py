@@ -116,6 +116,18 @@ def jax_temporaries(attend: Attend, problem: Attention) -> Candidate:
     return Candidate(functools.partial(jax_outputs, attend, problem), temporaries)
 
 
+def torch_results(attention: Any, gradients: bool, query: Any, key: Any, value: Any, weights: Any) -> tuple[Any, ...]:
+    """The output, and the gradients if they are wanted."""
+    import torch
+
+    if not gradients:
+        with torch.inference_mode():
+            return (attention(query, key, value),)
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    out = attention(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, weights)
+
+
 def torch_time(problem: Attention, same_layout: bool = False) -> Candidate:
     """Costs seconds a call of torch's SDPA, on its own layout `[B, N, T, H]`, or on ours seen through a transpose."""
     import torch
@@ -128,14 +140,7 @@ def torch_time(problem: Attention, same_layout: bool = False) -> Candidate:
         torch.nn.functional.scaled_dot_product_attention, is_causal=problem.is_causal, enable_gqa=True
     )
 
-    def run() -> tuple[Any, ...]:
-        if not problem.gradients:
-            with torch.inference_mode():
-                return (attention(query, key, value),)
-        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        out = attention(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, weights)
-
+    run = functools.partial(torch_results, attention, problem.gradients, query, key, value, weights)
     return Candidate(
         lambda: [tensor.transpose(1, 2).numpy() for tensor in run()], functools.partial(timing.seconds_per_call, run)
     )

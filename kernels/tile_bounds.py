@@ -26,7 +26,10 @@ Bounds = Int[Array, "#B tiles 4"]  # start, full_start, full_stop, stop
 
 
 def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1) -> Bounds:
-    """For each tile of queries, the tiles of keys; `group` neighbouring rows of a tile are heads of one query."""
+    """For each tile of queries, the tiles of keys.
+
+    `group` neighbouring rows of a tile are heads of one query; `mask.query_segments` has an id for each row.
+    """
     needs_mask = mask.allowed is not None
 
     def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
@@ -36,9 +39,7 @@ def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1)
         return *some, *every
 
     ranges = _for_each_tile(mask, of_tile, _tiles(sizes.T * group, rows))
-    own = mask.query_segments
-    own = own if own is None or group == 1 else jnp.repeat(own, group, axis=1)
-    related = _related(own, mask.key_segments, rows, columns)
+    related = _related(mask.query_segments, mask.key_segments, rows, columns)
     return _bounds(ranges, columns, _tiles(sizes.S, columns), related)
 
 

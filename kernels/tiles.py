@@ -4,6 +4,8 @@ A tile of queries [row_start, row_stop) needs the keys of one contiguous range, 
 mask but the caller's boolean mask and the segments. Ranges are half open and may be empty (start >= stop).
 """
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -47,33 +49,16 @@ def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) ->
 
 
 def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
-    """Keys that every query of the tile may attend to, if the queries are not padding."""
-    offset = 0 if mask.query_offset is None else mask.query_offset[0]
-    start: Index = 0
-    stop: Index = columns
-    if mask.is_causal:
-        stop = jnp.minimum(stop, offset + row_start + 1)
-    if mask.window is not None:
-        start = jnp.maximum(start, offset + row_stop - 1 - mask.window[0])
-        stop = jnp.minimum(stop, offset + row_start + mask.window[1] + 1)
-    if mask.key_lengths is not None:
-        stop = jnp.minimum(stop, mask.key_lengths[0])
-    return start, stop
+    """Keys that every query of the tile may attend to, if the queries are not padding.
+
+    They begin with the first key of the last query and end with the last key of the first: `key_range` inside out.
+    """
+    return key_range(replace(mask, query_lengths=None), row_stop - 1, row_start + 1, columns)
 
 
 def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
-    """Queries that may attend to every key of the tile, if the keys are not padding."""
-    offset = 0 if mask.query_offset is None else mask.query_offset[0]
-    start: Index = 0
-    stop: Index = rows
-    if mask.is_causal:
-        start = jnp.maximum(start, column_stop - 1 - offset)
-    if mask.window is not None:
-        start = jnp.maximum(start, column_stop - 1 - mask.window[1] - offset)
-        stop = jnp.minimum(stop, column_start + mask.window[0] - offset + 1)
-    if mask.query_lengths is not None:
-        stop = jnp.minimum(stop, mask.query_lengths[0])
-    return start, stop
+    """Queries that may attend to every key of the tile, if the keys are not padding: `row_range` inside out."""
+    return row_range(replace(mask, key_lengths=None), column_stop - 1, column_start + 1, rows)
 
 
 def tile_range(start: Index, stop: Index, tile: int, tiles: int) -> tuple[Array, Array]:

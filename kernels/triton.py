@@ -1,5 +1,7 @@
 """The Pallas-Triton implementation: what it cannot do, and which kernel computes what."""
 
+import math
+
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import (
     row_terms,
@@ -19,13 +21,13 @@ LARGEST_MASK = 2 << 30  # bytes; JAX computes offsets into 1-byte arrays beyond 
 
 def cannot(inputs: Inputs) -> str | None:
     """Why not, or None if it can."""
-    size, allowed = inputs.sizes, inputs.mask.allowed
+    size = inputs.sizes
+    mask_shape = None if inputs.mask.allowed is None else inputs.mask.allowed.shape
     capability = tile_config.capability_at_hand()
     reasons = {
         f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})": max(size.H, size.V) > LARGEST_HEAD,
-        f"a boolean mask of less than 2 GiB only ({allowed.shape=})" if allowed is not None else "": (
-            allowed is not None and allowed.size >= LARGEST_MASK
-        ),
+        f"a boolean mask of less than 2 GiB only (allowed.shape={mask_shape})": math.prod(mask_shape or ())
+        >= LARGEST_MASK,
         f"products of float32, or of tf32 where the precision says so ({inputs.precision=})": (
             triton_call.precision_of(inputs) is None
         ),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs, Sizes
-from mqa_jax.kernels import tile_bounds, triton_call
+from mqa_jax.kernels import online_softmax, tile_bounds, triton_call
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.triton_call import divided, program_id
 from mqa_jax.kernels.triton_forward import attend, finish
@@ -48,12 +48,16 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
         jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), jnp.float32),
         jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32),
     )
-    bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns, size.G)
+    mask = replace(inputs.mask, query_segments=packed.mask.query_segments)
+    bounds = tile_bounds.key_tiles(mask, size, config.rows, config.columns, size.G)
     grid = splits, row_tiles, size.B * size.K
     outs, log_sum_exps = triton_call.call("mqa_decode", kernel, grid, config, shapes, interpret)(packed, bounds)
     out, log_sum_exp = merge_partials(outs, log_sum_exps.swapaxes(2, 3))
-    out, log_sum_exp = unpack(out, size), unpack(log_sum_exp[..., None], size)[..., 0]
-    return with_sinks(out, log_sum_exp, inputs.operands.sinks, inputs)
+    out, log_sum_exp = unpack(out, size), unpack(log_sum_exp[..., None], size)
+    merged = online_softmax.State(log_sum_exp, jnp.ones_like(log_sum_exp), out)
+    sinks = inputs.operands.sinks
+    out, log_sum_exp = online_softmax.finish(merged, None if sinks is None else sinks.astype(jnp.float32)[:, None])
+    return out.astype(inputs.dtype), log_sum_exp[..., 0]
 
 
 def splits_of(size: Sizes, row_tiles: int) -> int:
@@ -98,15 +102,3 @@ def _pack_pairs(x: Array | None, size: Sizes) -> Array | None:
 
 def unpack(x: Float[Array, "B TG K X"], size: Sizes) -> Float[Array, "B T N X"]:
     return x.reshape(size.B, size.T, size.G, size.K, -1).swapaxes(2, 3).reshape(size.B, size.T, size.N, -1)
-
-
-def with_sinks(
-    out: Float[Array, "B T N V"], log_sum_exp: LogSumExp, sinks: Array | None, inputs: Inputs
-) -> tuple[Output, LogSumExp]:
-    """A sink takes its share of the probability, except in rows that saw no key."""
-    if sinks is None:
-        return out.astype(inputs.dtype), log_sum_exp
-    seen = log_sum_exp > -jnp.inf
-    with_sink = jnp.logaddexp(log_sum_exp, sinks.astype(jnp.float32))
-    share = jnp.where(seen, jnp.exp(log_sum_exp - with_sink), 0.0)
-    return (out * share[..., None]).astype(inputs.dtype), jnp.where(seen, with_sink, -jnp.inf)

@@ -99,16 +99,14 @@ def empty(program: Program) -> State:
 
 def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: Any, *leading: Array) -> None:
     """Divides, lets the sink take its share, and writes; 0 and -inf in rows that saw no key."""
-    highest, total = state.highest * program.unit, state.total
+    highest, sink = (state.highest * program.unit)[:, None], program.inputs.operands.sinks
     seen = highest > -jnp.inf
     if program.inputs.mask.query_lengths is not None:
-        seen = seen & (program.rows(Place(row, row))[:, 0] < program.row_limit())
-    rescale = jnp.ones_like(total)
-    if program.inputs.operands.sinks is not None:
-        sink = triton_call.load(program.inputs.operands.sinks, program.head).astype(jnp.float32)
-        with_sink = jnp.maximum(highest, sink)
-        rescale = jnp.exp(highest - with_sink)
-        highest, total = with_sink, total * rescale + jnp.exp(sink - with_sink)
-    factor = jnp.where(seen, rescale / total, 0.0)[:, None]
-    program.store_rows(out, tuple(jnp.where(seen[:, None], x * factor, 0.0) for x in state.weighted), row, *leading)
-    program.store_row_numbers(log_sum_exp, jnp.where(seen, highest + jnp.log(total), -jnp.inf), row, *leading)
+        seen = seen & (program.rows(Place(row, row)) < program.row_limit())
+    if sink is not None:
+        sink = jnp.broadcast_to(triton_call.load(sink, program.head).astype(jnp.float32), highest.shape)
+    # Of one number for each row instead of all features: what these have to be multiplied by.
+    one = online_softmax.State(highest, state.total[:, None], jnp.ones_like(highest))
+    factor, result = online_softmax.finish(one, sink)
+    program.store_rows(out, tuple(jnp.where(seen, x * factor, 0.0) for x in state.weighted), row, *leading)
+    program.store_row_numbers(log_sum_exp, jnp.where(seen, result, -jnp.inf)[:, 0], row, *leading)

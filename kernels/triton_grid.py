@@ -122,8 +122,6 @@ class KeyTiles:
 
     def last(self) -> Array:
         """The tile visited last, if any."""
-        if not self.some_masked:
-            return self._existing(self.full_stop - 1)
         return self.previous(self.masked, masked=True)
 
     def _existing(self, tile: Array) -> Array:
