@@ -75,6 +75,8 @@ def _differentiable(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp
 
 
 def _forward(kernels: Kernels, inputs: Inputs):
+    if inputs.operands.key_scale is not None:
+        raise NotImplementedError(refusals.QUANTIZED)
     inputs = refusals.first_derivative_only(inputs)
     out, log_sum_exp = kernels.forward(inputs)
     out, log_sum_exp = checkpoint_name(out, OUT_NAME), checkpoint_name(log_sum_exp, LOG_SUM_EXP_NAME)

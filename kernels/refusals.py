@@ -12,6 +12,11 @@ _REMEDY = (
     "Call with implementation='reference' (modules: attn_impl='reference'), which JAX differentiates to any order."
 )
 
+QUANTIZED = (
+    "Fused attention to keys and values in 8 bits has no derivative. Differentiate with respect to the numbers before "
+    "they were quantized, or call with implementation='reference'."
+)
+
 
 def reverse_mode_only(x: Array) -> Array:
     """The identity; raises where its tangent is evaluated, not where it is transposed, as reverse mode does."""

@@ -30,7 +30,7 @@ def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1)
 
     `group` neighbouring rows of a tile are heads of one query; `mask.query_segments` has an id for each row.
     """
-    needs_mask = mask.allowed is not None
+    needs_mask = mask.allowed is not None or mask.ring is not None
 
     def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
         start, stop = tile * rows // group, jnp.minimum(-(-(tile + 1) * rows // group), sizes.T)
@@ -45,7 +45,7 @@ def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1)
 
 def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
     """For each tile of keys, the tiles of queries. What lies beyond the last key is left to the kernel."""
-    needs_mask = mask.allowed is not None
+    needs_mask = mask.allowed is not None or mask.ring is not None
 
     def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
         start, stop = tile * columns, jnp.minimum((tile + 1) * columns, sizes.S)

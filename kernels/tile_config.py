@@ -129,6 +129,12 @@ def architecture_at_hand() -> str:
     return _assumed.get() or nearest_architecture(capability_at_hand() or 89)
 
 
+def capability() -> int | None:
+    """Compute capability x 10 of what is compiled for: the GPU assumed, or at hand."""
+    assumed = _assumed.get()
+    return capability_at_hand() if assumed is None else int(assumed[2:])
+
+
 @functools.cache
 def capability_at_hand() -> int | None:
     """Compute capability x 10 of the first NVIDIA GPU; None without one."""

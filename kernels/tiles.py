@@ -16,6 +16,7 @@ Index = int | Array
 
 def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
     """Keys that some query of the tile may attend to. `mask` holds one batch row."""
+    mask = _by_index(mask)
     offset = 0 if mask.query_offset is None else mask.query_offset[0]
     start: Index = 0
     stop: Index = columns
@@ -33,6 +34,7 @@ def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tu
 
 def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
     """Queries that may attend to some key of the tile: `key_range` seen from the other side."""
+    mask = _by_index(mask)
     offset = 0 if mask.query_offset is None else mask.query_offset[0]
     start: Index = 0
     stop: Index = rows
@@ -49,7 +51,7 @@ def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) ->
 
 
 def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
-    """Keys that every query of the tile may attend to, if the queries are not padding.
+    """Keys that every query of the tile may attend to, if the queries are not padding and the keys in no ring.
 
     They begin with the first key of the last query and end with the last key of the first: `key_range` inside out.
     """
@@ -57,8 +59,13 @@ def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) 
 
 
 def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
-    """Queries that may attend to every key of the tile, if the keys are not padding: `row_range` inside out."""
+    """Queries that may attend to every key of the tile, if they are neither padding nor in a ring: inside out."""
     return row_range(replace(mask, key_lengths=None), column_stop - 1, column_start + 1, rows)
+
+
+def _by_index(mask: Mask) -> Mask:
+    """What a mask says of the indices of keys. A ring has them in no order, but is hardly longer than a window."""
+    return mask if mask.ring is None else replace(mask, is_causal=False, window=None)
 
 
 def tile_range(start: Index, stop: Index, tile: int, tiles: int) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """The Pallas-Triton implementation: what it cannot do, and which kernel computes what."""
 
-import math
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import (
@@ -16,25 +17,32 @@ from mqa_jax.kernels.triton_backward import Saved
 from mqa_jax.shapes import LogSumExp, Output
 
 LARGEST_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
-LARGEST_MASK = 2 << 30  # bytes; JAX computes offsets into 1-byte arrays beyond it with a wrong sign
+WRONG_OFFSETS = 2 << 30, 4 << 30  # bytes; JAX computes offsets into 1-byte arrays of such a size with a wrong sign
 
 
 def cannot(inputs: Inputs) -> str | None:
     """Why not, or None if it can."""
     size = inputs.sizes
-    mask_shape = None if inputs.mask.allowed is None else inputs.mask.allowed.shape
-    capability = tile_config.capability_at_hand()
+    capability = tile_config.capability()
+    bytewise = {"mask": inputs.mask.allowed, "key": inputs.operands.key, "value": inputs.operands.value}
+    unreachable = [f"{name}.shape={x.shape}" for name, x in bytewise.items() if x is not None and _is_out_of_reach(x)]
     reasons = {
         f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})": max(size.H, size.V) > LARGEST_HEAD,
-        f"a boolean mask of less than 2 GiB only (allowed.shape={mask_shape})": math.prod(mask_shape or ())
-        >= LARGEST_MASK,
+        f"arrays of bytes of less than 2 or more than 4 GiB only ({', '.join(unreachable)})": bool(unreachable),
         f"products of float32, or of tf32 where the precision says so ({inputs.precision=})": (
             triton_call.precision_of(inputs) is None
         ),
         f"GPUs from compute capability 8.0 on only (this one: {(capability or 0) / 10})": (capability or 80) < 80,
+        f"float8_e4m3fn from compute capability 8.9 on only (this one: {(capability or 0) / 10})": (
+            inputs.operands.key.dtype == jnp.float8_e4m3fn and (capability or 89) < 89
+        ),
     }
     found = [reason for reason, applies in reasons.items() if applies]
     return "; ".join(found) + "; use implementation=None" if found else None
+
+
+def _is_out_of_reach(x: Array) -> bool:
+    return x.dtype.itemsize == 1 and WRONG_OFFSETS[0] <= x.size <= WRONG_OFFSETS[1]
 
 
 def in_reach() -> bool:

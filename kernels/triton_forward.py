@@ -67,7 +67,10 @@ def attend(program: Program, row: Array, key_tiles: KeyTiles, loops: Loops) -> S
         weight = program.weights(score, shift[:, None])
         rescale = program.exp_of_difference(state.highest, shift)
         total = state.total * rescale + jnp.sum(weight, axis=1)
-        dropped = program.drop(weight, place).astype(program.inputs.dtype)
+        dropped = program.drop(weight, place)
+        if operands.value_scale is not None:
+            dropped = dropped * program.scales(operands.value_scale, place.column, masked)
+        dropped = dropped.astype(program.inputs.weight_dtype)
         weighted = state.weighted
         if state.due is None:
             value = program.keys(operands.value, place.column, masked)
@@ -93,7 +96,7 @@ def empty(program: Program) -> State:
     config, inputs = program.config, program.inputs
     full = lambda *shape, value=0.0: jnp.full(shape, value, jnp.float32)
     weighted = zeros(config.rows, program.sizes.V, config)
-    due = jnp.zeros((config.rows, config.columns), inputs.dtype) if config.defer_values else None
+    due = jnp.zeros((config.rows, config.columns), inputs.weight_dtype) if config.defer_values else None
     return State(full(config.rows, value=-jnp.inf), full(config.rows), weighted, due)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mqa_jax import dropout
+from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.triton_call import (
@@ -108,7 +108,12 @@ class Program:
         return rows if self.group == 1 else divided(rows, self.group)[0]
 
     def columns(self, place: Place) -> Array:
+        """Numbers of the keys, across `rows`."""
         return place.column + _axis(self.config.columns, 0 if self.transposed else 1)
+
+    def key_positions(self, place: Place) -> Array:
+        columns, ring = self.columns(place), self.inputs.mask.ring
+        return columns if ring is None else masks.ring_positions(columns, load(ring.lengths, self.batch), ring.slots)
 
     def row_limit(self) -> Any:
         """Queries from there on do not exist, or are padding."""
@@ -151,6 +156,11 @@ class Program:
             self._read(x, start, tile, self.kv_head, piece, limit)
             for piece in pieces(x.shape[-1], self.config.features)
         )
+
+    def scales(self, x: Any, start: Array, masked: bool) -> Float[Array, "1 bk"]:
+        """A tile of `[B, S, K]`, scales of quantized keys or values; 0 where there is none."""
+        where = start + _line(self.config.columns) < self.column_limit() if masked and self.ragged_columns() else None
+        return load(x, self.batch, span(start, self.config.columns), self.kv_head, where=where)[None]
 
     def _read(self, x: Any, start: Array, tile: int, head: Array, piece: Piece, limit: Any) -> Array:
         where = _inside(start, tile, limit, piece)
@@ -218,6 +228,8 @@ class Program:
     def scores(self, raw: Scores, place: Place, masked: bool) -> tuple[Scores, Scores | None]:
         """From q . k to scores / `unit`, -inf where hidden; and tanh of the soft cap."""
         inputs, operands, tanh = self.inputs, self.inputs.operands, None
+        if operands.key_scale is not None:
+            raw = raw * self.scales(operands.key_scale, place.column, masked)
         if not self.bare:
             raw = raw * inputs.scale
         if inputs.logits_soft_cap is not None:
@@ -244,14 +256,15 @@ class Program:
 
     def distance(self, place: Place) -> Float[Array, "..."]:
         """|query position - key position|"""
-        return jnp.abs(self.columns(place) - (self.queries_of_rows(place) + self.query_offset())).astype(jnp.float32)
+        query_positions = self.queries_of_rows(place) + self.query_offset()
+        return jnp.abs(self.key_positions(place) - query_positions).astype(jnp.float32)
 
     def visible(self, place: Place) -> Bool[Array, "..."] | None:
         """True where a pair exists and the mask leaves it (`mqa_jax.masks`). Padded queries are left to the caller."""
         mask, rows, columns = self.inputs.mask, self.queries_of_rows(place), self.columns(place)
         conditions = []
         if mask.is_causal or mask.window is not None:
-            distance = columns - (rows + self.query_offset())
+            distance = self.key_positions(place) - (rows + self.query_offset())
             left, right = mask.window or (None, None)
             right = 0 if mask.is_causal else right  # the nearer of the two ends
             conditions += [distance <= right]
@@ -295,11 +308,13 @@ class Program:
         return jnp.where(kept, weights * spec.scale, 0.0)
 
     def product(self, left: Array, right: Array) -> Array:
-        return product(left, right, precision_of(self.inputs))
+        """Left @ right, in the dtype of the left."""
+        return product(left, right.astype(left.dtype), precision_of(self.inputs))
 
     def dot(self, left: Pieces, right: Pieces) -> Float[Array, "..."]:
-        """Left @ right.T, summed over the pieces of the features."""
-        products = [product_transposed(one, other, precision_of(self.inputs)) for one, other in zip(left, right)]
+        """Left @ right.T, summed over the pieces of the features, in the dtype of the left."""
+        precision = precision_of(self.inputs)
+        products = [product_transposed(one, other.astype(one.dtype), precision) for one, other in zip(left, right)]
         return functools.reduce(operator.add, products)
 
     # -- details --------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def _forward_on_cpu(inputs: Inputs) -> tuple[Output, LogSumExp]:
     tiled = lambda: xla_forward.forward(inputs, tiles_for_cpu(size))
     one_pass = lambda: xla_decode.forward(inputs, xla_decode.products_for_cpu(size.K))
     # A step of the tiled loop costs some 50 microseconds beside its arithmetic, and every batch row and head has one.
-    if size.T > 1 or size.B * size.K < 16:
+    if size.T > 1 or size.B * size.K < 16 or inputs.operands.key_scale is not None:
         return tiled()
     if lengths is None:
         return one_pass()
@@ -58,6 +58,6 @@ def _forward_on_cpu(inputs: Inputs) -> tuple[Output, LogSumExp]:
 
 
 def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, LogSumExp]:
-    if inputs.sizes.T == 1:
+    if inputs.sizes.T == 1 and inputs.operands.key_scale is None:
         return xla_decode.forward(inputs, xla_decode.PLAIN)
     return xla_forward.forward(inputs, tiles_for_accelerator(inputs.sizes))

@@ -49,7 +49,11 @@ def attend(
         shift = online_softmax.finite(highest)
         weight, rescale = jnp.exp(score - shift), jnp.exp(state.highest - shift)
         total = state.total * rescale + jnp.sum(weight, axis=-1, keepdims=True)
-        weighted = state.weighted * rescale + tiling.product("prk,pkv->prv", tiling.drop(weight, place), value)
+        weight = tiling.drop(weight, place)
+        if operands.value_scale is not None:
+            weight = weight * tiling.scales(operands.value_scale, place)[:, 0]
+        weighted = tiling.product("prk,pkv->prv", weight, value, tiling.inputs.weight_dtype)
+        weighted = state.weighted * rescale + weighted
         return online_softmax.State(highest, total, weighted)
 
     return tiling.unless_hidden(may_attend, step, state)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Real, Shaped
 
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs, Sizes
@@ -128,7 +129,7 @@ class Tiling:
         start, size = self._queries_slice(place, x.shape[-1])
         return lax.dynamic_update_slice(into, lax.dynamic_slice(into, start, size) + self._ungroup(x), start)
 
-    def keys(self, x: Float[Array, "B S K X"], place: Place) -> Float[Array, "P bk X"]:
+    def keys(self, x: Real[Array, "B S K X"], place: Place) -> Real[Array, "P bk X"]:
         """Rows of a key-side array; 0 beyond the length, where NaN may lie and 0 * NaN would be NaN."""
         start, size = self._keys_slice(place, x.shape[-1])
         x = lax.dynamic_slice(x, start, size)[0]  # [bk, P, X]
@@ -156,6 +157,10 @@ class Tiling:
         x = lax.dynamic_slice_in_dim(x, place.head * self.sizes.G, self.shape.heads * self.sizes.G)
         return x.astype(jnp.float32).reshape(self.shape.heads, 1, self.sizes.G, 1)
 
+    def scales(self, x: Float[Array, "B S K"], place: Place) -> Float[Array, "P 1 1 bk"]:
+        """Scales of quantized keys or values; 0 beyond the length, as `keys`."""
+        return self.keys(x[..., None], place).reshape(self.shape.heads, 1, 1, -1)
+
     def rows(self, place: Place) -> Array:
         return place.row + positions(self.shape.rows)
 
@@ -164,20 +169,20 @@ class Tiling:
 
     # -- scores ---------------------------------------------------------------------------------------------------
 
-    def product(self, equation: str, left: Array, right: Array) -> Array:
-        """A matrix product with float32 sums."""
-        if self.shape.upcast:
-            left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-        else:
-            left, right = left.astype(self.inputs.dtype), right.astype(self.inputs.dtype)
+    def product(self, equation: str, left: Array, right: Array, dtype: DTypeLike | None = None) -> Array:
+        """A matrix product with float32 sums, of numbers in `dtype`, by default the query's."""
+        dtype = jnp.float32 if self.shape.upcast else dtype or self.inputs.dtype
+        left, right = left.astype(dtype), right.astype(dtype)
         return jnp.einsum(equation, left, right, precision=self.inputs.precision, preferred_element_type=jnp.float32)
 
     def scores(
-        self, query: Float[Array, "P R H"], key: Float[Array, "P bk H"], may_attend: Array | None, place: Place
+        self, query: Float[Array, "P R H"], key: Real[Array, "P bk H"], may_attend: Array | None, place: Place
     ) -> tuple[Scores, Scores | None]:
         """The scores of a tile, -inf where hidden, and tanh of the soft cap, which the backward pass needs."""
         operands, cap, tanh = self.inputs.operands, self.inputs.logits_soft_cap, None
         score = self.as_tile(self.product("prh,pkh->prk", query, key) * self.inputs.scale)
+        if operands.key_scale is not None:
+            score = score * self.scales(operands.key_scale, place)
         if cap is not None:
             tanh = jnp.tanh(score / cap)
             score = cap * tanh

@@ -19,5 +19,7 @@ from mqa_jax.positions import Llama3Scaling as Llama3Scaling
 from mqa_jax.positions import Rope as Rope
 from mqa_jax.positions import TemperatureTuning as TemperatureTuning
 from mqa_jax.positions import alibi_slopes as alibi_slopes
+from mqa_jax.quantization import dequantize as dequantize
+from mqa_jax.quantization import quantize as quantize
 
 __version__ = "0.1.0"

@@ -70,6 +70,9 @@ def dot_product_attention(
     logits_soft_cap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    key_value_ring_lengths: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -86,8 +89,9 @@ def dot_product_attention(
 
     Args:
       query: float32, bfloat16 or float16 `[..., T, N, H]`.
-      key: same dtype, `[..., S, K, H]`; K divides N. K = N is MHA, K = 1 MQA, in between GQA. Never repeated.
-      value: same dtype, `[..., S, K, V]`.
+      key: same dtype, or int8 or float8_e4m3fn with scales, `[..., S, K, H]`; K divides N. K = N is MHA, K = 1 MQA, in
+        between GQA. Never repeated.
+      value: same dtype as the key, `[..., S, K, V]`.
       bias: added to the scores; any float dtype, broadcasts to `[..., N, T, S]`. Its gradient has its own shape.
       mask: bool, broadcasts to `[..., N, T, S]`; True = may attend.
       scale: multiplies q . k. Default 1 / sqrt(H).
@@ -102,6 +106,10 @@ def dot_product_attention(
       logits_soft_cap: c in c * tanh(score / c), applied to scale * q . k before anything is added (Gemma 2).
       alibi_slopes: float `[N]`, differentiable (Press et al. 2021, arXiv 2108.12409).
       sinks: float `[N]`, differentiable: one more score per head, that takes probability and gives no value (gpt-oss).
+      key_value_ring_lengths: int `[...]`: keys and values are ring buffers of S slots, through which that many tokens
+        went; slot s holds the newest position that is s modulo S (`mqa_jax.masks`). Instead of key_value_seq_lengths.
+      key_scale, value_scale: float32 `[..., S, K]`, for keys and values in 8 bits (`mqa_jax.quantization`): k is
+        key * key_scale, v is value * value_scale, and neither is ever stored. No derivative but by 'reference'.
       dropout_rate: static; rounded to 1/65536. Which weights are dropped depends on the key, batch row, head, row and
         column alone (`mqa_jax.dropout`), so every implementation drops the same.
       dropout_rng: a JAX random key, may be traced; needed when dropout_rate > 0.
@@ -145,6 +153,9 @@ def dot_product_attention(
         logits_soft_cap=logits_soft_cap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        key_value_ring_lengths=key_value_ring_lengths,
+        key_scale=key_scale,
+        value_scale=value_scale,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
         precision=precision,

@@ -51,6 +51,8 @@ def _each_batched(inputs: Inputs, function: Callable[[Array, int], Any], **other
             bias=apply(operands.bias),
             alibi_slopes=keep(operands.alibi_slopes),
             sinks=keep(operands.sinks),
+            key_scale=apply(operands.key_scale),
+            value_scale=apply(operands.value_scale),
         ),
         mask=replace(
             mask,
@@ -60,6 +62,7 @@ def _each_batched(inputs: Inputs, function: Callable[[Array, int], Any], **other
             key_lengths=apply(mask.key_lengths),
             query_segments=apply(mask.query_segments),
             key_segments=apply(mask.key_segments),
+            ring=None if mask.ring is None else replace(mask.ring, lengths=apply(mask.ring.lengths)),
         ),
         dropout=None if dropout is None else replace(dropout, seed=keep(dropout.seed), batch=apply(dropout.batch)),
     )

@@ -13,9 +13,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from mqa_jax import quantization
 from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.masks import Mask
+from mqa_jax.masks import Mask, Ring
 from mqa_jax.options import Options
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -27,7 +28,8 @@ def checked_inputs(
     """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1)."""
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     _check_shapes(query, key, value)
-    _check_dtypes(query, key, value)
+    scales = {"key_scale": options.key_scale, "value_scale": options.value_scale}
+    _check_dtypes(query, key, value, are_scaled=any(scale is not None for scale in scales.values()))
     *batch, rows, heads, features = query.shape
     columns = key.shape[-3]
     pairs = (*batch, heads, rows, columns)
@@ -39,6 +41,7 @@ def checked_inputs(
             bias=_pair_array("bias", bias, pairs, jnp.floating, "a boolean mask goes to mask="),
             alibi_slopes=_head_array("alibi_slopes", options.alibi_slopes, heads),
             sinks=_head_array("sinks", options.sinks, heads),
+            **{name: _scale(name, scale, key) for name, scale in scales.items()},
         ),
         mask=_checked_mask(mask, options, tuple(batch), pairs),
         dropout=_checked_dropout(options, tuple(batch)),
@@ -69,14 +72,33 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
         )
 
 
-def _check_dtypes(query: Array, key: Array, value: Array) -> None:
+def _check_dtypes(query: Array, key: Array, value: Array, are_scaled: bool) -> None:
     dtypes = f"{query.dtype=!s}, {key.dtype=!s}, {value.dtype=!s}"
+    if query.dtype in DTYPES and key.dtype == value.dtype in quantization.DTYPES and are_scaled:
+        return
+    if are_scaled or key.dtype in quantization.DTYPES or value.dtype in quantization.DTYPES:
+        raise ValueError(
+            "Keys and values that are both int8 or both float8_e4m3fn go together with key_scale and value_scale: "
+            f"{dtypes}, scales are {'' if are_scaled else 'not '}given. mqa_jax.quantize makes both."
+        )
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value must have the same dtype: {dtypes}. Cast them with .astype().")
     if query.dtype not in DTYPES:
         raise ValueError(
             f"query, key and value must be float32, bfloat16 or float16: {dtypes}. Cast them with .astype()."
         )
+
+
+def _scale(name: str, scale: ArrayLike | None, key: Array) -> Array | None:
+    if key.dtype not in quantization.DTYPES:
+        return None
+    shape = None if scale is None else jnp.shape(scale)
+    if shape != key.shape[:-1] or jnp.asarray(scale).dtype != jnp.float32:
+        raise ValueError(
+            f"{name} must be float32 [..., S, K], one number for each token and key/value head: {name}.shape={shape}, "
+            f"key.shape={key.shape}. mqa_jax.quantize makes it."
+        )
+    return jnp.asarray(scale)
 
 
 def _pair_array(name: str, x: ArrayLike | None, pairs: tuple, kind: Any, hint: str) -> Array | None:
@@ -116,13 +138,15 @@ def _checked_mask(mask: ArrayLike | None, options: Options, batch: tuple, pairs:
             f"key_value_segment_ids is {'' if segments[1] is None else 'not '}None. "
             "In self-attention, pass the same array twice."
         )
+    key_lengths, ring = _key_lengths(options, batch, columns)
     return Mask(
         query_offset=_query_offset(options.query_offset, batch),
         allowed=_pair_array("mask", mask, pairs, jnp.bool_, "an additive mask goes to bias="),
         query_lengths=_lengths("query_seq_lengths", options.query_seq_lengths, batch, rows),
-        key_lengths=_lengths("key_value_seq_lengths", options.key_value_seq_lengths, batch, columns),
+        key_lengths=key_lengths,
         query_segments=_integers("query_segment_ids", segments[0], (*batch, rows)),
         key_segments=_integers("key_value_segment_ids", segments[1], (*batch, columns)),
+        ring=ring,
         is_causal=bool(options.is_causal),
         window=_window(options.local_window_size),
     )
@@ -148,6 +172,21 @@ def _lengths(name: str, x: ArrayLike | None, batch: tuple, longest: int) -> Arra
                 f"{name} must lie between 0 and the length of the array: {name}={values}, length={longest}."
             )
     return lengths
+
+
+def _key_lengths(options: Options, batch: tuple, columns: int) -> tuple[Array | None, Ring | None]:
+    """How many keys of the array are there, and whether they are in a ring."""
+    ring_lengths = _integers("key_value_ring_lengths", options.key_value_ring_lengths, batch)
+    if ring_lengths is None:
+        return _lengths("key_value_seq_lengths", options.key_value_seq_lengths, batch, columns), None
+    if options.key_value_seq_lengths is not None:
+        raise ValueError(
+            "key_value_ring_lengths says how many keys there are, so key_value_seq_lengths must be None: "
+            f"key_value_ring_lengths={ring_lengths}, key_value_seq_lengths={options.key_value_seq_lengths}."
+        )
+    if not isinstance(ring_lengths, jax.core.Tracer) and np.any(np.asarray(ring_lengths) < 0):
+        raise ValueError(f"key_value_ring_lengths must not be negative: key_value_ring_lengths={ring_lengths}.")
+    return jnp.minimum(ring_lengths, columns), Ring(ring_lengths, columns)
 
 
 def _query_offset(x: ArrayLike, batch: tuple) -> Array | None:

@@ -22,6 +22,8 @@ def cannot(inputs: Inputs) -> str | None:
         "logits_soft_cap": inputs.logits_soft_cap is not None,
         "dropout_rate (it takes no traced key)": inputs.dropout is not None,
         "query_offset": mask.query_offset is not None,
+        "keys in a ring buffer": mask.ring is not None,
+        "keys and values in 8 bits": operands.key_scale is not None,
         "segment ids": mask.query_segments is not None,
         "local_window_size without is_causal (it would see the future)": mask.window is not None and not mask.is_causal,
         "no queries or keys": 0 in (size.T, size.S),

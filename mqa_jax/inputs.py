@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -23,6 +24,7 @@ class Operands:
     """The arrays that have gradients.
 
     The score of a pair is `soft_cap(scale * q.k) + bias - alibi_slope * |query position - key position|`.
+    Keys and values in 8 bits (`mqa_jax.quantization`) have scales, that belong to k and v in this.
     """
 
     query: Query
@@ -31,6 +33,8 @@ class Operands:
     bias: Bias | None = None
     alibi_slopes: Float[Array, " N"] | None = None
     sinks: Float[Array, " N"] | None = None
+    key_scale: Float[Array, "B S K"] | None = None
+    value_scale: Float[Array, "B S K"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +58,15 @@ class Inputs:
     @property
     def dtype(self) -> DTypeLike:
         return self.operands.query.dtype
+
+    @property
+    def weight_dtype(self) -> DTypeLike:
+        """Of the weights where they meet the values.
+
+        With scales in them weights are as small as the values' last bit, which float16 would round to 0.
+        """
+        scaled_halves = self.operands.value_scale is not None and self.dtype == jnp.float16
+        return jnp.bfloat16 if scaled_halves else self.dtype
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,36 @@ query_seq_lengths=2, key_value_seq_lengths=3 (T = 3, S = 5):   query segments 0 
       1 1 1 0 0                                                  1 1 0 0 0
       1 1 1 0 0                                                  1 1 0 0 0
       0 0 0 0 0                                                  0 0 1 1 1
+
+key_value_ring_lengths=6: the keys are a ring buffer of S = 4 slots, through which 6 tokens went. A key's position is
+not its index: slot s holds the newest position that is s modulo S, here 4 5 2 3. Causal, with query_offset=4 and T = 2:
+
+      1 0 1 1
+      1 1 1 1
 """
 
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from mqa_jax.shapes import BoolMask, Positions
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ring:
+    """Keys in a ring buffer.
+
+    Attributes:
+      lengths: int32 `[B]`, how many tokens went through it, the latest of which it holds.
+      slots: static; S.
+    """
+
+    lengths: Int[Array, " B"]
+    slots: int = field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +73,7 @@ class Mask:
       allowed: the caller's boolean mask `[#B, #N, #T, #S]`, True = may attend.
       query_lengths, key_lengths: int32 `[B]`; positions of the array from there on are padding.
       query_segments, key_segments: int `[B, T]`, `[B, S]`; only equal ids attend to each other.
+      ring: None where a key's position is its index. With a ring, `key_lengths` are the slots that were written.
       is_causal: static.
       window: static `(left, right)`.
     """
@@ -62,6 +84,7 @@ class Mask:
     key_lengths: Int[Array, " B"] | None = None
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
+    ring: Ring | None = None
     is_causal: bool = field(default=False, metadata={"static": True})
     window: tuple[int, int] | None = field(default=None, metadata={"static": True})
 
@@ -98,4 +121,18 @@ def key_minus_query_position(mask: Mask, rows: Positions, columns: Positions) ->
     """Position of each key relative to each query: negative = past, 0 = itself, positive = future."""
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
     query_position = rows + offset[:, None]  # [#B, T]
-    return columns - query_position[:, None, :, None]
+    return key_positions(mask, columns)[:, None, None, :] - query_position[:, None, :, None]
+
+
+def key_positions(mask: Mask, columns: Positions) -> Int[Array, "#B X"]:
+    """Positions of keys by their index; negative in slots of a ring that were never written."""
+    if mask.ring is None:
+        return columns[None]
+    return ring_positions(columns, mask.ring.lengths[:, None], mask.ring.slots)
+
+
+def ring_positions(slot: Array, length: Array, slots: int) -> Array:
+    """What position a slot holds after `length` tokens: the newest that is equal to it modulo `slots`."""
+    newest = length - 1
+    of_newest = lax.rem(newest, jnp.asarray(slots, newest.dtype))
+    return slot + (newest - of_newest) - jnp.where(slot > of_newest, slots, 0)

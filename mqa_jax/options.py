@@ -21,6 +21,9 @@ class Options:
     logits_soft_cap: float | None = None
     alibi_slopes: ArrayLike | None = None
     sinks: ArrayLike | None = None
+    key_value_ring_lengths: ArrayLike | None = None
+    key_scale: ArrayLike | None = None
+    value_scale: ArrayLike | None = None
     dropout_rate: float = 0.0
     dropout_rng: jax.Array | None = None
     precision: jax.lax.PrecisionLike = None

@@ -5,7 +5,7 @@ It builds the whole `[B, N, T, S]` array of weights. JAX differentiates it: any 
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs
@@ -20,7 +20,7 @@ def forward(inputs: Inputs) -> tuple[Output, LogSumExp]:
 
 def forward_with_weights(inputs: Inputs) -> tuple[Output, LogSumExp, Float[Array, "B N T S"]]:
     """As `forward`, and the weights that multiply the values (after dropout), float32 `[B, N, T, S]`."""
-    value = _without_padding(inputs.operands.value, inputs.mask.key_lengths)
+    value = _without_padding(_scaled(inputs.operands.value, inputs.operands.value_scale), inputs.mask.key_lengths)
     score = scores(inputs)  # [B, N, T, S]
     sink = inputs.operands.sinks
     highest = jnp.max(score, axis=-1, initial=-jnp.inf, keepdims=True)  # [B, N, T, 1]
@@ -47,7 +47,7 @@ def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
     rows, columns = positions(size.T), positions(size.S)
     query = _without_padding(operands.query, inputs.mask.query_lengths)
     query = query.reshape(size.B, size.T, size.K, size.G, size.H)
-    key = _without_padding(operands.key, inputs.mask.key_lengths)
+    key = _without_padding(_scaled(operands.key, operands.key_scale), inputs.mask.key_lengths)
     score = jnp.einsum("btkgh,bskh->bkgts", query, key, precision="highest").reshape(size.B, size.N, size.T, size.S)
     score = score * inputs.scale
     if inputs.logits_soft_cap is not None:
@@ -59,6 +59,10 @@ def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
         score = score - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
     may_attend = masks.visible(inputs.mask, rows, columns)
     return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
+
+
+def _scaled(x: Real[Array, "B S K Z"], scale: Float[Array, "B S K"] | None) -> Float[Array, "B S K Z"]:
+    return x if scale is None else x.astype(jnp.float32) * scale[..., None]
 
 
 def _without_padding(x: Float[Array, "B X Y Z"], lengths: Array | None) -> Float[Array, "B X Y Z"]:

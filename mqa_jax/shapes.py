@@ -21,11 +21,11 @@ The aliases below name arrays after the leading axes have been flattened into on
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 Query = Float[Array, "B T N H"]
-Key = Float[Array, "B S K H"]
-Value = Float[Array, "B S K V"]
+Key = Real[Array, "B S K H"]  # int8 where quantized
+Value = Real[Array, "B S K V"]
 Output = Float[Array, "B T N V"]
 LogSumExp = Float[Array, "B T N"]
 Bias = Float[Array, "#B #N #T #S"]

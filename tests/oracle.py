@@ -66,6 +66,25 @@ def results(problem: Problem, implementation: str | None) -> dict[str, Any]:
     return program(problem, implementation)(problem.arrays)
 
 
+def outputs(problem: Problem, implementation: str | None) -> dict[str, Any]:
+    """Output and log-sum-exp alone."""
+    attend = lambda arrays: mqa_jax.dot_product_attention(
+        **arrays, **problem.options, implementation=implementation, return_residual=True
+    )
+    return dict(zip(("out", "log_sum_exp"), jax.jit(attend)(problem.arrays)))
+
+
+def quantized(problem: Problem, dtype: str) -> Problem:
+    """The same with keys and values in 8 bits."""
+    key, key_scale = mqa_jax.quantize(problem.arrays["key"], dtype)
+    value, value_scale = mqa_jax.quantize(problem.arrays["value"], dtype)
+    return dataclasses.replace(
+        problem,
+        arrays=problem.arrays | {"key": key, "value": value},
+        options=problem.options | {"key_scale": key_scale, "value_scale": value_scale},
+    )
+
+
 def plain_results(problem: Problem) -> dict[str, Any]:
     """The same, plainly computed in the precision of the arrays and in another order than the reference."""
     return _differentiated(problem, lambda arrays: plain_attention(arrays, problem.options))(problem.arrays)

@@ -64,11 +64,14 @@ def problems(draw):
         low, high = -rows, columns
         options["query_offset"] = integers(low, high, *batch) if chance() else int(rng.integers(low, high))
     if chance():
+        options["key_value_ring_lengths"] = integers(0, 3 * columns, *batch)
+        options["query_offset"] = jnp.maximum(options["key_value_ring_lengths"] - rows, 0)
+    elif chance():
+        options["key_value_seq_lengths"] = integers(0, columns + 1, *batch)
+    if chance():
         options["local_window_size"] = draw(st.sampled_from([0, 3, (5, 0), (0, 4), (40, 2)]))
     if chance():
         options["query_seq_lengths"] = integers(0, rows + 1, *batch)
-    if chance():
-        options["key_value_seq_lengths"] = integers(0, columns + 1, *batch)
     if chance():
         options["query_segment_ids"] = jnp.sort(integers(0, 3, *batch, rows))
         options["key_value_segment_ids"] = jnp.sort(integers(0, 3, *batch, columns))

@@ -61,6 +61,19 @@ def test_every_combination_of_options_in_small_tiles(problem, data):
 
 
 @pytest.mark.slow
+@hypothesis.given(problems.problems(), st.sampled_from(["int8", "float8_e4m3fn"]), st.data())
+@hypothesis.settings(max_examples=12)
+def test_every_combination_of_options_with_keys_and_values_in_8_bits(problem, dtype, data):
+    problem = oracle.quantized(problem, dtype)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_tiles(monkeypatch, **SMALL)
+        monkeypatch.setattr(triton_decode, "MOST_QUERIES", data.draw(st.sampled_from([0, 16])))
+        monkeypatch.setattr(triton_decode, "LEAST_KEYS", 8)
+        fast = oracle.outputs(problem, "kernels")
+    oracle.judge_float32(fast, oracle.outputs(problem, "reference"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "sizes"), problems.FOR_PRECISION_IN_DTYPES, ids=str)
 def test_precision(dtype, sizes):
     """With the tiles of the table, at most twice the error of a plain computation in the same dtype."""

@@ -49,6 +49,14 @@ def test_every_combination_of_options_in_small_tiles(problem, data):
     oracle.judge_float32(fast, oracle.results(problem, "reference"))
 
 
+@pytest.mark.slow
+@hypothesis.given(problems.problems(), st.sampled_from(["int8", "float8_e4m3fn"]))
+@hypothesis.settings(max_examples=12)
+def test_every_combination_of_options_with_keys_and_values_in_8_bits(problem, dtype):
+    problem = oracle.quantized(problem, dtype)
+    oracle.judge_float32(oracle.outputs(problem, None), oracle.outputs(problem, "reference"))
+
+
 @hypothesis.given(problems.problems())
 @hypothesis.settings(max_examples=6)
 def test_every_combination_of_options_as_users_call_it(problem):
