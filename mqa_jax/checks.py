@@ -148,7 +148,7 @@ def _checked_mask(mask: ArrayLike | None, options: Options, batch: tuple, pairs:
         key_segments=_integers("key_value_segment_ids", segments[1], (*batch, columns)),
         ring=ring,
         is_causal=bool(options.is_causal),
-        window=_window(options.local_window_size),
+        window=checked_window(options.local_window_size),
     )
 
 
@@ -202,7 +202,7 @@ def _query_offset(x: ArrayLike, batch: tuple) -> Array | None:
     return x.astype(jnp.int32).reshape(x.shape or (1,) * len(batch))
 
 
-def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def checked_window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) and not isinstance(size, bool) else size

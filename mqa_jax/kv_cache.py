@@ -1,84 +1,75 @@
-"""The layout of Flax's mutable `cache` collection, and what can be done with it.
+"""The layouts of Flax's mutable `cache` collection, and what users do with it.
 
-    cached_key    [batch, max_length, kv_heads, head_dim]    after norm and RoPE
-    cached_value  [batch, max_length, kv_heads, head_dim]
-    cache_index   int32 [batch]                              tokens written so far, which is the next position
+    cached_key          [batch, length, kv_heads, head_dim]    after norm and RoPE
+    cached_value        [batch, length, kv_heads, head_dim]
+    cached_key_scale    float32 [batch, length, kv_heads]      where keys are in 8 bits (`mqa_jax.quantization`)
+    cached_value_scale  float32 [batch, length, kv_heads]
+    cache_index         int32 [batch]                          tokens written so far, which is the next position
+    ring_index          int32 [batch]                          the same of a ring buffer, instead of cache_index
 
-The names are Flax's. Rows are independent: each has its own index, so rows of one batch may be at different positions.
+The names are Flax's, where it has one. Rows are independent: each has its own index, so rows of one batch may be at
+different positions.
+
+A static cache has a place for each position up to `length`, and is full after that. A ring buffer is for a window: it
+holds the latest tokens alone, position p in slot p modulo `length`, and any number of tokens goes through it (2**31).
+`mqa_jax.cache_append` writes to both.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from mqa_jax.shapes import positions
+from mqa_jax import quantization
+from mqa_jax.checks import DTYPES
 
-KEY, VALUE, INDEX = "cached_key", "cached_value", "cache_index"
+KEY, VALUE, INDEX, RING_INDEX = "cached_key", "cached_value", "cache_index", "ring_index"
+KEY_SCALE, VALUE_SCALE = "cached_key_scale", "cached_value_scale"
+CONTENTS = KEY, VALUE, KEY_SCALE, VALUE_SCALE
+NAMES = *CONTENTS, INDEX, RING_INDEX
+
+LAYOUTS = "static", "ring"
+READ_IN_PLACE = 16  # new tokens at most, for which a ring has room beside its window
 
 
 class CachingModule:
     """Marks the modules for which `init_cache` allocates: they have a method `init_cache(batch, max_length, dtype)`."""
 
 
-class Appended(NamedTuple):
-    """What `append` found and made.
-
-    Attributes:
-      key, value: the cache with the new tokens in it, `[batch, max_length, kv_heads, head_dim]`.
-      start: int32 `[batch]`, the position of the first new token.
-      stop: int32 `[batch]`, the position after the last one; the new cache index.
-      overflow: bool `[batch]`, rows in which the new tokens did not fit. Nothing was written there.
-    """
-
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
-    start: Int[Array, " B"]
-    stop: Int[Array, " B"]
-    overflow: Bool[Array, " B"]
+def new_cache(
+    batch: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike, index: str = INDEX
+) -> dict[str, Array]:
+    """An empty cache for one attention module; `index` is INDEX or RING_INDEX."""
+    if batch < 1 or length < 1:
+        raise ValueError(f"A cache needs at least one row and one position: batch={batch}, max_length={length}.")
+    check_dtype(dtype)
+    shape = batch, length, kv_heads, head_dim
+    cache = {KEY: jnp.zeros(shape, dtype), VALUE: jnp.zeros(shape, dtype), index: jnp.zeros(batch, jnp.int32)}
+    if quantization.is_quantized(dtype):
+        cache |= {name: jnp.zeros(shape[:-1], jnp.float32) for name in (KEY_SCALE, VALUE_SCALE)}
+    return cache
 
 
-def new_cache(batch: int, max_length: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> dict[str, Array]:
-    """An empty cache for one attention module."""
-    if batch < 1 or max_length < 1:
-        raise ValueError(f"A cache needs at least one row and one position: batch={batch}, max_length={max_length}.")
-    shape = batch, max_length, kv_heads, head_dim
-    return {KEY: jnp.zeros(shape, dtype), VALUE: jnp.zeros(shape, dtype), INDEX: jnp.zeros(batch, jnp.int32)}
+def check_dtype(dtype: DTypeLike) -> None:
+    if jnp.dtype(dtype) not in DTYPES and not quantization.is_quantized(dtype):
+        names = [jnp.dtype(known).name for known in (*DTYPES, *quantization.DTYPES)]
+        raise ValueError(f"Keys and values are cached as one of {names}: dtype={jnp.dtype(dtype).name}.")
 
 
-def append(
-    cache: Mapping[str, Array], key: Array, value: Array, lengths: Int[Array, " B"] | None, *, traced_check: bool = True
-) -> Appended:
-    """Writes new keys and values `[batch, T, kv_heads, head_dim]` behind what is there.
+def ring_slots(window_left: int) -> int:
+    """How many slots a ring buffer has for queries that see themselves and so many tokens before."""
+    return window_left + READ_IN_PLACE
 
-    `lengths`, int `[batch]`, says how many of the T are tokens; the rest is padding, which the next call overwrites.
-    Too many tokens for a row are never clamped or dropped quietly: with concrete arrays a `ValueError`; under jit a
-    check that `checkify` can see (unless `traced_check` is False), nothing written to that row, and `overflow` set.
-    """
-    old_key, old_value, start = cache[KEY], cache[VALUE], cache[INDEX]
-    batch, max_length, *heads = old_key.shape
-    if key.ndim != 4 or key.shape[0] != batch or list(key.shape[2:]) != heads:
-        raise ValueError(
-            f"New keys must fit the cache [batch, max_length, kv_heads, head_dim]={old_key.shape}: "
-            f"key.shape={key.shape}."
-        )
-    if lengths is None:
-        lengths = jnp.full(batch, key.shape[1], jnp.int32)
-    stop = start + lengths
-    overflow = stop > max_length
-    if not isinstance(stop, jax.core.Tracer):
-        _raise_if_full(stop, max_length)
-    elif traced_check:
-        checkify.debug_check(jnp.all(stop <= max_length), _FULL, index=jnp.max(stop), length=jnp.int32(max_length))
-    fits = ~overflow
-    return Appended(_write(old_key, key, start, fits), _write(old_value, value, start, fits), start, stop, overflow)
+
+def index_of(cache: Mapping[str, Array]) -> Int[Array, " B"]:
+    """The next position of each row."""
+    return cache[RING_INDEX if RING_INDEX in cache else INDEX]
 
 
 def init_cache(
@@ -89,9 +80,10 @@ def init_cache(
     Args:
       model: any `flax.linen` module; its attention modules may be nested, scanned over layers or rematerialised.
       batch: rows.
-      max_length: positions of each row.
+      max_length: positions of each row. Ring buffers take any number: they have as many slots as their windows need.
       *args: sample inputs of the model, as for `model.init`; `jax.ShapeDtypeStruct`s will do.
-      dtype: of the cached keys and values. Default: the dtype in which each module computes.
+      dtype: of the cached keys and values: a float dtype, "int8" or "float8_e4m3fn". Default: each module's
+        `cache_dtype`, or the dtype in which it computes.
       **kwargs: keyword arguments of the model.
 
     Returns:
@@ -131,7 +123,7 @@ def reset_cache(cache: Any, rows: Bool[ArrayLike, " B"], *, batch_axis: int = 0)
         )
 
     def reset(path: tuple, x: Array) -> Array:
-        if path[-1].key != INDEX:
+        if path[-1].key not in (INDEX, RING_INDEX):
             return x
         aligned = rows.reshape((-1,) + (1,) * (x.ndim - batch_axis - 1))
         return jnp.where(aligned, 0, x)
@@ -141,6 +133,8 @@ def reset_cache(cache: Any, rows: Bool[ArrayLike, " B"], *, batch_axis: int = 0)
 
 def check_cache(cache: Any) -> None:
     """Raises if any row of a `cache` collection was given more tokens than fit: a full row only shows NaN by itself.
+
+    Ring buffers are never full.
 
     Under jit it is a `jax.experimental.checkify.check`, so the function has to be transformed by `checkify.checkify`.
     Modules make this check by themselves, except inside Flax's lifted transformations such as `nn.scan`.
@@ -153,44 +147,23 @@ def check_cache(cache: Any) -> None:
         return
     index, max_length = cache[INDEX], cache[KEY].shape[-3]
     if isinstance(index, jax.core.Tracer):
-        checkify.check(jnp.all(index <= max_length), _FULL, index=jnp.max(index), length=jnp.int32(max_length))
+        checkify.check(jnp.all(index <= max_length), FULL, index=jnp.max(index), length=jnp.int32(max_length))
     else:
-        _raise_if_full(index, max_length)
+        raise_beyond(max_length, index, FULL)
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the cached keys and values of a `cache` collection."""
+    """Bytes of the cached keys and values of a `cache` collection, with their scales if they have any."""
     arrays = jax.tree_util.tree_leaves_with_path(cache)
-    return sum(x.size * x.dtype.itemsize for path, x in arrays if path[-1].key in (KEY, VALUE))
+    return sum(x.size * x.dtype.itemsize for path, x in arrays if path[-1].key in CONTENTS)
 
 
-_FULL = (
+FULL = (
     "The cache is full: cache_index={index} after this call, max_length={length}. Make a longer cache with "
     "init_cache(batch, max_length), or reset these rows with reset_cache."
 )
 
 
-def _raise_if_full(index: Array, max_length: int) -> None:
-    if np.any(np.asarray(index) > max_length):
-        raise ValueError(_FULL.format(index=np.asarray(index), length=max_length))
-
-
-def _write(old: Array, new: Array, start: Array, fits: Array) -> Array:
-    """Row by row; XLA does it in place where the old array is donated or a loop carry.
-
-    Padding may overhang the end even where the tokens fit. `dynamic_update_slice` then moves the slice back, so it is
-    rolled forward by as much, and what was there before the first token is written back.
-    """
-    length = min(new.shape[1], old.shape[1])
-
-    def row(old: Array, new: Array, start: Array, fits: Array) -> Array:
-        at = jnp.clip(start, 0, old.shape[0] - length)
-        moved = start - at
-        before = lax.dynamic_slice_in_dim(old, at, length)
-        place = positions(length)
-        is_new = ((place >= moved) & fits)[:, None, None]
-        new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
-        new = jnp.where(is_new, new.astype(old.dtype), before)
-        return lax.dynamic_update_slice_in_dim(old, new, at, axis=0)
-
-    return jax.vmap(row)(old, new, start, fits)
+def raise_beyond(length: int, index: Array, message: str) -> None:
+    if np.any(np.asarray(index) > length):
+        raise ValueError(message.format(index=np.asarray(index), length=length))

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from mqa_jax.cache_append import Keys
+
 
 class Call(NamedTuple):
     """The arguments that depend on each other."""
@@ -89,11 +91,42 @@ def pair_mask(mask: ArrayLike | None, attention_mask: ArrayLike | None, leading_
     )
 
 
-def last_rows_and_columns(bias: ArrayLike | None, rows: int, columns: int) -> Array | None:
-    """A bias made for a longer text: the part that belongs to its last `rows` queries and `columns` keys (upstream)."""
+def pair_bias(bias: ArrayLike | None) -> Array | None:
     if bias is None:
         return None
     bias = jnp.asarray(bias)
     if bias.ndim < 2:
         raise ValueError(f"bias must be [..., N, T, S]: bias.shape={bias.shape}. Give axes that are shared size 1.")
-    return bias[..., max(0, bias.shape[-2] - rows) :, max(0, bias.shape[-1] - columns) :]
+    return bias
+
+
+def columns_of(*pairs: Array | None) -> int | None:
+    """The shortest key axis of masks and biases that have one."""
+    return min((x.shape[-1] for x in pairs if x is not None and x.shape[-1] > 1), default=None)
+
+
+def for_keys(pairs: Array | None, keys: Keys, rows: int | None = None) -> Array | None:
+    """A mask or bias by position, for keys as they lie.
+
+    `rows`: of one that was made for a longer text, the part for the last queries and keys (upstream's way).
+    """
+    if pairs is None:
+        return None
+    if rows is not None:
+        pairs = pairs[..., max(0, pairs.shape[-2] - rows) :, :]
+    if keys.positions is None:
+        first = 0 if rows is None else max(0, pairs.shape[-1] - keys.key.shape[-3])
+        return pairs[..., first:]
+    if pairs.shape[-1] == 1:
+        return pairs
+    pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
+    existing = jnp.clip(keys.positions, 0, pairs.shape[-1] - 1)  # other slots are hidden, or the row is worthless
+    return jnp.take_along_axis(pairs, existing[:, None, None], axis=-1)
+
+
+def check_weights(keys: Keys) -> None:
+    if keys.positions is not None:
+        raise NotImplementedError(
+            "needs_weights wants keys in the order of their positions, which a ring buffer has not: "
+            "cache_layout='ring'. Use cache_layout='static'."
+        )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mqa_jax import kv_cache
 from mqa_jax.attention import IMPLEMENTATIONS
 from mqa_jax.norms import check_norm_type
 
@@ -28,6 +29,18 @@ def check_kv_heads(module: Any, allowed: int | None) -> None:
         )
 
 
+def _check_cache(module: Any) -> None:
+    if module.cache_layout not in kv_cache.LAYOUTS:
+        raise ValueError(f"Unknown cache_layout={module.cache_layout!r}: use one of {kv_cache.LAYOUTS}.")
+    if module.cache_dtype is not None:
+        kv_cache.check_dtype(module.cache_dtype)
+    if module.cache_layout == "ring" and module.local_window_size is None:
+        raise ValueError(
+            "A ring buffer holds a window and forgets what came before: cache_layout='ring' needs local_window_size, "
+            f"local_window_size={module.local_window_size}. Or use cache_layout='static'."
+        )
+
+
 def check_settings(module: Any) -> None:
     """Everything that can be said about the settings before a call; also makes `d_model` and `dim` one."""
     name, dim = type(module).__name__, module.d_model or module.dim
@@ -42,6 +55,7 @@ def check_settings(module: Any) -> None:
     if module.kv_heads is not None and (module.kv_heads < 1 or module.heads % module.kv_heads):
         raise ValueError(f"heads must be a multiple of kv_heads: heads={module.heads}, kv_heads={module.kv_heads}.")
     implementation_of(module.attn_impl)
+    _check_cache(module)
     if module.fc_type != "torch":
         raise ValueError(f"Unknown fc_type={module.fc_type!r}: 'torch', a plain dense layer, is the only one.")
     check_norm_type(module.norm_type)

@@ -5,34 +5,28 @@ cache; attention itself is `mqa_jax.dot_product_attention`. Its parameters have 
 `flax.linen.MultiHeadDotProductAttention`: `query`, `key`, `value` with kernel `[D, N | K, H]`, `out` with `[N, H, D]`.
 """
 
+import functools
 import sys
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from mqa_jax import kv_cache, module_calls, shapes
+from mqa_jax import cache_append, kv_cache, module_calls, shapes
 from mqa_jax.attention import attention_with_weights, dot_product_attention
+from mqa_jax.cache_append import Keys
+from mqa_jax.checks import checked_window
 from mqa_jax.module_settings import check_kv_heads, check_settings, implementation_of
 from mqa_jax.norms import make_norm
 from mqa_jax.options import Options
 from mqa_jax.positions import Rope, TemperatureTuning, alibi_slopes
 
 KeyValue = tuple[Float[Array, "... S K H"], Float[Array, "... S K H"]]
-
-
-class Keys(NamedTuple):
-    """What the queries of a call attend to; in rows with `overflow` the new tokens did not fit the cache."""
-
-    key: Float[Array, "... S K H"]
-    value: Float[Array, "... S K H"]
-    lengths: Int[Array, "..."] | None = None
-    overflow: Bool[Array, " B"] | None = None
 
 
 class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
@@ -63,6 +57,9 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
       alibi: add ALiBi with the slopes `alibi_slopes(heads, alibi_bias_max)`.
       attn_temperature_tuning: scales queries by their position, or None.
       local_window_size, logits_soft_cap: as in `dot_product_attention`.
+      cache_layout: "static", or "ring": a cache as long as the window, through which any number of tokens goes.
+      cache_dtype: of cached keys and values; "int8" and "float8_e4m3fn" have a scale for each token and head, and
+        `mqa_jax.quantization` says how far results may be off. Default: the dtype in which the module computes.
       sinks: learn one sink for each head.
       add_bias_kv, add_zero_attn: as in `torch.nn.MultiheadAttention`: one more key and value, learned or zero.
       use_bias: biases of the projections. `use_out_bias` is that of the output, by default the same.
@@ -94,6 +91,8 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
     attn_temperature_tuning: TemperatureTuning | None = None
     local_window_size: int | tuple[int, int] | None = None
     logits_soft_cap: float | None = None
+    cache_layout: str = "static"
+    cache_dtype: DTypeLike | None = None
     sinks: bool = False
     add_bias_kv: bool = False
     add_zero_attn: bool = False
@@ -137,7 +136,8 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
 
         Where the variables hold a `cache` collection (see `init_cache`), the new keys and values are appended to it and
         the queries attend to all of it; call with `mutable=["cache"]`. The key axis S of `mask` and `bias` is then
-        `max_length`. A row whose tokens do not fit is an error, or, under jit, NaN and a check for `checkify`.
+        `max_length`; with a ring buffer it is the position, and any length that reaches the last token will do. A row
+        whose tokens do not fit is an error, or, under jit, NaN and a check for `checkify`.
 
         Args:
           x: any leading axes; one batch axis with a cache.
@@ -166,7 +166,10 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         call.check()
         self._speak(x)
         query = self._project("query", x, self.heads)
-        offset = self.get_variable("cache", kv_cache.INDEX) if cached else call.query_offset
+        cache = self._cache() if cached else None
+        offset = call.query_offset if cache is None else kv_cache.index_of(cache)
+        bias = module_calls.pair_bias(bias)
+        mask = module_calls.pair_mask(mask, attention_mask, leading_axes=x.ndim - 2)
         positions = self._positions(x, offset) if positions is None else jnp.asarray(positions)
         if prev_layer_key_value is None:
             key, value = self._project_keys(x, inputs_k, inputs_v, positions)
@@ -174,15 +177,18 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
             key, value = promote_dtype(*prev_layer_key_value, dtype=query.dtype)
         query = query if self.rope is None else self.rope(query, positions)
         query = query if self.attn_temperature_tuning is None else self.attn_temperature_tuning(query, positions)
-        keys = self._append(key, value, offset, seq_lengths, past_key_value, cached)
+        lengths = None if seq_lengths is None else jnp.asarray(seq_lengths, jnp.int32)
+        if cache is None:
+            keys = self._keys(key, value, offset, lengths, past_key_value)
+        else:
+            keys = self._append(cache, key, value, lengths, module_calls.columns_of(mask, bias))
         out, weights = self._attend(
             query,
             keys,
-            module_calls.last_rows_and_columns(bias, x.shape[-2], keys.key.shape[-3]),
-            module_calls.pair_mask(mask, attention_mask, leading_axes=x.ndim - 2),
+            module_calls.for_keys(bias, keys, rows=x.shape[-2]),
+            module_calls.for_keys(mask, keys),
             needs_weights,
             is_causal=causal,
-            query_offset=offset,
             query_segment_ids=segment_ids,
             key_value_segment_ids=segment_ids,
             **self._dropout(deterministic),
@@ -191,13 +197,19 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         return self._project_out(out), weights, present
 
     def init_cache(self, batch: int, max_length: int, dtype: DTypeLike | None = None) -> dict[str, Array]:
-        """An empty cache of this module: `{"cached_key", "cached_value", "cache_index"}`, see `mqa_jax.kv_cache`.
+        """An empty cache of this module: `{"cached_key", "cached_value", "cache_index", ...}`, see `mqa_jax.kv_cache`.
 
         Bound to variables with a mutable `cache` collection, it also puts it there. For a whole model see
-        `mqa_jax.init_cache`. `dtype` defaults to the module's; another than the queries' costs a conversion every step.
+        `mqa_jax.init_cache`. `dtype` defaults to `cache_dtype`, or else the module's; another float dtype than the
+        queries' costs a conversion of the whole cache every step, 8 bits do not. A ring buffer needs no `max_length`:
+        its bytes depend on the window alone.
         """
-        dtype = dtype or self.dtype or self.param_dtype
-        cache = kv_cache.new_cache(batch, max_length, self._kv_heads, self._head_dim, dtype)
+        dtype = dtype or self.cache_dtype or self.dtype or self.param_dtype
+        length, index = max_length, kv_cache.INDEX
+        if self.cache_layout == "ring":
+            assert self._window is not None  # see check_settings
+            length, index = kv_cache.ring_slots(self._window[0]), kv_cache.RING_INDEX
+        cache = kv_cache.new_cache(batch, length, self._kv_heads, self._head_dim, dtype, index)
         if self.scope is not None and self.is_mutable_collection("cache"):
             for name, array in cache.items():
                 self.put_variable("cache", name, array)
@@ -264,19 +276,37 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
     def _positions(x: Array, offset: int | Array) -> Int[Array, "... T"]:
         return jnp.asarray(offset, jnp.int32)[..., None] + shapes.positions(x.shape[-2])
 
-    def _append(self, key: Array, value: Array, offset: int | Array, seq_lengths: Any, past: Any, cached: bool) -> Keys:
-        """All keys and values that this call attends to; the new ones are stored where there is a cache."""
-        lengths = None if seq_lengths is None else jnp.asarray(seq_lengths, jnp.int32)
-        if cached:
-            names = kv_cache.KEY, kv_cache.VALUE, kv_cache.INDEX
-            cache: dict[str, Array] = {name: self.get_variable("cache", name) for name in names}
-            new = kv_cache.append(cache, key, value, lengths, traced_check=not self._is_lifted)
-            for name, array in zip(names, (new.key, new.value, new.stop)):
-                self.put_variable("cache", name, array)
-            return Keys(new.key.astype(key.dtype), new.value.astype(value.dtype), new.stop, new.overflow)
+    @staticmethod
+    def _keys(key: Array, value: Array, offset: int | Array, lengths: Array | None, past: Any) -> Keys:
+        """What is attended to without a cache: what is past and what is new."""
         if past:
             key, value = (jnp.concatenate(pair, axis=-3) for pair in zip(past, (key, value)))
-        return Keys(key, value, None if lengths is None else offset + lengths)
+        return Keys(key, value, lengths=None if lengths is None else offset + lengths, query_offset=offset)
+
+    @property
+    def _window(self) -> tuple[int, int] | None:
+        return checked_window(self.local_window_size)
+
+    def _cache(self) -> dict[str, Array]:
+        names = filter(functools.partial(self.has_variable, "cache"), kv_cache.NAMES)
+        return {name: self.get_variable("cache", name) for name in names}
+
+    def _append(
+        self, cache: dict[str, Array], key: Array, value: Array, lengths: Array | None, pair_columns: int | None
+    ) -> Keys:
+        """Stores the new tokens."""
+        cache, keys = cache_append.append(
+            cache,
+            key,
+            value,
+            lengths,
+            window=self._window,
+            pair_columns=pair_columns,
+            traced_check=not self._is_lifted,
+        )
+        for name, array in cache.items():
+            self.put_variable("cache", name, array)
+        return keys
 
     @property
     def _is_lifted(self) -> bool:
@@ -290,9 +320,9 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         self, query: Array, keys: Keys, bias: Array | None, mask: Array | None, needs_weights: bool, **options: Any
     ) -> tuple[Array, Array | None]:
         sinks = self._sinks()
+        options |= keys.options()
         options |= dict(
             scale=self.softmax_scale,
-            key_value_seq_lengths=keys.lengths,
             local_window_size=self.local_window_size,
             logits_soft_cap=self.logits_soft_cap,
             alibi_slopes=alibi_slopes(self.heads, self.alibi_bias_max) if self.alibi else None,
@@ -302,6 +332,7 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         arrays = query, keys.key, keys.value, bias, mask
         weights = None
         if needs_weights:
+            module_calls.check_weights(keys)
             out, log_sum_exp, weights = attention_with_weights(*arrays, Options(**options))
         else:
             implementation = implementation_of(self.attn_impl)

@@ -102,6 +102,27 @@ FUNCTION = {
     "soft cap": (lambda: attend(logits_soft_cap=0), r"must be positive: logits_soft_cap=0.0. None is no cap"),
     "rate": (lambda: attend(dropout_rate=1.5), r"dropout_rate must lie between 0 and 1: dropout_rate=1.5"),
     "no rng": (lambda: attend(dropout_rate=0.1), r"dropout_rate=0.1 needs a key: pass dropout_rng=jax.random.key"),
+    "scales alone": (
+        lambda: attend(key_scale=ones((2, 7, 2)), value_scale=ones((2, 7, 2))),
+        r"both int8 or both float8_e4m3fn go together with key_scale and value_scale: .*float32.*given.*quantize",
+    ),
+    "no scales": (lambda: attend(key=KEY.astype(jnp.int8)), r"key.dtype=int8, value.dtype=int8, scales are not given"),
+    "one scale": (
+        lambda: attend(key=KEY.astype(jnp.int8), key_scale=ones((2, 7, 2))),
+        r"value_scale must be float32 \[..., S, K\].*value_scale.shape=None, key.shape=\(2, 7, 2, 8\).*quantize",
+    ),
+    "ring and lengths": (
+        lambda: attend(key_value_ring_lengths=ones(2, int), key_value_seq_lengths=ones(2, int)),
+        r"key_value_seq_lengths must be None: key_value_ring_lengths=\[1 1\], key_value_seq_lengths=\[1 1\]",
+    ),
+    "negative ring": (
+        lambda: attend(key_value_ring_lengths=-ones(2, int)),
+        r"must not be negative: key_value_ring_lengths=\[-1 -1\]",
+    ),
+    "quantized to": (
+        lambda: mqa_jax.quantize(KEY, jnp.int4),
+        r"quantized to one of \['int8', 'float8_e4m3fn'\]: dtype=int4",
+    ),
     "implementation": (
         lambda: attend(implementation="tritn"),
         r"Unknown implementation='tritn': use None or one of \['cudnn', 'reference', 'triton', 'xla'\]",
@@ -175,7 +196,7 @@ def cached(module=None, max_length=8, **options):
     module = layer() if module is None else module
     x = ones((2, 5, 16))
     params = module.init(RNG, x)["params"]
-    cache = mqa_jax.init_cache(module, 2, max_length, x)
+    cache = options.pop("cache", None) or mqa_jax.init_cache(module, 2, max_length, x)
     return module.apply({"params": params, "cache": cache}, options.pop("x", x), mutable=["cache"], **options)
 
 
@@ -191,6 +212,26 @@ CACHE = {
     "no attention": (
         lambda: mqa_jax.init_cache(nn.Dense(3), 2, 8, ones((2, 5))),
         r"holds no attention module of mqa_jax: Dense",
+    ),
+    "layout": (lambda: layer(cache_layout="paged"), r"Unknown cache_layout='paged': use one of \('static', 'ring'\)"),
+    "ring without a window": (
+        lambda: layer(cache_layout="ring"),
+        r"cache_layout='ring' needs local_window_size, local_window_size=None. Or use cache_layout='static'",
+    ),
+    "dtype": (
+        lambda: layer(cache_dtype="float8_e5m2"),
+        r"cached as one of \['float32', .*'float8_e4m3fn'\]: dtype=float8_e5m2",
+    ),
+    "dtype of init_cache": (lambda: layer().init_cache(2, 8, dtype=jnp.int4), r"cached as one of .*: dtype=int4"),
+    "another window": (
+        lambda: cached(
+            layer(local_window_size=9), cache=layer(cache_layout="ring", local_window_size=3).init_cache(2, 8)
+        ),
+        r"local_window_size=\(9, 9\), slots=19. Make the cache with this module's init_cache",
+    ),
+    "short mask for a ring": (
+        lambda: cached(layer(cache_layout="ring", local_window_size=3), mask=ones((2, 4), bool)),
+        r"column for each position.*positions=\[5 5\] after this call, columns=4. Make it longer",
     ),
     "reset": (lambda: mqa_jax.reset_cache({}, np.array([0, 1])), r"rows must be bool \[batch\].*rows.dtype=int"),
 }
@@ -279,6 +320,15 @@ def _on_an_old_gpu():
         return triton()
 
 
+EIGHT_BITS = mqa_jax.quantize(KEY, "int8")
+
+
+def _float8_on_an_a100():
+    key, scale = mqa_jax.quantize(KEY, "float8_e4m3fn")
+    with tile_config.assuming("sm80"):
+        return triton(key=key, key_scale=scale, value_scale=scale)
+
+
 def _with_a_large_mask():
     query, key = (
         jax.ShapeDtypeStruct((1, 2**16, 1, 8), jnp.float32),
@@ -321,7 +371,23 @@ NOT_POSSIBLE: dict[str, Any] = {
     "triton: mixed precision": (lambda: triton(precision=("high", "highest")), r"precision=\('high', 'highest'\)"),
     "triton: mask": (
         _with_a_large_mask,
-        r"a boolean mask of less than 2 GiB only \(allowed.shape=\(1, 1, 65536, 32768",
+        r"arrays of bytes of less than 2 or more than 4 GiB only \(mask.shape=\(1, 1, 65536, 32768\)\)",
+    ),
+    "triton: float8": (_float8_on_an_a100, r"float8_e4m3fn from compute capability 8.9 on only \(this one: 8.0\)"),
+    "8 bits: derivative": (
+        lambda: jax.grad(lambda q: attend(q, EIGHT_BITS[0], key_scale=EIGHT_BITS[1], value_scale=EIGHT_BITS[1]).sum())(
+            QUERY
+        ),
+        r"keys and values in 8 bits has no derivative.*implementation='reference'",
+    ),
+    "ring: weights": (
+        lambda: cached(layer(cache_layout="ring", local_window_size=3), needs_weights=True),
+        r"which a ring buffer has not: cache_layout='ring'. Use cache_layout='static'",
+    ),
+    "cudnn: ring": (lambda: cudnn(key_value_ring_lengths=ones(2, int)), r"keys in a ring buffer"),
+    "cudnn: 8 bits": (
+        lambda: cudnn(key=EIGHT_BITS[0], key_scale=EIGHT_BITS[1], value_scale=EIGHT_BITS[1]),
+        r"keys and values in 8 bits",
     ),
     "triton: old GPU": (_on_an_old_gpu, r"GPUs from compute capability 8.0 on only \(this one: 7.5\)"),
     "jvp": (lambda: jax.jvp(attend, (QUERY,), (QUERY,)), r"no forward-mode derivative.*implementation='reference'"),

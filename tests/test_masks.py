@@ -10,7 +10,7 @@ import pytest
 
 import mqa_jax
 from mqa_jax import masks
-from mqa_jax.masks import Mask
+from mqa_jax.masks import Mask, Ring
 
 INT = jnp.int32
 offset = lambda n: jnp.array([n], INT)
@@ -24,6 +24,7 @@ DRAWN = [
     (Mask(window=(2, 1)), 5, 5),
     (Mask(query_lengths=offset(2), key_lengths=offset(3)), 3, 5),
     (Mask(query_segments=jnp.array([[0, 0, 1]]), key_segments=jnp.array([[0, 0, 1, 1, 1]])), 3, 5),
+    (Mask(is_causal=True, query_offset=offset(4), ring=Ring(offset(6), 4)), 2, 4),
 ]
 
 
@@ -49,6 +50,15 @@ def test_the_drawings_are_true(number):
     mask, rows, columns = DRAWN[number]
     actual: Any = masks.visible(mask, jnp.arange(rows), jnp.arange(columns))
     np.testing.assert_array_equal(np.broadcast_to(actual, (1, 1, rows, columns))[0, 0], drawings[number])
+
+
+def test_positions_in_a_ring():
+    """Written token after token: what each slot holds is the last that was written there."""
+    slots, held = 5, np.full(5, -1)
+    for length in range(13):
+        found = np.asarray(masks.key_positions(Mask(ring=Ring(offset(length), slots)), jnp.arange(slots, dtype=INT)))[0]
+        np.testing.assert_array_equal(np.where(found < 0, -1, found), held)
+        held[length % slots] = length
 
 
 def test_no_option_removes_nothing():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mqa_jax import masks
 from mqa_jax.inputs import Sizes
 from mqa_jax.kernels import tile_bounds
-from mqa_jax.masks import Mask
+from mqa_jax.masks import Mask, Ring
 
 T, S, TILE = 37, 53, 8  # neither is a multiple of the tile
 SIZES = Sizes(B=2, T=T, S=S, N=1, K=1, G=1, H=8, V=8)
@@ -32,6 +32,9 @@ def any_mask(draw):
     )
     if draw(st.booleans()):
         mask = replace(mask, query_segments=order(ids(T)), key_segments=order(ids(S)))
+    if draw(st.booleans()):
+        lengths = integers(0, 4 * S, 2)
+        mask = replace(mask, ring=Ring(lengths, S), key_lengths=jnp.minimum(lengths, S), query_offset=lengths - T)
     return mask
 
 

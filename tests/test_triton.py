@@ -218,7 +218,8 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradients, expected_gradients)
 
 
-def test_a_decoding_step_touches_what_exists(monkeypatch):
+@pytest.mark.parametrize("cache", ["static", "ring in 8 bits"])
+def test_a_decoding_step_touches_what_exists(monkeypatch, cache):
     """Three queries of two groups of three heads, with all options, on a strict model of memory."""
     use_tiles(monkeypatch, **SMALL)
     monkeypatch.setattr(triton_decode, "LEAST_KEYS", 8)
@@ -226,6 +227,11 @@ def test_a_decoding_step_touches_what_exists(monkeypatch):
     bias, mask = options.pop("bias"), options.pop("mask")
     sizes: Any = dict(batch=(2,), rows=3, columns=35, heads=6, kv_heads=2, features=24, value_features=20)
     problem = oracle.random_problem(np.random.default_rng(0), **sizes)
+    if cache != "static":
+        del options["key_value_seq_lengths"]
+        problem = oracle.quantized(problem, "int8")
+        lengths = jnp.array([50, 17], jnp.int32)
+        options |= problem.options | dict(key_value_ring_lengths=lengths, query_offset=lengths - 3)
     inputs = checked_inputs(**problem.arrays, bias=bias, mask=mask, options=Options(**options))
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)

@@ -1,0 +1,218 @@
+"""How new tokens get into a cache (`mqa_jax.kv_cache`), and what the queries of the same call attend to."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import checkify
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Real
+
+from mqa_jax import kv_cache, masks, quantization
+from mqa_jax.kv_cache import INDEX, KEY, KEY_SCALE, RING_INDEX, VALUE, VALUE_SCALE
+from mqa_jax.shapes import positions
+
+Contents = dict[str, Array]  # by the names of `kv_cache`, each [B, positions, K, ...]
+
+
+class Keys(NamedTuple):
+    """What the queries of a call attend to, with a cache or without.
+
+    Attributes:
+      key, value, key_scale, value_scale: as in `dot_product_attention`.
+      lengths: int32, how many keys there are; None is all. `in_ring`: how many went through the ring.
+      query_offset: place of the first query among the keys.
+      positions: int32 `[B, S]`, of keys whose position is not their index; None: it is.
+      overflow: bool `[B]`, rows in which the new tokens did not fit; their result is worthless.
+    """
+
+    key: Real[Array, "... S K H"]
+    value: Real[Array, "... S K H"]
+    key_scale: Float[Array, "B S K"] | None = None
+    value_scale: Float[Array, "B S K"] | None = None
+    lengths: Int[Array, "..."] | None = None
+    in_ring: bool = False
+    query_offset: int | Array = 0
+    positions: Int[Array, "B S"] | None = None
+    overflow: Bool[Array, " B"] | None = None
+
+    @classmethod
+    def cached(cls, contents: Contents, dtype: DTypeLike, **fields: Any) -> "Keys":
+        """`dtype` is the queries', which keys that are not quantized have to have."""
+        if KEY_SCALE in contents:
+            return cls(contents[KEY], contents[VALUE], contents[KEY_SCALE], contents[VALUE_SCALE], **fields)
+        return cls(contents[KEY].astype(dtype), contents[VALUE].astype(dtype), **fields)
+
+    def options(self) -> dict[str, Any]:
+        """For `dot_product_attention`."""
+        lengths = "key_value_ring_lengths" if self.in_ring else "key_value_seq_lengths"
+        scales = {"key_scale": self.key_scale, "value_scale": self.value_scale}
+        return {"query_offset": self.query_offset, lengths: self.lengths, **scales}
+
+
+class New(NamedTuple):
+    """New tokens: what is written, T of each row, of which those from position `start` to `stop` count."""
+
+    contents: Contents
+    start: Int[Array, " B"]
+    stop: Int[Array, " B"]
+    dtype: DTypeLike  # in which the module computes
+
+
+def append(
+    cache: Mapping[str, Array],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    lengths: Int[Array, " B"] | None,
+    *,
+    window: tuple[int, int] | None = None,
+    pair_columns: int | None = None,
+    traced_check: bool = True,
+) -> tuple[Contents, Keys]:
+    """Writes new keys and values behind what is there; returns the new cache, and what to attend to.
+
+    Too many tokens for a row are never clamped or dropped quietly: with concrete arrays a `ValueError`; under jit a
+    check that `checkify` can see (unless `traced_check` is False), nothing written to that row, and `overflow` set.
+
+    Args:
+      lengths: how many of the T are tokens; the rest is padding, which the next call overwrites. None is all.
+      window: of the module. A ring buffer needs one.
+      pair_columns: S of a mask or bias. With a ring buffer, whose positions have no end, it is the limit.
+    """
+    _check_shape(cache, key)
+    start = kv_cache.index_of(cache)
+    stop = start + (jnp.full(key.shape[0], key.shape[1], jnp.int32) if lengths is None else lengths)
+    new = New(_contents(cache, key, value), start, stop, key.dtype)
+    length = cache[KEY].shape[1]
+    if RING_INDEX not in cache:
+        overflow = _overflow(stop, length, kv_cache.FULL, traced_check)
+        contents, keys = _into_static(cache, new, ~overflow)
+        return {**contents, INDEX: stop}, keys._replace(overflow=overflow)
+    # Whether all that the first query sees is still there once the last token is written.
+    fits = key.shape[1] <= length - _window_left(cache, window)
+    contents, keys = (_into_ring if fits else _past_ring)(cache, new)
+    if pair_columns is not None:
+        keys = keys._replace(overflow=_overflow(stop, pair_columns, SHORT_PAIRS, traced_check))
+    return {**contents, RING_INDEX: stop}, keys
+
+
+# -- three ways -------------------------------------------------------------------------------------------------------
+
+
+def _into_static(cache: Mapping[str, Array], new: New, fits: Bool[Array, " B"]) -> tuple[Contents, Keys]:
+    contents = {name: _write(cache[name], x, new.start, fits) for name, x in new.contents.items()}
+    return contents, Keys.cached(contents, new.dtype, lengths=new.stop, query_offset=new.start)
+
+
+def _into_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
+    """The ring is written first and then read in place, as slots in no order."""
+    slots = cache[KEY].shape[1]
+    token = positions(new.contents[KEY].shape[1])
+    at = lax.rem(new.start[:, None] + token, jnp.int32(slots))
+    at = jnp.where(new.start[:, None] + token < new.stop[:, None], at, slots + token)  # padding: dropped
+    rows = positions(at.shape[0])[:, None]
+    contents = {
+        name: cache[name].at[rows, at].set(x, mode="drop", unique_indices=True) for name, x in new.contents.items()
+    }
+    held = masks.ring_positions(positions(slots), new.stop[:, None], slots)
+    fields: dict[str, Any] = dict(lengths=new.stop, in_ring=True, query_offset=new.start, positions=held)
+    return contents, Keys.cached(contents, new.dtype, **fields)
+
+
+def _past_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
+    """More tokens than a ring can take before its oldest are read: they are put in a line behind what it holds.
+
+    Two copies of a window, beside which so many new tokens count little. Keys are then at index position - first.
+    """
+    slots, tokens = cache[KEY].shape[1], new.contents[KEY].shape[1]
+    held = jnp.minimum(new.start, slots)
+    first = new.start - held
+    in_line = lax.rem(first[:, None] + positions(slots), jnp.int32(slots))
+    line = {
+        name: _write(_padded(_gather(cache[name], in_line), tokens), x, held, jnp.ones_like(held, bool))
+        for name, x in new.contents.items()
+    }
+    in_ring = masks.ring_positions(positions(slots), new.stop[:, None], slots) - first[:, None]
+    contents = {name: _gather(x, in_ring) for name, x in line.items()}
+    fields = dict(lengths=held + new.stop - new.start, query_offset=held)
+    return contents, Keys.cached(line, new.dtype, positions=first[:, None] + positions(slots + tokens), **fields)
+
+
+# -- their parts ------------------------------------------------------------------------------------------------------
+
+
+def _contents(cache: Mapping[str, Array], key: Array, value: Array) -> Contents:
+    """New keys and values as they are stored."""
+    dtype = cache[KEY].dtype
+    if KEY_SCALE not in cache:
+        return {KEY: key.astype(dtype), VALUE: value.astype(dtype)}
+    contents: Contents = {}
+    contents[KEY], contents[KEY_SCALE] = quantization.quantize(key, dtype)
+    contents[VALUE], contents[VALUE_SCALE] = quantization.quantize(value, dtype)
+    return contents
+
+
+def _write(old: Array, new: Array, start: Array, fits: Array) -> Array:
+    """Row by row; XLA does it in place where the old array is donated or a loop carry.
+
+    Padding may overhang the end even where the tokens fit. `dynamic_update_slice` then moves the slice back, so it is
+    rolled forward by as much, and what was there before the first token is written back.
+    """
+    length = min(new.shape[1], old.shape[1])
+
+    def row(old: Array, new: Array, start: Array, fits: Array) -> Array:
+        at = jnp.clip(start, 0, old.shape[0] - length)
+        moved = start - at
+        before = lax.dynamic_slice_in_dim(old, at, length)
+        place = positions(length)
+        is_new = ((place >= moved) & fits).reshape(-1, *[1] * (old.ndim - 1))
+        new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
+        return lax.dynamic_update_slice_in_dim(old, jnp.where(is_new, new, before), at, axis=0)
+
+    return jax.vmap(row)(old, new, start, fits)
+
+
+def _gather(x: Array, index: Int[Array, "B X"]) -> Array:
+    """Of each row the entries at these places, or any others where there are none."""
+    return x[positions(x.shape[0])[:, None], jnp.clip(index, 0, x.shape[1] - 1)]
+
+
+def _padded(x: Array, more: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+
+
+# -- what can be wrong ------------------------------------------------------------------------------------------------
+
+SHORT_PAIRS = (
+    "A mask or bias has a column for each position, up to the last one: positions={index} after this call, "
+    "columns={length}. Make it longer; a ring buffer itself has no end."
+)
+
+
+def _overflow(stop: Array, limit: int, message: str, traced_check: bool) -> Bool[Array, " B"]:
+    if not isinstance(stop, jax.core.Tracer):
+        kv_cache.raise_beyond(limit, stop, message)
+    elif traced_check:
+        checkify.debug_check(jnp.all(stop <= limit), message, index=jnp.max(stop), length=jnp.int32(limit))
+    return stop > limit
+
+
+def _check_shape(cache: Mapping[str, Array], key: Array) -> None:
+    batch, _, *heads = cache[KEY].shape
+    if key.ndim != 4 or key.shape[0] != batch or list(key.shape[2:]) != heads:
+        raise ValueError(
+            f"New keys must fit the cache [batch, max_length, kv_heads, head_dim]={cache[KEY].shape}: "
+            f"key.shape={key.shape}."
+        )
+
+
+def _window_left(cache: Mapping[str, Array], window: tuple[int, int] | None) -> int:
+    slots = cache[KEY].shape[1]
+    if window is None or kv_cache.ring_slots(window[0]) > slots:
+        raise ValueError(
+            "A ring buffer holds one window; this module's is not in it: "
+            f"local_window_size={window}, slots={slots}. Make the cache with this module's init_cache."
+        )
+    return window[0]
