@@ -1,6 +1,7 @@
 """Keys and values in 8 bits: rounding, the bound on attention that the docstring derives, and numbers at the edges."""
 
 import functools
+from typing import Any
 
 import hypothesis
 import jax
@@ -60,7 +61,7 @@ def bound(problem: oracle.Problem, stored: oracle.Problem, dtype: str) -> np.nda
     scale = options.get("scale") or arrays["query"].shape[-1] ** -0.5
     delta = scale * jnp.abs(arrays["query"]).sum(-1) * error_k[..., None, :]  # [..., T, N]
     values = jnp.repeat(arrays["value"], group, axis=-2)
-    with_sink = dict(initial=0.0) if "sinks" in arrays else {}
+    with_sink: dict[str, Any] = dict(initial=0.0) if "sinks" in arrays else {}
     width = values.max(-3, **with_sink) - values.min(-3, **with_sink)  # [..., N, V]
     return np.asarray(jnp.tanh(delta / 2)[..., None] * width[..., None, :, :] + error_v[..., None, :, None] + 1e-5)
 
