@@ -118,7 +118,8 @@ def _differentiated(problem: Problem, attend: Callable) -> Callable[[dict[str, A
 def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     """Every intermediate in the precision of the arrays except the softmax; keys in reverse order."""
     reverse = lambda x, axis: jnp.flip(x, axis) if x.shape[axis] > 1 else x
-    query, key, value = arrays["query"], reverse(arrays["key"], -3), reverse(arrays["value"], -3)
+    stored = arrays | {name: _restored(arrays, options, name) for name in ("key", "value")}
+    query, key, value = arrays["query"], reverse(stored["key"], -3), reverse(stored["value"], -3)
     group = query.shape[-2] // key.shape[-2]
     key, value = jnp.repeat(key, group, axis=-2), jnp.repeat(value, group, axis=-2)
     scale = options.get("scale") or query.shape[-1] ** -0.5
@@ -132,6 +133,25 @@ def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[An
         score = jnp.where(jnp.flip(jnp.tri(rows, columns, dtype=bool), 1), score, -jnp.inf)
     weight = jax.nn.softmax(score, axis=-1).astype(value.dtype)
     return jnp.einsum("...nts,...snv->...tnv", weight, value), jnp.moveaxis(jax.nn.logsumexp(score, axis=-1), -1, -2)
+
+
+def _restored(arrays: dict[str, Any], options: dict[str, Any], name: str) -> Any:
+    """Keys or values in the dtype of the query, whether they are stored in 8 bits or not."""
+    scale = options.get(f"{name}_scale")
+    return arrays[name] if scale is None else mqa_jax.dequantize(arrays[name], scale).astype(arrays["query"].dtype)
+
+
+def plain_outputs(problem: Problem) -> dict[str, Any]:
+    return dict(zip(("out", "log_sum_exp"), plain_attention(problem.arrays, problem.options)))
+
+
+def judge_8_bits(problem: Problem, dtype: Any, bits: str, *implementations: str) -> None:
+    """By the same rule, output and log-sum-exp of keys and values in 8 bits, to queries in `dtype`."""
+    stored = quantized(problem, bits)
+    low = dataclasses.replace(stored, arrays=stored.arrays | {"query": stored.arrays["query"].astype(dtype)})
+    same = dataclasses.replace(low, arrays=low.arrays | {"query": low.arrays["query"].astype(jnp.float32)})
+    for implementation in implementations:
+        judge(outputs(low, implementation), plain_outputs(low), outputs(same, "reference"))
 
 
 def judge(fast: dict[str, Any], plain: dict[str, Any], reference: dict[str, Any]) -> None:

@@ -32,6 +32,13 @@ FOR_PRECISION: list[dict[str, Any]] = [
 ]
 
 
+# Many keys, whose weights times their scales are smaller than float16 can hold; and a head size in two pieces.
+FOR_PRECISION_IN_8_BITS: list[dict[str, Any]] = [
+    dict(batch=(1,), rows=2, columns=3001, heads=16, kv_heads=1, features=64),
+    dict(batch=(2,), rows=16, columns=203, heads=6, kv_heads=2, features=80),
+]
+
+
 # bfloat16 everywhere; the others where a tile boundary, a group or many tiles could make a difference.
 FOR_PRECISION_IN_DTYPES = [
     *((jnp.bfloat16, sizes) for sizes in FOR_PRECISION),

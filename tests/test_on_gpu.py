@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import problems
 import pytest
 
 import mqa_jax
@@ -24,19 +25,42 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
+DECODING: dict[str, Any] = dict(batch=(1,), rows=1, columns=32768, heads=32, kv_heads=1, features=128)
+
+
 def name(sizes: dict[str, Any]) -> str:
     return "{rows}x{columns} {heads}/{kv_heads} {features}".format(**sizes)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize(
-    "sizes", SIZES, ids=lambda size: "{rows}x{columns} {heads}/{kv_heads} {features}".format(**size)
-)
+@pytest.mark.parametrize("sizes", SIZES, ids=name)
 def test_precision_with_the_tiles_of_this_gpu(dtype, sizes):
     problem = oracle.random_problem(np.random.default_rng(0), **sizes).astype(dtype)
     with jax.default_matmul_precision("float32"):  # of XLA's own products: the reference, and the plain computation
         plain, reference = oracle.plain_results(problem), oracle.results(problem.astype(jnp.float32), "reference")
     oracle.judge(oracle.results(problem, "kernels"), plain, reference)
+
+
+@pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("sizes", [*problems.FOR_PRECISION_IN_8_BITS, DECODING], ids=name)
+def test_precision_of_8_bits(sizes, dtype, bits):
+    with jax.default_matmul_precision("float32"):
+        oracle.judge_8_bits(oracle.random_problem(np.random.default_rng(0), **sizes), dtype, bits, "kernels")
+
+
+@pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
+def test_a_step_on_a_ring_buffer(bits):
+    """Two rows, before and after the end of the ring, as a module calls it."""
+    lengths = jnp.array([700, 9000], jnp.int32)
+    ring: dict[str, Any] = dict(key_value_ring_lengths=lengths, query_offset=lengths - 1, local_window_size=(1999, 0))
+    problem = oracle.random_problem(
+        np.random.default_rng(0), **{**DECODING, "batch": (2,), "columns": 2015}, is_causal=True, **ring
+    )
+    for stored in (problem, oracle.quantized(problem, bits)):
+        with jax.default_matmul_precision("float32"):
+            expected = oracle.outputs(stored, "reference")
+        oracle.judge_float32(oracle.outputs(stored, "kernels"), expected)
 
 
 def test_the_same_bits_twice():

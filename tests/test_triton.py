@@ -83,6 +83,14 @@ def test_precision(dtype, sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("sizes", problems.FOR_PRECISION_IN_8_BITS, ids=str)
+def test_precision_of_8_bits(sizes, dtype, bits):
+    oracle.judge_8_bits(oracle.random_problem(np.random.default_rng(0), **sizes), dtype, bits, "kernels")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("features", "value_features"), [(96, 96), (192, 128), (8, 256), (256, 256)])
 def test_head_sizes_in_pieces(monkeypatch, features, value_features):
     """192 = 128 + 64, 96 = 64 + 32; and cut smaller, as full float32 products want them."""

@@ -74,6 +74,17 @@ def test_precision(monkeypatch, dtype, sizes):
         oracle.judge(fast, plain, reference)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("sizes", problems.FOR_PRECISION_IN_8_BITS, ids=str)
+def test_precision_of_8_bits(monkeypatch, sizes, dtype, bits):
+    problem = oracle.random_problem(np.random.default_rng(0), **sizes)
+    for upcast in (True, False):
+        shape = TileShape(min(16, sizes["rows"]), 64, 1, upcast)
+        oracle.judge_8_bits(problem, dtype, bits, tiled(monkeypatch, shape), "xla")
+
+
 def test_it_is_deterministic():
     problem = oracle.random_problem(
         np.random.default_rng(0), rows=300, columns=700, heads=4, kv_heads=2, features=16, is_causal=True
