@@ -33,9 +33,13 @@ FOR_PRECISION: list[dict[str, Any]] = [
 
 
 # Many keys, whose weights times their scales are smaller than float16 can hold; and a head size in two pieces.
-FOR_PRECISION_IN_8_BITS: list[dict[str, Any]] = [
-    dict(batch=(1,), rows=2, columns=3001, heads=16, kv_heads=1, features=64),
-    dict(batch=(2,), rows=16, columns=203, heads=6, kv_heads=2, features=80),
+_MANY_KEYS = dict(batch=(1,), rows=2, columns=3001, heads=16, kv_heads=1, features=64)
+_TWO_PIECES = dict(batch=(2,), rows=16, columns=203, heads=6, kv_heads=2, features=80)
+FOR_PRECISION_IN_8_BITS: list[tuple[Any, str, dict[str, Any]]] = [
+    (jnp.float16, "int8", _MANY_KEYS),
+    (jnp.bfloat16, "float8_e4m3fn", _MANY_KEYS),
+    (jnp.float16, "float8_e4m3fn", _TWO_PIECES),
+    (jnp.bfloat16, "int8", _TWO_PIECES),
 ]
 
 

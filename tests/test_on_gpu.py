@@ -1,5 +1,6 @@
 """What only a GPU can show: python -m pytest --gpu. Full-size tiles, on the device, against the float32 reference."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -41,10 +42,15 @@ def test_precision_with_the_tiles_of_this_gpu(dtype, sizes):
     oracle.judge(oracle.results(problem, "kernels"), plain, reference)
 
 
-@pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("sizes", [*problems.FOR_PRECISION_IN_8_BITS, DECODING], ids=name)
-def test_precision_of_8_bits(sizes, dtype, bits):
+@pytest.mark.parametrize(
+    ("dtype", "bits", "sizes"),
+    [
+        *problems.FOR_PRECISION_IN_8_BITS,
+        *itertools.product([jnp.bfloat16, jnp.float16], ["int8", "float8_e4m3fn"], [DECODING]),
+    ],
+    ids=str,
+)
+def test_precision_of_8_bits(dtype, bits, sizes):
     with jax.default_matmul_precision("float32"):
         oracle.judge_8_bits(oracle.random_problem(np.random.default_rng(0), **sizes), dtype, bits, "kernels")
 
