@@ -33,9 +33,11 @@ PUBLIC = {
     "attention_fn",
     "cache_bytes",
     "check_cache",
+    "dequantize",
     "dot_product_attention",
     "init_cache",
     "merge_partials",
+    "quantize",
     "reorder_cache",
     "reset_cache",
 }
