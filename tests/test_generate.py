@@ -139,7 +139,7 @@ def test_from_the_command_line(folder, capsys, chat):
     assert "2 layers, 6 query heads on 2 key/value heads" in printed
     assert _generator(folder)[1].decode(answer.tokens).rstrip("\N{REPLACEMENT CHARACTER}") in printed
     assert "tokens/s" in printed
-    assert f"{answer.cache_bytes / 2**20:.1f} MiB (0 KiB a token) with 2 key/value heads" in printed
+    assert f"{answer.cache_bytes / 2**20:.1f} MiB (0.2 KiB a token) with 2 key/value heads" in printed
     assert answer.prompt_tokens == (len("<user>Hello<a>") if chat else len("Hello"))
 
 
