@@ -28,6 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 from checkpoints import load_checkpoint
 from generate import CACHE_DTYPES, Params, Sampling, decode, prefill
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import mqa_jax
 
 TOPIC = "execmodel"  # prose rather than code
-CHUNK = 64  # tokens that are read at once
+CHUNK = 200  # tokens that are read at once
 PROMPT, QUESTION = "The capital of France is", "Why is the sky blue?"
 NEW_TOKENS = 40
 WIDTH = 27  # of a column of text
@@ -230,14 +231,13 @@ def save_plot(results: list[Result], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")  # not pyplot, which may want a display
     axes = figure.subplots()
     for result, marker in zip(results, "^os"):
-        layers = np.arange(len(result.errors))
-        rms = [error.rms for error in result.errors]
-        (line,) = axes.plot(layers, rms, marker, linestyle="-", label=f"{result.cache_dtype}, root mean square")
-        largest = [error.largest for error in result.errors]
-        axes.plot(layers, largest, "--", color=line.get_color(), label=f"{result.cache_dtype}, largest")
+        largest, rms = zip(*result.errors)
+        (line,) = axes.plot(rms, marker, linestyle="-", label=f"{result.cache_dtype}, root mean square")
+        axes.plot(largest, "--", color=line.get_color(), label=f"{result.cache_dtype}, largest")
     axes.set(yscale="log", xlabel="layer", ylabel="relative error", title="Attention output, against a float32 cache")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1))
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
