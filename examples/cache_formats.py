@@ -190,8 +190,8 @@ def table(results: list[Result]) -> str:
             result.cache_dtype,
             f"{result.bytes_per_token:,}",
             f"{result.bytes_per_token / bfloat16.bytes_per_token:.1%}",
-            f"{result.perplexity:.4f}",
-            f"{result.perplexity / float32.perplexity - 1:+.3%}",
+            f"{result.perplexity:.3f}",
+            f"{result.perplexity / float32.perplexity - 1:+.2%}",
             ", ".join(f"{agreement(*pair)} of {len(pair[1])}" for pair in zip(result.answers, float32.answers)),
             worst(result.errors),
         ]

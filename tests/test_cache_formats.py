@@ -112,8 +112,8 @@ def test_the_example_prints_what_it_measured(folder, tmp_path, capsys, monkeypat
         assert row[1:5] == [
             f"{result.bytes_per_token}",
             f"{result.bytes_per_token / bfloat16.bytes_per_token:.1%}",
-            f"{result.perplexity:.4f}",
-            f"{change:+.3%}",
+            f"{result.perplexity:.3f}",
+            f"{change:+.2%}",
         ]
     assert not float32.errors
     for errors in zip(*(result.errors for result in (bfloat16, int8, float8))):
