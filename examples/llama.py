@@ -12,7 +12,7 @@ import mqa_jax
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Sizes of a model; the letters are those of `mqa_jax.shapes`.
+    """Sizes of a model; the letters are those of `mqa_jax.shapes`. `cache_dtype`: None is float32.
 
     The last two matter in training alone: `attn_pdrop` is the dropout rate of the attention weights; with `remat` the
     backward pass computes each layer again instead of keeping what it computed.
@@ -31,6 +31,7 @@ class LlamaConfig:
     tied_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
+    cache_dtype: str | None = None
     attn_pdrop: float = 0.0
     remat: bool = False
 
@@ -62,6 +63,7 @@ class Block(nn.Module):
             head_dim=config.head_dim,
             rope=config.rope,
             use_bias=config.attention_bias,
+            cache_dtype=config.cache_dtype,
             attn_pdrop=config.attn_pdrop,
             deterministic=self.deterministic,
             name="attention",
@@ -110,9 +112,9 @@ def next_token(logits: Float[Array, "B vocabulary"], temperature: float, key: PR
     return jax.random.categorical(key, logits / temperature) if temperature else jnp.argmax(logits, axis=-1)
 
 
-def cache_bytes_per_token(
-    config: LlamaConfig, kv_heads: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
-) -> int:
-    """Bytes that one more token of one row adds to the cache of all layers."""
-    kv_heads = config.kv_heads if kv_heads is None else kv_heads
-    return 2 * config.layers * kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+def cache_bytes_per_token(config: LlamaConfig) -> int:
+    """Bytes that one more token of one row adds to the cache of all layers, with the scales of keys in 8 bits."""
+    attention = mqa_jax.GroupedQueryAttention(
+        config.dim, config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, cache_dtype=config.cache_dtype
+    )
+    return config.layers * mqa_jax.cache_bytes(attention.init_cache(1, max_length=1))

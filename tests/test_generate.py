@@ -2,84 +2,25 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import generate
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_process
 import pytest
+import small_model
 from checkpoints import load_checkpoint, load_folder
 from llama import Llama, LlamaConfig, cache_bytes_per_token, next_token
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small_model import SMALL
 from tokens import Stream, load_text
 
 import mqa_jax
 
-ROOT = Path(__file__).parents[1]
-SMALL = dict(
-    model_type="llama",
-    vocab_size=300,
-    num_hidden_layers=2,
-    hidden_size=48,
-    intermediate_size=64,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    attention_bias=True,
-    mlp_bias=True,
-    eos_token_id=299,
-    rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
-)
-
-
-def _tensors(settings):
-    """Random weights under Hugging Face's names."""
-    rng = np.random.default_rng(0)
-    dim, hidden, head_dim = settings["hidden_size"], settings["intermediate_size"], 8
-    kv = settings["num_key_value_heads"] * head_dim
-    shapes = {"model.embed_tokens.weight": (settings["vocab_size"], dim), "model.norm.weight": (dim,)}
-    shapes["lm_head.weight"] = settings["vocab_size"], dim
-    for i in range(settings["num_hidden_layers"]):
-        layer = {"q_proj": (dim, dim), "k_proj": (kv, dim), "v_proj": (kv, dim), "o_proj": (dim, dim)}
-        mlp = {"gate_proj": (hidden, dim), "up_proj": (hidden, dim), "down_proj": (dim, hidden)}
-        for part, linears in (("self_attn", layer), ("mlp", mlp)):
-            for name, shape in linears.items():
-                shapes[f"model.layers.{i}.{part}.{name}.weight"] = shape
-                shapes[f"model.layers.{i}.{part}.{name}.bias"] = shape[:1]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{i}.{name}.weight"] = (dim,)
-    return {name: rng.standard_normal(shape).astype(np.float32) / 6 for name, shape in shapes.items()}
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A Hugging Face folder: config.json, two shards of safetensors, tokenizer.json with bytes alone."""
-    path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(SMALL))
-    tensors = _tensors(SMALL)
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in shards.items():
-        save_file({name: tensors[name] for name in part}, path / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-    )
-    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "</s>"}))
-    return path
+    return small_model.write(tmp_path_factory.mktemp("model"))
 
 
 @functools.cache
@@ -139,8 +80,15 @@ def test_from_the_command_line(folder, capsys, chat):
     assert "2 layers, 6 query heads on 2 key/value heads" in printed
     assert _generator(folder)[1].decode(answer.tokens).rstrip("\N{REPLACEMENT CHARACTER}") in printed
     assert "tokens/s" in printed
-    assert f"{answer.cache_bytes / 2**20:.1f} MiB (0 KiB a token) with 2 key/value heads" in printed
+    assert f"{answer.cache_bytes / 2**20:.1f} MiB (0.2 KiB a token) with 2 key/value heads" in printed
     assert answer.prompt_tokens == (len("<user>Hello<a>") if chat else len("Hello"))
+
+
+def test_a_cache_in_8_bits_from_the_command_line(folder, capsys):
+    answer = generate.main(["--model", str(folder), "--prompt", "Hello", "--max-tokens", "5", "--cache-dtype", "int8"])
+    layers, heads, features, scale = 2, 2, 8, 4
+    assert answer.cache_bytes == (32 + 5) * 2 * layers * heads * (features + scale)
+    assert "(0.1 KiB a token)" in capsys.readouterr().out
 
 
 def test_a_text_that_is_too_long(folder):
@@ -203,7 +151,7 @@ def _transformers():
 
 
 def _write_answers(path: str) -> None:
-    """Of the real model, in a process of its own: what this suite sets for fast compilation makes it slow to run."""
+    """Of the real model."""
     generator, text = _generator(None)
     prompts = [text.encode(prompt) for prompt in PROMPTS]
     answers = [generator(ids, generate.Sampling(max_tokens=64)).tokens for ids in prompts]
@@ -217,10 +165,7 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
     """64 greedy tokens of each prompt, and the logits of a text of 64 tokens."""
     import torch
 
-    folders = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "examples"), str(ROOT)])
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    program = f"import test_generate; test_generate._write_answers({str(tmp_path / 'ours.npz')!r})"
-    subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": folders}, check=True)
+    own_process.run(f"import test_generate; test_generate._write_answers({str(tmp_path / 'ours.npz')!r})")
     ours, peer = np.load(tmp_path / "ours.npz", allow_pickle=True), _transformers()
     for ids, answer in zip(ours["prompts"], ours["answers"]):
         expected = peer.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)

@@ -1,0 +1,300 @@
+"""What a smaller cache costs a trained language model: perplexity, greedy text, and the error of each layer.
+
+    python examples/cache_formats.py
+    python examples/cache_formats.py --plot cache_formats.png --model path/to/folder-or-file.gguf
+
+The same model reads and writes with its keys and values cached in float32, bfloat16, int8 and float8_e4m3fn.
+
+Perplexity is that of a passage of Python's manual, `pydoc_data.topics`, read through the cache: in chunks, the last of
+it token by token, so that every query attends to keys and values as they are stored.
+
+The error of a layer is its own: its attention gets the inputs that it has in the float32 run, so nothing accumulates
+from the layers before. Compared are the outputs of the attention module with this cache and with the float32 one, over
+all tokens of the passage: the largest difference against the largest output, and root mean square against root mean
+square.
+"""
+
+import argparse
+import functools
+import itertools
+import platform
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+from checkpoints import load_checkpoint
+from generate import CACHE_DTYPES, Params, Sampling, decode, prefill
+from jax import lax
+from jaxtyping import Array, Float, Int
+from llama import Block, Llama, LlamaConfig, cache_bytes_per_token
+from tokens import Text, load_text
+from tqdm import tqdm
+
+import mqa_jax
+
+TOPIC = "execmodel"  # prose rather than code
+CHUNK = 200  # tokens that are read at once
+PROMPT, QUESTION = "The capital of France is", "Why is the sky blue?"
+NEW_TOKENS = 40
+WIDTH = 27  # of a column of text
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+class LayerRun(NamedTuple):
+    """What went into one layer and what its attention made of it."""
+
+    inputs: Float[Array, "1 T D"]
+    attended: Float[Array, "1 T D"]
+
+
+class Reading(NamedTuple):
+    perplexity: float
+    layers: list[LayerRun]
+
+
+def read(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, " T_plus_1"]) -> Reading:
+    """Every token but the first is predicted, out of the cache.
+
+    Layer after layer reads the whole text, which comes to the same as token after token: a layer needs nothing but what
+    the one before made of the same tokens. So one small program serves all layers, and compiles at once.
+    """
+    x = params["embed"]["embedding"][tokens[None, :-1]]
+    layers = []
+    for i in tqdm(range(config.layers), desc="reading", unit="layer", leave=False):
+        attended, output = read_layer(config, params[f"layer_{i}"], x)
+        layers.append(LayerRun(x, attended))
+        x = output
+    return Reading(float(perplexity(config, params, x, jnp.asarray(tokens[None, 1:]))), layers)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read_layer(
+    config: LlamaConfig, params: Params, x: Float[Array, "1 T D"]
+) -> tuple[Float[Array, "1 T D"], Float[Array, "1 T D"]]:
+    """What the attention of one layer, and the whole layer, makes of a text: chunks first, then 1 to CHUNK tokens."""
+    block = Block(config, deterministic=True)
+    is_attention = lambda module, method: isinstance(module, mqa_jax.GroupedQueryAttention) and method == "__call__"
+
+    def read_piece(cache: Any, piece: Float[Array, "1 _ D"]) -> tuple[Any, tuple[Array, Array]]:
+        output, changed = block.apply(
+            {"params": params, "cache": cache},
+            piece,
+            None,
+            mutable=["cache", "intermediates"],
+            capture_intermediates=is_attention,
+        )
+        ((attended, _, _),) = changed["intermediates"]["attention"]["__call__"]
+        return changed["cache"], (attended, output)
+
+    count, dim = x.shape[1:]
+    chunks = (count - 1) // CHUNK
+    cache, outputs = mqa_jax.init_cache(block, 1, count, x, None), []
+    for part, width in ((x[0, : chunks * CHUNK], CHUNK), (x[0, chunks * CHUNK :], 1)):
+        cache, pieces = lax.scan(read_piece, cache, part.reshape(len(part) // width, 1, width, dim))
+        outputs.append(jax.tree.map(lambda x: x.reshape(1, -1, dim), pieces))
+    attended, output = (jnp.concatenate(parts, axis=1) for parts in zip(*outputs))
+    return attended, output
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def perplexity(
+    config: LlamaConfig, params: Params, x: Float[Array, "1 T D"], targets: Int[Array, "1 T"]
+) -> Float[Array, ""]:
+    """Of the targets, given what the last layer made of the tokens before each."""
+    normed = nn.RMSNorm(epsilon=config.norm_eps).apply({"params": params["norm"]}, x)
+    kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
+    probable = jax.nn.log_softmax(normed @ kernel)
+    return jnp.exp(-jnp.take_along_axis(probable, targets[..., None], axis=-1).mean())
+
+
+class LayerError(NamedTuple):
+    """Of the output of one layer's attention: largest difference / largest entry, RMS of the difference / RMS."""
+
+    largest: float
+    rms: float
+
+
+def layer_errors(config: LlamaConfig, params: Params, layers: list[LayerRun]) -> list[LayerError]:
+    """Of each layer alone, with the cache of `config`; `layers` are those of the float32 run."""
+    errors = []
+    for i, layer in enumerate(tqdm(layers, desc="errors", unit="layer", leave=False)):
+        attended, _ = read_layer(config, params[f"layer_{i}"], layer.inputs)
+        errors.append(layer_error(attended, layer.attended))
+    return errors
+
+
+def layer_error(actual: Float[Array, "1 T D"], expected: Float[Array, "1 T D"]) -> LayerError:
+    difference, norm = actual - expected, jnp.linalg.norm
+    return LayerError(
+        float(jnp.abs(difference).max() / jnp.abs(expected).max()), float(norm(difference) / norm(expected))
+    )
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(config: LlamaConfig, params: Params, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    """New tokens after each prompt, by the programs of `generate.py`; the prompts are rows of one batch."""
+    model, key = Llama(config), jax.random.key(0)
+    lengths = jnp.array([len(prompt) for prompt in prompts])
+    padded = jnp.array([prompt + [0] * (max(lengths.tolist()) - len(prompt)) for prompt in prompts])
+    cache = mqa_jax.init_cache(model, len(prompts), padded.shape[1] + sampling.max_tokens, padded)
+    first, cache = prefill(model, sampling, params, cache, padded, lengths, key)
+    rows = np.asarray(decode(model, sampling, ignore, params, cache, first, key)[0]).T.tolist()
+    return [until_end(row, sampling) for row in rows]
+
+
+def ignore(tokens: np.ndarray) -> None:
+    """Text is shown when all of it is there."""
+
+
+def until_end(tokens: list[int], sampling: Sampling) -> list[int]:
+    ends = [i for i, token in enumerate(tokens) if token in (*sampling.end, -1)]
+    return tokens[: ends[0]] if ends else tokens
+
+
+def agreement(tokens: list[int], others: list[int]) -> int:
+    """How many tokens are the same before the first difference."""
+    return sum(itertools.takewhile(bool, (token == other for token, other in zip(tokens, others))))
+
+
+# -- showing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured with one cache."""
+
+    cache_dtype: str
+    bytes_per_token: int
+    perplexity: float
+    answers: list[list[int]]  # tokens after each prompt
+    errors: list[LayerError]  # of each layer; none of float32
+
+
+def table(results: list[Result]) -> str:
+    float32, bfloat16 = results[:2]
+    header = ["cache", "bytes/token", "of bfloat16", "perplexity", "change", "same tokens", "largest error of a layer"]
+    rows = [
+        [
+            result.cache_dtype,
+            f"{result.bytes_per_token:,}",
+            f"{result.bytes_per_token / bfloat16.bytes_per_token:.1%}",
+            f"{result.perplexity:.3f}",
+            f"{result.perplexity / float32.perplexity - 1:+.2%}",
+            ", ".join(f"{agreement(*pair)} of {len(pair[1])}" for pair in zip(result.answers, float32.answers)),
+            worst(result.errors),
+        ]
+        for result in results
+    ]
+    return aligned([header, *rows])
+
+
+def worst(errors: list[LayerError]) -> str:
+    if not errors:
+        return ""
+    return f"{max(error.largest for error in errors):.2%} (RMS {max(error.rms for error in errors):.2%})"
+
+
+def error_table(results: list[Result]) -> str:
+    header = ["layer", *(f"{result.cache_dtype} {part}" for result in results for part in LayerError._fields)]
+    layers = zip(*(result.errors for result in results))
+    rows = [[f"{i}", *(f"{x:.3%}" for error in errors for x in error)] for i, errors in enumerate(layers)]
+    return aligned([header, *rows])
+
+
+def aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def side_by_side(results: list[Result], text: Text, prompt: int) -> str:
+    columns = [
+        [f"-- {result.cache_dtype} --", *textwrap.wrap(text.decode(result.answers[prompt]), WIDTH)]
+        for result in results
+    ]
+    lines = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join("  ".join(cell.ljust(WIDTH) for cell in line).rstrip() for line in lines)
+
+
+def save_plot(results: list[Result], path: Path) -> None:
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")  # not pyplot, which may want a display
+    axes = figure.subplots()
+    for result, marker in zip(results, "^os"):
+        largest, rms = zip(*result.errors)
+        (line,) = axes.plot(rms, marker, linestyle="-", label=f"{result.cache_dtype}, root mean square")
+        axes.plot(largest, "--", color=line.get_color(), label=f"{result.cache_dtype}, largest")
+    axes.set(yscale="log", xlabel="layer", ylabel="relative error", title="Attention output, against a float32 cache")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1))
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+
+def passage(text: Text, config: LlamaConfig, count: int) -> Int[np.ndarray, " T_plus_1"]:
+    """One token to start with and `count` to predict."""
+    tokens = np.array(text.encode(topics[TOPIC]), np.int32)
+    available = min(len(tokens) - 1, config.max_length)
+    if not 0 < count <= available:
+        raise ValueError(f"Text and model have tokens=1 to {available} to predict: tokens={count}.")
+    return tokens[: count + 1]
+
+
+def measure(
+    config: LlamaConfig, params: Params, tokens: np.ndarray, prompts: list[list[int]], sampling: Sampling
+) -> list[Result]:
+    results: list[Result] = []
+    layers: list[LayerRun] = []
+    for cache_dtype in (bar := tqdm(CACHE_DTYPES, unit="cache", leave=False)):
+        bar.set_description(cache_dtype)
+        config = replace(config, cache_dtype=cache_dtype)
+        reading = read(config, params, tokens)
+        layers = layers or reading.layers  # of float32, which comes first
+        errors = layer_errors(config, params, layers) if results else []
+        answers = write(config, params, prompts, sampling)
+        results.append(Result(cache_dtype, cache_bytes_per_token(config), reading.perplexity, answers, errors))
+    return results
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
+    parser.add_argument("--tokens", type=int, default=1024, help="of the passage, to predict")
+    parser.add_argument("--plot", type=Path, help="draw the error of each layer into this file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> list[Result]:
+    options = parse_arguments(arguments)
+    config, params, metadata = load_checkpoint(options.model)
+    params, text = jax.tree.map(jnp.asarray, params), load_text(metadata)
+    tokens = passage(text, config, options.tokens)
+    prompts = {PROMPT: text.encode(PROMPT), f"{QUESTION} (chat)": text.encode_chat(QUESTION)}
+    results = measure(config, params, tokens, list(prompts.values()), Sampling(NEW_TOKENS, end=tuple(text.end)))
+    print(
+        f"{options.tokens:,} tokens of Python {platform.python_version()}'s manual, topic {TOPIC!r}; "
+        f"{NEW_TOKENS} greedy tokens after each of {len(prompts)} prompts\n\n{table(results)}"
+    )
+    for i, prompt in enumerate(prompts):
+        print(f"\n{prompt}\n{side_by_side(results, text, i)}")
+    print(f"\nError of each layer's attention by itself, against a float32 cache\n{error_table(results[1:])}")
+    if options.plot:
+        save_plot(results[1:], options.plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""For real models: what this suite sets for fast compilation (`conftest.py`) makes them slow to run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(program: str) -> None:
+    """Runs Python code, with the modules of tests and examples, without the suite's settings of XLA."""
+    folders = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "examples"), str(ROOT)])
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": folders}, check=True)
