@@ -38,6 +38,9 @@ LAYOUTS = "static", "ring"
 READ_IN_PLACE = 16  # new tokens at most, for which a ring has room beside its window
 
 
+_wanted = jax.make_user_context(None)  # what the programs traced inside depend on, besides their arguments
+
+
 class CachingModule:
     """Marks the modules for which `init_cache` allocates: they have a method `init_cache(batch, max_length, dtype)`."""
 
@@ -96,7 +99,8 @@ def init_cache(
         return next_method(*args, **kwargs)
 
     def traced(*args: Any) -> Any:
-        with nn.intercept_methods(allocate):
+        # A module under nn.jit is traced once, and not again for another cache, unless JAX is told of it.
+        with nn.intercept_methods(allocate), _wanted((batch, max_length, str(dtype))):
             return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *args, **kwargs)
 
     variables = jax.eval_shape(traced, *args)

@@ -191,6 +191,15 @@ def test_a_cache_for_a_whole_model_without_running_it():
     assert len(RAN) == 3
 
 
+def test_a_cache_of_a_module_under_jit_is_that_which_was_asked_for():
+    """Flax traces such a module once for arguments of the same shapes."""
+    module = nn.jit(mqa_jax.GroupedQueryAttention)(24, 6)
+    for length, dtype in ((8, None), (32, "int8"), (32, jnp.bfloat16)):
+        cache = mqa_jax.init_cache(module, 1, length, X[:1], dtype=dtype)
+        assert cache["cached_key"].shape[1] == length
+        assert cache["cached_key"].dtype == (dtype or jnp.float32)
+
+
 def test_init_cache_of_one_module():
     module, params = make()
     cache = module.init_cache(3, MAX_LENGTH, jnp.bfloat16)
