@@ -45,8 +45,11 @@ def _heads(size: Sizes, rows: int, columns: int, scores: int) -> int:
 
 
 def steps_for_cpu(size: Sizes) -> xla_decode.Steps:
-    """Measured on 2 AVX2 cores, float32, H = 64: steps of 2**14 to 2**16 scores are alike. Keys in multiples of 8."""
-    columns = max(8, (1 << 15) // (size.B * size.T * size.N) // 8 * 8)
+    """Measured on 2 AVX2 cores, float32, H = 64: steps of 2**14 to 2**16 scores are alike.
+
+    At most 512 keys, as a short row takes a whole block; and a multiple of 8, which `summed_values` adds up together.
+    """
+    columns = max(8, min(512, (1 << 15) // (size.B * size.T * size.N)) // 8 * 8)
     columns = min(columns, size.S // 8 * 8) or size.S
     return xla_decode.Steps(columns, xla_decode.summed_scores, xla_decode.summed_values)
 
