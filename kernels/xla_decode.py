@@ -1,134 +1,212 @@
-"""One query on many keys in plain XLA, in one pass: the decoding step, bound by how fast the cache is read.
+"""Few queries on many keys in plain XLA: the decoding step, bound by how fast the cache is read.
 
-K/V are read where they lie, `[B, S, K, H]`: no transpose, no repeat, no copy. Scores are laid out `[B, S, N]`. Every
-key of the array is read, used or not; the caller decides when that pays.
+The keys are taken in blocks, for all batch rows and heads at once, with a running softmax. Only the blocks that some
+row can see are read, and K/V where they lie, `[B, S, K, H]`: no transpose, no repeat, no copy. Scores are laid out
+`[B, c, K, T, G]`, c keys in a block. Where S is no multiple of c, the last block is moved back inside the array, and
+what it covers a second time is masked.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from mqa_jax import dropout, masks
-from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import online_softmax
+from mqa_jax.inputs import Inputs, Sizes
+from mqa_jax.kernels import online_softmax, tile_bounds
 from mqa_jax.shapes import Key, LogSumExp, Output, Value, positions
 
-DecodeScores = Float[Array, "B S N"]
+GroupedQuery = Float[Array, "B K T G H"]
+BlockScores = Float[Array, "B c K T G"]
+PartialOutputs = Float[Array, "B parts K T G V"]
 
 
 @dataclass(frozen=True)
-class Products:
-    """How the two matrix products are computed: q.k as `[B, S, N]`, and weights @ values as `[B, N, V]`."""
+class Steps:
+    """How a step computes, and on how many keys.
 
-    scores: Callable[[Float[Array, "B K G H"], Key], DecodeScores]
-    values: Callable[[DecodeScores, Value], Float[Array, "B N V"]]
+    Attributes:
+      columns: keys in a block, c <= S.
+      scores: q.k.
+      values: weights @ values, in as many parts as suits; they are added up after the last block.
+    """
 
-
-def forward(inputs: Inputs, products: Products) -> tuple[Output, LogSumExp]:
-    """`inputs` has T = 1."""
-    size, operands = inputs.sizes, inputs.operands
-    query = operands.query.reshape(size.B, size.K, size.G, size.H)
-    score = _masked(inputs, products.scores(query, operands.key) * inputs.scale)
-    highest = jnp.max(score, axis=1)  # [B, N]
-    weight = jnp.exp(score - online_softmax.finite(highest)[:, None])
-    total = jnp.sum(weight, axis=1)
-    weighted = _values(inputs, products, _drop(inputs, weight))
-    state = online_softmax.State(highest[..., None], total[..., None], weighted)
-    sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)[:, None]
-    out, log_sum_exp = online_softmax.finish(state, sinks)
-    return out[:, None].astype(inputs.dtype), log_sum_exp.reshape(size.B, 1, size.N)
+    columns: int
+    scores: Callable[[GroupedQuery, Key], BlockScores]
+    values: Callable[[BlockScores, Value], PartialOutputs]
 
 
-def _masked(inputs: Inputs, score: DecodeScores) -> DecodeScores:
-    operands, row, columns = inputs.operands, jnp.zeros(1, jnp.int32), positions(inputs.sizes.S)
+@dataclass(frozen=True)
+class Block:
+    """Keys [start, start + c), which are `columns`; it owns those from `owned` on. All int32."""
+
+    start: Array
+    owned: Array
+    columns: Array
+
+    @classmethod
+    def number(cls, index: Array, length: int, sizes: Sizes) -> "Block":
+        owned = index.astype(jnp.int32) * length  # loops count in 64 bits where `jax_enable_x64` is set
+        start = jnp.minimum(owned, sizes.S - length)
+        return cls(start, owned, start + positions(length))
+
+    def cut(self, x: Array, axis: int) -> Array:
+        """The keys of the block; an axis of size 1 stays."""
+        if x.shape[axis] == 1:
+            return x
+        x, start = lax.optimization_barrier((x, self.start))  # or XLA would convert all of x, before the loop
+        return lax.dynamic_slice_in_dim(x, start, len(self.columns), axis)
+
+
+def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
+    size, sinks = inputs.sizes, inputs.operands.sinks
+    query = inputs.operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(1, 2)
+    step = lambda index, state: attend(inputs, steps, Block.number(index, steps.columns, size), query, state)
+    state = _nothing_seen(size, steps)
+    if steps.columns == size.S:
+        state = step(jnp.int32(0), state)
+    else:
+        state = lax.fori_loop(*_block_range(inputs, steps.columns), step, state)
+    state = state._replace(weighted=jnp.sum(state.weighted, axis=1))
+    out, log_sum_exp = online_softmax.finish(state, None if sinks is None else _of_heads(sinks, size)[..., None])
+    return _ungroup(out, size).astype(inputs.dtype), _ungroup(log_sum_exp, size)[..., 0]
+
+
+def attend(
+    inputs: Inputs, steps: Steps, block: Block, query: GroupedQuery, state: online_softmax.State
+) -> online_softmax.State:
+    """Adds a block of keys to the running softmax, of which `weighted` has an axis of parts after B."""
+    key, value = block.cut(inputs.operands.key, 1), block.cut(inputs.operands.value, 1)
+    score = _masked(inputs, steps.scores(query, key) * inputs.scale, block)
+    highest = jnp.maximum(state.highest, jnp.max(score, axis=1)[..., None])
+    shift = online_softmax.finite(highest)
+    weight, rescale = jnp.exp(score - shift[:, None, ..., 0]), jnp.exp(state.highest - shift)
+    total = state.total * rescale + jnp.sum(weight, axis=1)[..., None]
+    weight, value_scale = _drop(inputs, weight, block), inputs.operands.value_scale
+    if value_scale is not None:
+        weight = weight * _cleared(inputs, block.cut(value_scale, 1), block)[..., None, None]
+    weighted = steps.values(weight, _cleared(inputs, value, block))
+    return online_softmax.State(highest, total, state.weighted * rescale[:, None] + weighted)
+
+
+def _block_range(inputs: Inputs, columns: int) -> tuple[Array, Array]:
+    """The first block that some row of the batch can see, and the one after the last."""
+    size = inputs.sizes
+    bounds = tile_bounds.key_tiles(inputs.mask, size, size.T, columns)[:, 0]
+    start, stop = bounds[:, 0], bounds[:, 3]
+    return jnp.min(jnp.where(start < stop, start, stop.max())), jnp.max(stop)
+
+
+def _nothing_seen(size: Sizes, steps: Steps) -> online_softmax.State:
+    heads = size.K, size.T, size.G
+    weight = jax.ShapeDtypeStruct((size.B, steps.columns, *heads), jnp.float32)
+    value = jax.ShapeDtypeStruct((size.B, steps.columns, size.K, size.V), jnp.float32)
+    weighted = jnp.zeros(jax.eval_shape(steps.values, weight, value).shape, jnp.float32)
+    return online_softmax.State.empty(size.B, *heads, features=0)._replace(weighted=weighted)
+
+
+def _masked(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
+    operands, size = inputs.operands, inputs.sizes
+    if operands.key_scale is not None:
+        score = score * block.cut(operands.key_scale, 1)[..., None, None]
     if inputs.logits_soft_cap is not None:
         score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
     if operands.bias is not None:
-        score = score + _as_scores(operands.bias).astype(jnp.float32)
+        score = score + _as_scores(block.cut(operands.bias, 3), size).astype(jnp.float32)
     if operands.alibi_slopes is not None:
-        distance = jnp.abs(masks.key_minus_query_position(inputs.mask, row, columns)).astype(jnp.float32)
-        score = score - operands.alibi_slopes.astype(jnp.float32) * _as_scores(distance)
-    may_attend = masks.visible(inputs.mask, row, columns)
-    return score if may_attend is None else jnp.where(_as_scores(may_attend), score, -jnp.inf)
+        distance = jnp.abs(masks.key_minus_query_position(inputs.mask, positions(size.T), block.columns))
+        score = score - _of_heads(operands.alibi_slopes, size) * _as_scores(distance, size).astype(jnp.float32)
+    may_attend = _visible(inputs, block)
+    return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
 
 
-def _values(inputs: Inputs, products: Products, weight: DecodeScores) -> Float[Array, "B N V"]:
-    """Weights @ values. The padding has weight 0, but 0 * NaN is NaN: then, and only then, the padding is cleared."""
-    value, lengths = inputs.operands.value, inputs.mask.key_lengths
-    weighted = products.values(weight, value)
+def _visible(inputs: Inputs, block: Block) -> Bool[Array, "#B #c #K #T #G"] | None:
+    """True where a query may attend to a key that the block owns; None if nothing is removed."""
+    mask, size = inputs.mask, inputs.sizes
+    cut = lambda x, axis: None if x is None else block.cut(x, axis)
+    mask = replace(mask, allowed=cut(mask.allowed, 3), key_segments=cut(mask.key_segments, 1))
+    may_attend = masks.visible(mask, positions(size.T), block.columns)
+    may_attend = None if may_attend is None else _as_scores(may_attend, size)
+    if size.S % len(block.columns) == 0:
+        return may_attend
+    owned = (block.columns >= block.owned)[:, None, None, None]
+    return owned[None] if may_attend is None else may_attend & owned
+
+
+def _cleared(inputs: Inputs, x: Shaped[Array, "B c ..."], block: Block) -> Shaped[Array, "B c ..."]:
+    """Values, or their scales, without what the padding holds: its weight is 0, but 0 * NaN is NaN."""
+    lengths = inputs.mask.key_lengths
     if lengths is None:
-        return weighted
-
-    def cleared() -> Array:
-        valid = positions(inputs.sizes.S) < lengths[:, None]
-        return products.values(weight, jnp.where(valid[..., None, None], value, jnp.zeros((), value.dtype)))
-
-    return lax.cond(jnp.all(jnp.isfinite(weighted)), lambda: weighted, cleared)
+        return x
+    valid = block.columns < lengths[:, None]
+    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-def _drop(inputs: Inputs, weight: DecodeScores) -> DecodeScores:
-    spec = inputs.dropout
+def _drop(inputs: Inputs, weight: BlockScores, block: Block) -> BlockScores:
+    spec, size = inputs.dropout, inputs.sizes
     if spec is None:
         return weight
-    column, head = jnp.ogrid[: weight.shape[1], : weight.shape[2]]
-    kept = dropout.keep(spec, spec.batch[:, None, None], head, jnp.zeros((), jnp.int32), column)
+    batch, column = spec.batch[:, None, None, None, None], block.columns[:, None, None, None]
+    head = positions(size.N).reshape(size.K, 1, size.G)
+    kept = dropout.keep(spec, batch, head, positions(size.T)[:, None], column)
     return jnp.where(kept, weight * spec.scale, 0.0)
 
 
-def _as_scores(x: Array) -> Array:
-    """`[#B, #N, 1, #S]` -> `[#B, #S, #N]`."""
-    return x[:, :, 0].swapaxes(1, 2)
+def _as_scores(x: Shaped[Array, "#B #N #T #c"], size: Sizes) -> Shaped[Array, "#B #c #K #T #G"]:
+    heads = (1, 1) if x.shape[1] == 1 else (size.K, size.G)
+    return x.reshape(x.shape[0], *heads, *x.shape[2:]).transpose(0, 4, 1, 3, 2)
+
+
+def _of_heads(x: Float[Array, " N"], size: Sizes) -> Float[Array, "K 1 G"]:
+    return x.astype(jnp.float32).reshape(size.K, 1, size.G)
+
+
+def _ungroup(x: Float[Array, "B K T G X"], size: Sizes) -> Float[Array, "B T N X"]:
+    return x.swapaxes(1, 2).reshape(size.B, size.T, size.N, -1)
 
 
 # -- the products -----------------------------------------------------------------------------------------------------
 
 
-def plain_scores(query: Float[Array, "B K G H"], key: Key) -> DecodeScores:
+def plain_scores(query: GroupedQuery, key: Key) -> BlockScores:
     """For accelerators."""
-    return jnp.einsum("bkgh,bskh->bskg", query, key, preferred_element_type=jnp.float32).reshape(*key.shape[:2], -1)
+    return jnp.einsum("bktgh,bckh->bcktg", query, key, preferred_element_type=jnp.float32)
 
 
-def plain_values(weight: DecodeScores, value: Value) -> Float[Array, "B N V"]:
-    weight = weight.reshape(*value.shape[:3], -1).astype(value.dtype)  # [B, S, K, G]
-    weighted = jnp.einsum("bskg,bskv->bkgv", weight, value, preferred_element_type=jnp.float32)
-    return weighted.reshape(value.shape[0], -1, value.shape[-1])
+def plain_values(weight: BlockScores, value: Value) -> PartialOutputs:
+    weighted = jnp.einsum("bcktg,bckv->bktgv", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return weighted[:, None]
 
 
-def packed_scores(query: Float[Array, "B K G H"], key: Key) -> DecodeScores:
-    """One product `[S, K*H] @ [K*H, N]` with the queries on the block diagonal of the right side.
+def summed_scores(query: GroupedQuery, key: Key) -> BlockScores:
+    """For CPUs: multiplies and adds. A product by head would have the keys transposed first.
 
-    K times the arithmetic, but the keys are read in order: for a product by head XLA's CPU code would transpose them.
+    The features are added up in 8 lanes of a vector, and then, apart from that, the lanes.
     """
-    batch, length, kv_heads, features = key.shape
-    diagonal = jnp.eye(kv_heads, dtype=jnp.float32)[:, None, :, None]  # [K, 1, K, 1]
-    query = query.astype(jnp.float32).swapaxes(2, 3)[:, :, :, None] * diagonal  # [B, K, H, K, G]
-    key = key.astype(jnp.float32).reshape(batch, length, -1)
-    return jnp.einsum("bsi,bin->bsn", key, query.reshape(batch, kv_heads * features, -1))
+    lanes = math.gcd(query.shape[-1], 8)
+    in_lanes = lambda x: x.astype(jnp.float32).reshape(*x.shape[:-1], -1, lanes)
+    terms = in_lanes(query)[:, None] * in_lanes(key)[:, :, :, None, None]
+    return _sum_in_place(lax.optimization_barrier(_sum_in_place(terms, 5)), 5)
 
 
-def packed_values(weight: DecodeScores, value: Value) -> Float[Array, "B N V"]:
-    """As `packed_scores`: all heads against all, of which the diagonal is kept."""
-    batch, length, kv_heads, features = value.shape
-    value = value.astype(jnp.float32).reshape(batch, length, -1)
-    everything = jnp.einsum("bsn,bsi->bni", weight, value).reshape(batch, kv_heads, -1, kv_heads, features)
-    return jnp.einsum("bkgkv->bkgv", everything).reshape(batch, -1, features)
+def summed_values(weight: BlockScores, value: Value) -> PartialOutputs:
+    """For CPUs, likewise. 8 neighbouring keys make a part, so that the values are read in order."""
+    batch, columns, *_ = weight.shape
+    near = math.gcd(columns, 8)
+    in_parts = lambda x: x.reshape(batch, columns // near, near, *x.shape[2:])
+    terms = in_parts(weight)[..., None] * in_parts(value.astype(jnp.float32))[:, :, :, :, None, None]
+    return _sum_in_place(terms, 2)
 
 
-def summed_values(weight: DecodeScores, value: Value) -> Float[Array, "B N V"]:
-    """Multiply and add without a matrix product; neighbouring keys first, so that the values are read in order."""
-    batch, length, kv_heads, features = value.shape
-    near = next(keys for keys in (8, 4, 2, 1) if length % keys == 0)
-    weight = weight.reshape(batch, -1, near, kv_heads, weight.shape[-1] // kv_heads, 1)
-    value = value.astype(jnp.float32).reshape(batch, -1, near, kv_heads, 1, features)
-    return jnp.sum(jnp.sum(weight * value, axis=2), axis=1).reshape(batch, -1, features)
+def _sum_in_place(terms: Array, axis: int) -> Array:
+    """A float32 sum that XLA computes together with its terms, down to the slices of the cache they come from.
 
-
-PLAIN = Products(plain_scores, plain_values)
-
-
-def products_for_cpu(kv_heads: int) -> Products:
-    """Measured on 2 AVX2 cores: beyond 8 heads, K-fold arithmetic on the values no longer hides behind memory."""
-    return Products(packed_scores, packed_values if kv_heads <= 8 else summed_values)
+    XLA:CPU hands a sum to the library YNNPACK, for which it copies these slices: 10 times slower. It does not know the
+    sum here for one, because it is rounded to float32, which changes nothing.
+    """
+    return lax.reduce(terms, np.float32(0), lambda a, b: lax.reduce_precision(a + b, 8, 23), (axis,))

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -94,28 +95,29 @@ def test_it_is_deterministic():
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "columns", "dtype"),
+    ("heads", "kv_heads", "rows", "columns", "features", "dtype"),
     [
-        (16, 1, 515, jnp.float32),
-        (16, 4, 512, jnp.float32),
-        (6, 2, 515, jnp.bfloat16),
-        (12, 12, 512, jnp.float32),  # beyond 8 key/value heads: the values are summed without a product
-        (12, 12, 515, jnp.bfloat16),
+        (16, 1, 1, 515, 16, jnp.float32),
+        (16, 4, 1, 512, 16, jnp.float32),
+        (6, 2, 2, 515, 16, jnp.bfloat16),
+        (12, 12, 1, 515, 16, jnp.bfloat16),
+        (7, 7, 3, 509, 13, jnp.float32),  # no two features, and no two of all keys, in a vector
+        (10, 5, 8, 3, 24, jnp.float32),  # fewer keys than a vector holds
     ],
 )
-def test_one_query(heads, kv_heads, columns, dtype):
+def test_few_queries(heads, kv_heads, rows, columns, features, dtype):
     """The decoding step, which is another program, for rows of every length from none to all."""
     rng = np.random.default_rng(0)
-    lengths = jnp.asarray([columns, 0, 1, 17, 300, columns - 1, 5, 250] * 2, jnp.int32)
+    lengths = jnp.minimum(jnp.asarray([columns, 0, 1, 17, 300, columns - 1, 5, 250] * 2, jnp.int32), columns)
     problem = oracle.random_problem(
         rng,
         batch=(16,),
-        rows=1,
+        rows=rows,
         columns=columns,
-        features=16,
+        features=features,
         value_features=8,
         key_value_seq_lengths=lengths,
-        query_offset=jnp.maximum(lengths - 1, 0),
+        query_offset=jnp.maximum(lengths - rows, 0),
         is_causal=True,
         local_window_size=(200, 0),
         heads=heads,
@@ -123,8 +125,10 @@ def test_one_query(heads, kv_heads, columns, dtype):
         alibi_slopes=jnp.asarray(rng.random(heads), jnp.float32),
         sinks=jnp.asarray(rng.standard_normal(heads), jnp.float32),
         logits_soft_cap=3.0,
-        bias=jnp.asarray(rng.standard_normal((1, heads, 1, columns)), jnp.float32),
+        bias=jnp.asarray(rng.standard_normal((1, heads, rows, columns)), jnp.float32),
         mask=jnp.asarray(rng.random((16, 1, 1, columns)) > 0.1),
+        query_segment_ids=jnp.zeros((16, rows), jnp.int32),
+        key_value_segment_ids=jnp.asarray(rng.random((16, columns)) > 0.9, jnp.int32),
         dropout_rate=0.2,
         dropout_rng=jax.random.key(3),
     ).astype(dtype)
@@ -135,28 +139,65 @@ def test_one_query(heads, kv_heads, columns, dtype):
         oracle.judge(oracle.results(problem, "xla"), oracle.results(problem, "reference"), reference)
 
 
-def test_one_query_takes_the_program_that_fits_the_lengths(monkeypatch):
-    """One pass over all keys when most are in use, tiles up to the longest row otherwise."""
-    ran = []
-    note = lambda name, value: jax.debug.callback(lambda: ran.append(name)) or value
-    one_pass, in_tiles = xla_decode.forward, xla_forward.forward
-    monkeypatch.setattr(xla_decode, "forward", lambda *a: note("one pass", one_pass(*a)))
-    monkeypatch.setattr(xla_forward, "forward", lambda *a: note("tiles", in_tiles(*a)))
-    problem = oracle.random_problem(
-        np.random.default_rng(0), batch=(16,), rows=1, columns=512, heads=2, kv_heads=2, features=8
-    )
-    attend = jax.jit(xla.forward)
-    for length in (70, 400, 256, 257):
-        inputs = Inputs(Operands(**problem.arrays), Mask(key_lengths=jnp.full(16, length, jnp.int32)), scale=1.0)
-        jax.block_until_ready(attend(inputs))
+def _ints(*numbers):
+    return jnp.asarray(numbers, jnp.int32)
+
+
+REACHES = {  # of two rows with 500 keys in blocks of 64: the blocks that one of them can see
+    "everything": (Mask(), range(8)),
+    "lengths": (Mask(key_lengths=_ints(70, 0)), range(2)),
+    "no length": (Mask(key_lengths=_ints(0, 0)), range(0)),
+    "causal": (Mask(query_offset=_ints(5, 100), is_causal=True), range(2)),
+    "window": (Mask(query_offset=_ints(300, 400), window=(64, 3)), range(3, 7)),
+    "window, and a row without keys": (
+        Mask(query_offset=_ints(399, 0), key_lengths=_ints(400, 0), window=(64, 0)),
+        range(5, 7),
+    ),
+    "segments": (Mask(query_segments=_ints([1], [2]), key_segments=_ints(range(500), range(500)) // 100), range(1, 5)),
+}
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_one_query_reads_only_the_blocks_that_some_row_can_see(monkeypatch, reach):
+    """Blocks are counted as the loop runs; and elsewhere lies NaN, which 0 * NaN would tell of."""
+    mask, blocks = REACHES[reach]
+    problem = oracle.random_problem(np.random.default_rng(0), rows=1, columns=500, heads=2, kv_heads=2, features=8)
+    seen = np.isin(np.arange(500) // 64, blocks)[:, None, None]
+    spoilt = {name: jnp.where(seen, problem.arrays[name], jnp.nan) for name in ("key", "value")}
+    inputs = Inputs(Operands(**problem.arrays | spoilt), mask)
+    steps = replace(xla.steps_for_cpu(inputs.sizes), columns=64)
+    visits, attend = [], xla_decode.attend
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: visits.append(1))
+        return attend(*arguments)
+
+    monkeypatch.setattr(xla_decode, "attend", counted)
+    out, log_sum_exp = jax.jit(functools.partial(xla_decode.forward, steps=steps))(inputs)
     jax.effects_barrier()
-    assert ran == ["tiles", "one pass", "tiles", "one pass"]
+    assert len(visits) == len(blocks)
+    assert not jnp.isnan(out).any()
+    assert jnp.isneginf(log_sum_exp).all() == (not blocks)
+
+
+@pytest.mark.parametrize("lengths", [None, (4096,) * 8], ids=["all keys", "lengths"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_one_query_copies_no_more_than_a_block_of_the_cache(dtype, lengths):
+    """XLA would like to convert all of it to float32 before the loop."""
+    size = Sizes(B=8, T=1, S=4096, N=16, K=16, G=1, H=64, V=64)
+    cache = jax.ShapeDtypeStruct((size.B, size.S, size.K, size.H), dtype)
+    query = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.H), dtype)
+    mask = Mask(key_lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32))
+    attend = jax.jit(lambda *arrays: xla.forward(Inputs(Operands(*arrays), mask)))
+    memory: Any = attend.lower(query, cache, cache).compile().memory_analysis()
+    block = size.B * xla.steps_for_cpu(size).columns * size.K * size.H * 4
+    assert memory.temp_size_in_bytes < block / 4
 
 
 NAN_OPTIONS: dict[str, dict[str, Any]] = {
     "tiles": dict(batch=(2,), rows=37, columns=53),
-    "one query, one pass": dict(batch=(8,), rows=1, columns=53),
-    "one query, in tiles": dict(batch=(2,), rows=1, columns=53),
+    "one query": dict(batch=(8,), rows=1, columns=53),
+    "few queries": dict(batch=(2,), rows=3, columns=53),
 }
 
 
@@ -300,3 +341,4 @@ def test_tile_shapes_are_legal_for_any_sizes():
             assert 1 <= shape.rows <= rows
             assert 1 <= shape.columns <= columns
             assert kv_heads % shape.heads == 0
+        assert 1 <= xla.steps_for_cpu(sizes).columns <= columns
