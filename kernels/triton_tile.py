@@ -71,7 +71,7 @@ class Program:
     """The inputs (references to whole arrays) for one batch row and one query head.
 
     Attributes: group, how many neighbouring rows are heads of one query; see `triton_decode`. Then `head` is the
-    key/value head, and ALiBi slopes are `[K, rows]`.
+    key/value head, and ALiBi slopes and sinks are `[K, rows]`.
     """
 
     inputs: Inputs
@@ -238,17 +238,16 @@ class Program:
         if operands.bias is not None:
             raw = raw + self.pairs(operands.bias, place, masked).astype(jnp.float32)
         if operands.alibi_slopes is not None:
-            raw = raw - self.slopes(place) * self.distance(place)
+            raw = raw - self.of_heads(operands.alibi_slopes, place.row) * self.distance(place)
         visible = self.visible(place) if masked else None
         return raw if visible is None else jnp.where(visible, raw, -jnp.inf), tanh
 
-    def slopes(self, place: Place) -> Float[Array, "..."]:
-        """One number, or one for each row."""
-        slopes: Any = self.inputs.operands.alibi_slopes
-        if len(slopes.shape) == 1:
-            return load(slopes, self.head).astype(jnp.float32)
-        line = place.row + _line(self.config.rows)
-        return load(slopes, self.head, span(place.row, self.config.rows), where=line < self.sizes.T)[:, None]
+    def of_heads(self, x: Any, row: Array) -> Float[Array, "..."]:
+        """One number of slopes or sinks, or one for each row."""
+        if len(x.shape) == 1:
+            return load(x, self.head).astype(jnp.float32)
+        line = row + _line(self.config.rows)
+        return load(x, self.head, span(row, self.config.rows), where=line < self.sizes.T)[:, None]
 
     def query_offset(self) -> Any:
         offset = self.inputs.mask.query_offset
