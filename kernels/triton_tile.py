@@ -308,12 +308,12 @@ class Program:
 
     def product(self, left: Array, right: Array) -> Array:
         """Left @ right, in the dtype of the left."""
-        return product(left, right.astype(left.dtype), precision_of(self.inputs))
+        return product(left, _widened(right, left.dtype), precision_of(self.inputs))
 
     def dot(self, left: Pieces, right: Pieces) -> Float[Array, "..."]:
         """Left @ right.T, summed over the pieces of the features, in the dtype of the left."""
         precision = precision_of(self.inputs)
-        products = [product_transposed(one, other.astype(one.dtype), precision) for one, other in zip(left, right)]
+        products = [product_transposed(one, _widened(other, one.dtype), precision) for one, other in zip(left, right)]
         return functools.reduce(operator.add, products)
 
     # -- details --------------------------------------------------------------------------------------------------
@@ -333,6 +333,17 @@ class Program:
         where = line < self.sizes.S if self.sizes.S % self.config.columns else None
         ids = load(ids, self.batch, span(place.column, self.config.columns), where=where)
         return ids[:, None] if self.transposed else ids[None]
+
+
+def _widened(x: Array, dtype: Any) -> Array:
+    """Keys or values in the dtype of a product.
+
+    From float8 to bfloat16 the compiler would go by float16, and from there with one F2F for each number, on the unit
+    that has the exponentials to do. By float32 it is an addition, and one packing instruction for each two.
+    """
+    if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+        x = x.astype(jnp.float16).astype(jnp.float32)
+    return x.astype(dtype)
 
 
 def _line(length: int) -> Array:
