@@ -4,7 +4,8 @@ Two programs of each peer are timed: the output alone, and the output with the g
 offers the backward pass alone in public, so "backward" is the difference of the two.
 
 Each is given with its FLOP/s, their share of those of a large matrix product, and how many times as long as ours it
-takes.
+takes. Steps of decoding have no gradients, and instead of FLOP/s the bytes of keys and values that they read in a
+second, with their share of what a copy reads and writes.
 
 Everything that runs on the GPU does so in processes of its own: a kernel that breaks the GPU for its process, or never
 ends, is the result of its case, and the next case gets another process. `WORKER` is what such a process runs.
@@ -46,6 +47,8 @@ CAUSAL = Problem(batch=4, queries=4096, keys=4096, heads=16, kv_heads=16, head_d
 MHA = replace(CAUSAL, heads=32, kv_heads=32)
 GQA = replace(MHA, kv_heads=8)
 LONG = replace(GQA, batch=1, queries=16384, keys=16384)
+STEP = Problem(batch=8, queries=1, keys=32768, heads=8, kv_heads=1, head_dim=128)
+STEPS = replace(STEP, batch=32, kv_heads=8)
 
 PROBLEMS = {
     "full": replace(CAUSAL, is_causal=False),
@@ -64,6 +67,15 @@ PROBLEMS = {
     "head-96": replace(MHA, head_dim=96),
     "float16": replace(GQA, dtype="float16"),
     "float32": replace(CAUSAL, queries=2048, keys=2048, dtype="float32"),
+    # What we aim at on an H100, and in brackets the best that others have published there.
+    "decode-mqa": STEP,  # 2.2 TB/s (1.63)
+    "decode-one": replace(STEP, batch=1),  # 1.0 TB/s (0.50)
+    "decode-gqa": STEPS,
+    "decode-int8": replace(
+        STEPS, key_dtype="int8"
+    ),  # 1.6 times as fast; 131072 keys would be arrays of 4 GiB, too large
+    "decode-long": replace(STEPS, keys=131072),  # 2.9 TB/s (3.16)
+    "decode-window": replace(STEPS, batch=8, keys=131072, window=4096),  # 0.2 ms (0.196)
 }
 NAMES = ("tests", *PROBLEMS)
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -172,13 +184,15 @@ def outcome(case: ElementTree.Element) -> str:
 
 
 def with_rates(rows: list[dict[str, Any]], problem: Problem, ceilings: dict[str, Any]) -> list[dict[str, Any]]:
-    """FLOP/s, and their share of what a large matrix product reaches on this device."""
-    ceiling = ceilings.get("matmul", {}).get(problem.dtype)
+    """FLOP/s, or bytes a second, and their share of what a large matrix product, or a copy, reaches on this device."""
+    ceiling = ceilings.get("copy") if problem.is_step else ceilings.get("matmul", {}).get(problem.dtype)
+    name = "bandwidth" if problem.is_step else "flops"
     for row in rows:
-        row["flops"] = row["share"] = None
+        row |= {"flops": None, "bandwidth": None, "share": None}
         if row["cost"]:
-            row["flops"] = flops(problem, row["direction"]) / row["cost"]
-            row["share"] = ceiling and row["flops"] / ceiling
+            work = problem.cache_bytes if problem.is_step else flops(problem, row["direction"])
+            row[name] = work / row["cost"]
+            row["share"] = ceiling and row[name] / ceiling
     return rows
 
 
@@ -246,7 +260,11 @@ def nothing(name: str, quick: bool, message: str) -> Any:
         return {"error": message}
     problem = str(problem_of(name, quick))
     rows = [Row(name, problem, "ms", peer, "raised", None, None, None, message) for peer in peers_of(PROBLEMS[name])]
-    return [{**asdict(row), "direction": direction} for direction in DIRECTIONS for row in rows]
+    return [{**asdict(row), "direction": direction} for direction in directions_of(PROBLEMS[name]) for row in rows]
+
+
+def directions_of(problem: Problem) -> tuple[str, ...]:
+    return DIRECTIONS[:1] if problem.is_step else DIRECTIONS
 
 
 def work_here() -> None:
@@ -299,12 +317,15 @@ def measure_problem(name: str, quick: bool, settings: Settings) -> list[dict[str
     """Rows of every direction and peer."""
     problem = problem_of(name, quick)
     checked = None if quick else problem.at_length(CHECKED_LENGTH)
-    forward, both = (case_of(name, problem, checked, gradients) for gradients in (False, True))
-    compile_ahead(forward, both)
-    rows = {"forward": measure(forward, settings), "forward+backward": measure(both, settings)}
-    rows["backward"] = differences(*rows.values())
+    directions = directions_of(problem)
+    timed = [direction for direction in directions if direction != "backward"]
+    cases = {direction: case_of(name, problem, checked, direction != "forward") for direction in timed}
+    compile_ahead(*cases.values())
+    rows = {direction: measure(case, settings) for direction, case in cases.items()}
+    if "backward" in directions:
+        rows["backward"] = differences(rows["forward"], rows["forward+backward"])
     gpu_peers.compiled.cache_clear()
-    return [{**asdict(row), "direction": direction} for direction in DIRECTIONS for row in rows[direction]]
+    return [{**asdict(row), "direction": direction} for direction in directions for row in rows[direction]]
 
 
 def case_of(name: str, problem: Problem, checked: Problem | None, gradients: bool) -> Case:

@@ -10,6 +10,7 @@ both. They want a JAX that is set up for them from its start, so each target has
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -63,6 +64,11 @@ class Target:
         """Bytes that one thread block may ask for: the system takes 1 KiB."""
         return (self.shared_memory - 1) << 10
 
+    def resident(self, kernel: "Kernel") -> int:
+        """Thread blocks of a kernel that a multiprocessor holds at once, as registers and shared memory go."""
+        registers = 65536 // (kernel.threads * 8 * -(-kernel.registers // 8))
+        return min(registers, (self.shared_memory << 10) // (kernel.shared_memory + 1024))
+
     def config(self) -> str:
         """XLA's GpuTargetConfigProto. The versions of cuDNN and CUDA have to be there; our kernels use neither."""
         major, minor = self.compute_capability
@@ -95,7 +101,10 @@ TARGETS = {
 class Case:
     """One program.
 
-    Attributes: direction, "forward", or "backward": the gradients alone, for a cotangent that comes from outside.
+    Attributes:
+      direction: "forward"; "backward", the gradients alone, for a cotangent that comes from outside; or "decode", a
+        step with a cache, where each row of the batch is as long as an argument says.
+      key_dtype: of keys and values, if not `dtype`; in 8 bits they come with scales.
     """
 
     shape: ModelShape
@@ -106,23 +115,36 @@ class Case:
     keys: int = 2048  # S
     is_causal: bool = True
     implementation: str = "triton"
+    key_dtype: str | None = None
 
     def __str__(self) -> str:
+        dtypes = self.dtype if self.key_dtype is None else f"{self.dtype}/{self.key_dtype}"
         sizes = f"B={self.batch} T={self.queries} S={self.keys}{' causal' if self.is_causal else ''}"
-        return f"{self.shape.name} {self.dtype} {self.direction} {sizes}"
+        return f"{self.shape.name} {dtypes} {self.direction} {sizes}"
 
-    def arguments(self) -> list[tuple[int, int, int, int]]:
-        """Shapes of query, key and value; for the gradients also of the cotangent."""
+    def arguments(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of `program`, by name."""
         value_dim = self.shape.value_dim or self.shape.head_dim
         query = (self.batch, self.queries, self.shape.heads)
         key = (self.batch, self.keys, self.shape.kv_heads)
-        shapes = [(*query, self.shape.head_dim), (*key, self.shape.head_dim), (*key, value_dim), (*query, value_dim)]
-        return shapes[: 3 if self.direction == "forward" else 4]
+        key_dtype = self.key_dtype or self.dtype
+        arguments = {
+            "query": jax.ShapeDtypeStruct((*query, self.shape.head_dim), self.dtype),
+            "key": jax.ShapeDtypeStruct((*key, self.shape.head_dim), key_dtype),
+            "value": jax.ShapeDtypeStruct((*key, value_dim), key_dtype),
+        }
+        if self.direction == "backward":
+            arguments["cotangent"] = jax.ShapeDtypeStruct((*query, value_dim), self.dtype)
+        if self.direction == "decode":
+            arguments |= dict.fromkeys(STEP, jax.ShapeDtypeStruct((self.batch,), "int32"))
+        if self.key_dtype is not None:
+            arguments |= dict.fromkeys(SCALES, jax.ShapeDtypeStruct(key, "float32"))
+        return arguments
 
     def program(self) -> Callable[..., Any]:
-        return self.output if self.direction == "forward" else self.gradients
+        return self.gradients if self.direction == "backward" else self.output
 
-    def output(self, query: Array, key: Array, value: Array) -> Array:
+    def output(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
         return mqa_jax.dot_product_attention(
             query,
             key,
@@ -132,6 +154,7 @@ class Case:
             logits_soft_cap=self.shape.soft_cap,
             alibi_slopes=mqa_jax.alibi_slopes(self.shape.heads) if self.shape.alibi else None,
             implementation=self.implementation,
+            **options,
         )
 
     def gradients(self, query: Array, key: Array, value: Array, cotangent: Array) -> tuple[Array, ...]:
@@ -139,8 +162,33 @@ class Case:
         return pull_back(cotangent)
 
 
+STEP = "key_value_seq_lengths", "query_offset"  # how long each row is, and where its query stands
+SCALES = "key_scale", "value_scale"
+
 DIRECTIONS = ("forward", "backward")
 MULTI_QUERY = ModelShape("multi-query", heads=32, kv_heads=1, head_dim=128)
+
+
+def decode_shape(heads: int, kv_heads: int, head_dim: int) -> ModelShape:
+    return ModelShape(f"{heads}/{kv_heads} heads of {head_dim}", heads, kv_heads, head_dim)
+
+
+DECODE_SHAPES = tuple(
+    decode_shape(heads, kv_heads, head_dim)
+    for heads, kv_heads in ((8, 8), (32, 8), (32, 1), (71, 1))
+    for head_dim in (64, 128, 256)
+)
+DECODE_CASES = (
+    *(
+        Case(shape, "decode", batch=batch, queries=1, keys=keys, key_dtype=key_dtype)
+        for shape in DECODE_SHAPES
+        for batch in (1, 8, 64)
+        for keys in (2048, 32768, 131072)
+        for key_dtype in (None, "int8")
+    ),
+    # In a kernel these differ from int8 by how a number is converted.
+    *(Case(shape, "decode", batch=8, queries=1, keys=32768, key_dtype="float8_e4m3fn") for shape in DECODE_SHAPES),
+)
 CASES = (
     *(Case(shape, direction) for shape in MODEL_SHAPES for direction in DIRECTIONS),
     *(
@@ -152,6 +200,7 @@ CASES = (
     ),
     Case(MULTI_QUERY, "backward", batch=4, queries=4096, keys=4096),
     Case(MULTI_QUERY, "backward", queries=32768, keys=32768),
+    *DECODE_CASES,
 )
 
 
@@ -163,6 +212,7 @@ class Kernel:
     """One kernel, as the compilers report it.
 
     Attributes:
+      programs: thread blocks that are started.
       threads: of a thread block.
       registers: of a thread.
       spills: bytes that a thread stores and loads because it has no register for them.
@@ -173,6 +223,7 @@ class Kernel:
     """
 
     name: str
+    programs: int
     threads: int
     registers: int
     spills: int
@@ -195,17 +246,27 @@ class Result:
     error: str | None = None
 
 
-LAUNCH = re.compile(r"(\w+) grid: \[[^]]*\] threads: \[(\d+), (\d+), (\d+)\] +shared_memory: (\d+) bytes")
+class Launch(NamedTuple):
+    """How XLA's program starts a kernel: thread blocks, threads of each, and bytes of dynamic shared memory."""
+
+    programs: int
+    threads: int
+    shared_memory: int
 
 
-def launches(thunks: str) -> dict[str, tuple[int, int]]:
-    """Threads and bytes of dynamic shared memory of each kernel, in the order in which XLA's program launches them."""
-    return {name: (int(x) * int(y) * int(z), int(size)) for name, x, y, z, size in LAUNCH.findall(thunks)}
+LAUNCH = re.compile(r"(\w+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\] +shared_memory: (\d+) bytes")
 
 
-def read_kernel(name: str, launch: tuple[int, int], ptx: str, report: str) -> Kernel:
+def launches(thunks: str) -> dict[str, Launch]:
+    """By the name of the kernel, in the order in which XLA's program launches them."""
+    volume = lambda sides: math.prod(map(int, sides.split(",")))
+    return {
+        name: Launch(volume(grid), volume(threads), int(size)) for name, grid, threads, size in LAUNCH.findall(thunks)
+    }
+
+
+def read_kernel(name: str, launch: Launch, ptx: str, report: str) -> Kernel:
     """`report` is what `ptxas -v` says of `ptx`, which holds one kernel."""
-    threads, dynamic = launch
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = re.search(r"Used (\d+) registers", report)
     if spills is None or registers is None:
@@ -213,10 +274,11 @@ def read_kernel(name: str, launch: tuple[int, int], ptx: str, report: str) -> Ke
     static = re.search(r"(\d+) bytes smem", report)
     return Kernel(
         name=name,
-        threads=threads,
+        programs=launch.programs,
+        threads=launch.threads,
         registers=int(registers[1]),
         spills=int(spills[1]) + int(spills[2]),
-        shared_memory=dynamic + (int(static[1]) if static else 0),
+        shared_memory=launch.shared_memory + (int(static[1]) if static else 0),
         wgmma=ptx.count("wgmma.mma_async"),
         tcgen05=ptx.count("tcgen05.mma"),
         mma_sync=ptx.count("mma.sync"),
@@ -305,10 +367,13 @@ def compile_case(name: str, case: Case) -> Result:
     target = TARGETS[name]
     topology = topologies.get_topology_desc(platform="cuda", target_config=target.config(), topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(shape, case.dtype, sharding=sharding) for shape in case.arguments()]
+    arguments = {name: x.update(sharding=sharding) for name, x in case.arguments().items()}
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arguments.values())
+    if size > target.memory << 30:
+        raise ValueError(f"its arguments take {size / 2**30:.0f} GiB; the GPU has {target.memory}.")
     jax.clear_caches()  # the assumed architecture is no part of their keys
     with tile_config.assuming(target.architecture), lowering_for(target), tempfile.TemporaryDirectory() as folder:
-        traced = jax.jit(case.program()).trace(*arguments)
+        traced = jax.jit(case.program()).trace(**arguments)
         # "ptx" is all of Triton's that has to be dumped: its passes take twenty times as long as compiling.
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", "xla_gpu_autotune_level": 0}
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
@@ -347,6 +412,7 @@ def lowering_for(target: Target) -> contextlib.AbstractContextManager[Any]:
 
 COLUMNS: dict[str, Callable[[Kernel], object]] = {
     "kernel": lambda kernel: kernel.name,
+    "programs": lambda kernel: kernel.programs,
     "threads": lambda kernel: kernel.threads,
     "registers": lambda kernel: kernel.registers,
     "spilled bytes": lambda kernel: kernel.spills,
@@ -360,12 +426,13 @@ COLUMNS: dict[str, Callable[[Kernel], object]] = {
 
 def aligned(results: Sequence[Result]) -> str:
     """A line for each kernel, with the temporaries of its whole program; what did not compile comes last."""
-    lines: list[tuple[str, ...]] = [("target", "case", *COLUMNS, "temporary MiB")]
+    lines: list[tuple[str, ...]] = [("target", "case", *COLUMNS, "resident", "temporary MiB")]
     for result in results:
         temporaries = "" if result.temporaries is None else f"{result.temporaries / 2**20:.1f}"
         for kernel in result.kernels:
             columns = (str(column(kernel)) for column in COLUMNS.values())
-            lines.append((result.target, result.case, *columns, temporaries))
+            resident = str(TARGETS[result.target].resident(kernel))
+            lines.append((result.target, result.case, *columns, resident, temporaries))
     widths = [max(map(len, column)) for column in zip(*lines)]
     sides = "<<<" + ">" * (len(widths) - 3)  # names, then numbers
     text = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)) for line in lines]

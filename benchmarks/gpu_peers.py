@@ -45,6 +45,9 @@ class Problem(Attention):
       alibi: whether scores fall with distance.
       documents: how many, all of one length, are packed into each row; they do not see each other.
       dropout: its rate.
+      key_dtype: of keys and values, if not `dtype`; in 8 bits they come with scales.
+
+    With fewer queries than keys it is a step of decoding: the last query sees the last key.
     """
 
     dtype: str = "bfloat16"
@@ -52,6 +55,7 @@ class Problem(Attention):
     alibi: bool = False
     documents: int = 1
     dropout: float = 0.0
+    key_dtype: str | None = None
 
     def __str__(self) -> str:
         words = [
@@ -60,20 +64,27 @@ class Problem(Attention):
             "ALiBi" if self.alibi else "",
             f"documents={self.documents}" if self.documents > 1 else "",
             f"dropout={self.dropout}" if self.dropout else "",
-            self.dtype,
+            self.dtype if self.key_dtype is None else f"{self.dtype}/{self.key_dtype}",
         ]
         return " ".join(filter(None, words))
 
+    @property
+    def is_step(self) -> bool:
+        return self.queries < self.keys
+
     def at_length(self, length: int) -> "Problem":
-        """One row of this many tokens; a window shrinks with them."""
-        window = None if self.window is None else self.window * length // self.queries
+        """One row of this many tokens, or in decoding all rows; a window shrinks with them."""
+        window = None if self.window is None else -(-self.window * length // self.keys)
+        if self.is_step:
+            return replace(self, keys=length, window=window)
         return replace(self, batch=1, queries=length, keys=length, window=window)
 
     def small(self, factor: int = 0) -> "Problem":
         """Small enough for interpret mode: fewer heads and features as well."""
         kv_heads = min(self.kv_heads, 2)
         heads = kv_heads * min(self.heads // self.kv_heads, 2)
-        return replace(self.at_length(40), heads=heads, kv_heads=kv_heads, head_dim=self.head_dim // 4)
+        few = replace(self.at_length(40), batch=min(self.batch, 2) if self.is_step else 1)
+        return replace(few, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim // 4)
 
     @property
     def pairs(self) -> float:
@@ -91,6 +102,12 @@ class Problem(Attention):
         return 3.5 * forward if self.gradients else forward
 
     @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values, and of their scales, that a step of decoding has to read."""
+        token = 2 * self.head_dim * jnp.dtype(self.key_dtype or self.dtype).itemsize + (8 if self.key_dtype else 0)
+        return self.batch * min(self.keys, self.window or self.keys) * self.kv_heads * token
+
+    @property
     def results(self) -> int:
         return 4 if self.gradients else 1
 
@@ -100,6 +117,7 @@ class Problem(Attention):
         return dict(
             is_causal=self.is_causal,
             local_window_size=self.sides(),
+            query_offset=self.keys - self.queries,
             alibi_slopes=mqa_jax.alibi_slopes(self.heads) if self.alibi else None,
             query_segment_ids=ids,
             key_value_segment_ids=ids,
@@ -134,15 +152,34 @@ def without_gradients(problem: Problem) -> Problem:
 KEPT = 3  # problems: what is measured, what is checked, and that without dropout
 
 
+LONGEST_CACHE = 16384  # the numbers of a longer one repeat, in each row: making them all would take minutes
+
+
 @functools.lru_cache(maxsize=KEPT)
 def random_arrays(problem: Problem) -> list[np.ndarray]:
-    return problem.arrays()
+    long = problem.is_step and problem.keys > LONGEST_CACHE
+    return (replace(problem, batch=1, keys=LONGEST_CACHE) if long else problem).arrays()
+
+
+def repeats(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How often an array of `random_arrays`, or its scales, has to be repeated along each axis."""
+    return tuple(whole // part for whole, part in zip(shape, array.shape))
 
 
 @functools.lru_cache(maxsize=KEPT)
-def on_device(problem: Problem) -> list[Array]:
-    """Query, key, value and the weights of the output."""
-    return [jnp.asarray(array).astype(problem.dtype) for array in random_arrays(problem)]
+def on_device(problem: Problem) -> list[Any]:
+    """Query, key, value and the weights of the output; quantized keys and values are pairs with their scales."""
+    arrays: list[Any] = [jnp.asarray(array).astype(problem.dtype) for array in random_arrays(problem)]
+    if problem.key_dtype is not None:
+        arrays[1:3] = [mqa_jax.quantize(x, problem.key_dtype) for x in arrays[1:3]]
+    whole = lambda shape, tree: jax.tree.map(lambda x: jnp.tile(x, repeats(x, shape)), tree)
+    return [whole(shape, tree) for shape, tree in zip(problem.shapes(), arrays)]
+
+
+def plain_arrays(problem: Problem, dtype: Any) -> list[Array]:
+    """The same in another dtype, quantized keys and values as what they stand for."""
+    plain = lambda x: mqa_jax.dequantize(*x) if isinstance(x, tuple) else x
+    return [plain(x).astype(dtype) for x in on_device(without_gradients(problem))]
 
 
 # -- peers in JAX: from a problem, query, key and value to the output --------------------------------------------------
@@ -153,17 +190,20 @@ INTERPRETED = flash.Kernels(
 )
 
 
-def ours(problem: Problem, query: Array, key: Array, value: Array, is_causal: bool, implementation: str) -> Array:
+def ours(problem: Problem, query: Array, key: Any, value: Any, is_causal: bool, implementation: str) -> Array:
+    options = problem.options()
+    if isinstance(key, tuple):
+        (key, options["key_scale"]), (value, options["value_scale"]) = key, value
     if implementation == "triton" and jax.default_backend() != "gpu":
-        inputs = checked_inputs(query, key, value, None, None, Options(**problem.options()))
+        inputs = checked_inputs(query, key, value, None, None, Options(**options))
         return flash.attend(INTERPRETED, inputs)[0]
-    return mqa_jax.dot_product_attention(query, key, value, **problem.options(), implementation=implementation)
+    return mqa_jax.dot_product_attention(query, key, value, **options, implementation=implementation)
 
 
 def jax_nn(
     problem: Problem, query: Array, key: Array, value: Array, is_causal: bool, implementation: Literal["xla", "cudnn"]
 ) -> Array:
-    problem.needs_no("dropout")
+    problem.needs_no("dropout", "key_dtype")
     bias, mask = bias_and_mask(problem)
     if implementation == "cudnn" and bias is not None:
         raise NotApplicable("it has no ALiBi; it would take a bias, in bfloat16, which is too coarse for distances")
@@ -176,16 +216,17 @@ def jax_nn(
         bias,
         mask,
         is_causal=is_causal,
-        local_window_size=problem.sides(),
+        local_window_size=None if problem.is_step else problem.sides(),
         implementation=implementation,
     )
 
 
 def tokamax(problem: Problem, query: Array, key: Array, value: Array, is_causal: bool) -> Array:
     attend = importlib.import_module("tokamax").dot_product_attention
-    problem.needs_no("dropout")
+    problem.needs_no("dropout", "key_dtype")
     bias, mask = bias_and_mask(problem)
-    return attend(query, key, value, bias, mask, is_causal=is_causal, local_window_size=problem.sides())
+    sides = None if problem.is_step else problem.sides()
+    return attend(query, key, value, bias, mask, is_causal=is_causal, local_window_size=sides)
 
 
 def pallas_mha(problem: Problem, query: Array, key: Array, value: Array, is_causal: bool) -> Array:
@@ -193,7 +234,9 @@ def pallas_mha(problem: Problem, query: Array, key: Array, value: Array, is_caus
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is for tokamax
         mha = importlib.import_module("jax.experimental.pallas.ops.gpu.attention").mha
-    problem.needs_no("window", "alibi", "dropout")
+    problem.needs_no("window", "alibi", "dropout", "key_dtype")
+    if problem.is_step:
+        raise NotApplicable("it wants as many queries as keys")
     group = problem.heads // problem.kv_heads
     key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
     padding = -problem.queries % 128
@@ -207,7 +250,7 @@ def pallas_mha(problem: Problem, query: Array, key: Array, value: Array, is_caus
 
 
 def bias_and_mask(problem: Problem) -> tuple[Array | None, Array | None]:
-    """ALiBi and documents, for those who know neither."""
+    """ALiBi, documents, and the window of a single query, for those who know none of them."""
     bias = mask = None
     tokens = positions(problem.queries)
     if problem.alibi:
@@ -216,6 +259,8 @@ def bias_and_mask(problem: Problem) -> tuple[Array | None, Array | None]:
     if problem.documents > 1:
         ids = problem.ids()[:1, None]
         mask = ids[..., :, None] == ids[..., None, :]
+    if problem.is_step and problem.window is not None:
+        mask = (positions(problem.keys) >= problem.keys - problem.window)[None, None, None]
     return bias, mask
 
 
@@ -243,7 +288,12 @@ def precision_of(dtype: str) -> contextlib.AbstractContextManager[Any]:
 @functools.cache
 def compiled(peer: str, problem: Problem) -> Callable[..., Any]:
     """The program of a JAX peer."""
-    shapes = [jax.ShapeDtypeStruct(shape, problem.dtype) for shape in problem.shapes()]
+    shapes: list[Any] = [jax.ShapeDtypeStruct(shape, problem.dtype) for shape in problem.shapes()]
+    if problem.key_dtype is not None:
+        shapes[1:3] = [
+            (jax.ShapeDtypeStruct(x.shape, problem.key_dtype), jax.ShapeDtypeStruct(x.shape[:-1], "float32"))
+            for x in shapes[1:3]
+        ]
     with precision_of(problem.dtype):
         return jax_program(functools.partial(JAX_PEERS[peer], problem), problem).lower(*shapes).compile()
 
@@ -264,8 +314,10 @@ def torch_tensors(problem: Problem, device: str) -> list[Any]:
     """On PyTorch's own layout `[B, N, T, H]`."""
     import torch
 
-    move = lambda array: torch.from_numpy(array).to(device, getattr(torch, problem.dtype))
-    return [move(array).transpose(1, 2).contiguous() for array in random_arrays(problem)]
+    move = lambda array: torch.from_numpy(array).to(device, getattr(torch, problem.dtype)).transpose(1, 2).contiguous()
+    arrays = zip(random_arrays(problem), problem.shapes())
+    repeated = [(move(array), repeats(array, shape)) for array, shape in arrays]
+    return [tensor.repeat(batch, heads, length, 1) for tensor, (batch, length, heads, _) in repeated]
 
 
 def torch_peer(backend: str, problem: Problem) -> Candidate:
@@ -273,7 +325,7 @@ def torch_peer(backend: str, problem: Problem) -> Candidate:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    problem.needs_no("window", "alibi", "documents")
+    problem.needs_no("window", "alibi", "documents", "key_dtype")
     if problem.dropout:
         raise NotApplicable("it drops other weights, so its numbers cannot be checked")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -325,15 +377,14 @@ def allowed(peer: str, problem: Problem) -> list[float]:
 @functools.lru_cache(maxsize=KEPT)
 def _exact(problem: Problem) -> list[np.ndarray]:
     attend = functools.partial(ours, problem, implementation="reference")
-    arrays = [x.astype(jnp.float32) for x in on_device(without_gradients(problem))]
-    return [np.asarray(x) for x in jax_program(attend, problem)(*arrays)]
+    return [np.asarray(x) for x in jax_program(attend, problem)(*plain_arrays(problem, jnp.float32))]
 
 
 @functools.lru_cache(maxsize=KEPT)
 def _allowed(problem: Problem) -> list[float]:
     with precision_of(problem.dtype):
         program = jax_program(functools.partial(plain_attention, problem), problem)
-        plain = program(*on_device(without_gradients(problem)))
+        plain = program(*plain_arrays(problem, problem.dtype))
     unit = oracle.FLOOR_ULPS[problem.dtype] * float(jnp.finfo(problem.dtype).eps)
     largest = lambda array: float(np.max(np.abs(array)))
     return [

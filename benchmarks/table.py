@@ -33,26 +33,28 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[dict[str, Any]], leading: Sequence[str] = TITLES[:3]) -> list[tuple[str, ...]]:
-    """Titles and lines. What was measured on a GPU has a direction: a peer's directions share a line."""
+    """Titles and lines. What was measured on a GPU has directions, not everything all: those of a peer share a line."""
     if not any("direction" in row for row in rows):
         return [TITLES, *map(cells, rows)]
-    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(tuple(row[name] for name in leading), []).append(row)
-    directions = [row["direction"] for row in next(iter(lines.values()))]
+        lines.setdefault(tuple(row[name] for name in leading), {})[row["direction"]] = row
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    rates = lambda found: (rate(found[direction]) if direction in found else "" for direction in directions)
     return [
         (*leading, *directions, "largest error, or why nothing was measured"),
-        *((*line, *map(rate, found), remarks(found)) for line, found in lines.items()),
+        *((*line, *rates(found), remarks(list(found.values()))) for line, found in lines.items()),
     ]
 
 
 def rate(row: dict[str, Any]) -> str:
-    """Time, FLOP/s, their share of those of a large matrix product, and how many times as long as ours it takes."""
+    """Time, FLOP/s or bytes a second, their share of the most there is, and how many times as long as ours it takes."""
     if row["cost"] is None:
         return "in the noise" if row["status"] == "measured" else row["status"]
     share = "" if row["share"] is None else f" {row['share']:.0%}"
     ratio = "" if row["ratio"] is None else f" {figures(row['ratio'])}x"
-    return f"{UNITS[row['unit']](row['cost'])} {figures(row['flops'] / 1e12)} TFLOP/s{share}{ratio}"
+    speed, unit = (row["flops"], "TFLOP/s") if row["flops"] else (row["bandwidth"], "TB/s")
+    return f"{UNITS[row['unit']](row['cost'])} {figures(speed / 1e12)} {unit}{share}{ratio}"
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,27 +14,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs, Sizes
-from mqa_jax.kernels import online_softmax, tile_bounds, triton_call
+from mqa_jax.kernels import tile_bounds, triton_call, triton_merge
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.triton_call import divided, program_id
 from mqa_jax.kernels.triton_forward import attend, finish
 from mqa_jax.kernels.triton_grid import KeyTiles, Share
 from mqa_jax.kernels.triton_tile import Program
-from mqa_jax.partials import merge_partials
 from mqa_jax.shapes import LogSumExp, Output
 
 MOST_QUERIES = 16  # beyond, a tile of one head is well filled
-ENOUGH_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
-LEAST_KEYS = 256  # of a split
-MOST_SPLITS = 128
+ENOUGH_PROGRAMS = 384  # three for each of an H100's 132 multiprocessors: about as many as it holds at once
+LEAST_KEYS = 128  # of a split
 
 
 def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, LogSumExp]:
     """T is at most MOST_QUERIES."""
-    size, packed = inputs.sizes, pack(inputs)
-    rows = packed.sizes.T
-    row_tiles = -(-rows // config.rows)
+    size, row_tiles = inputs.sizes, row_tiles_of(inputs.sizes, config)
     splits = splits_of(size, row_tiles)
+    alone = splits == 1
+    packed = pack(inputs, sinks=inputs.operands.sinks if alone else None)
+    rows = packed.sizes.T
 
     def kernel(inputs: Inputs, bounds: Any, out: Any, log_sum_exp: Any) -> None:
         batch, kv_head = divided(program_id(2), size.K)
@@ -45,42 +44,49 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
         finish(program, state, row, out, log_sum_exp, split.number)
 
     shapes = (
-        jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), jnp.float32),
+        jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), inputs.dtype if alone else jnp.float32),
         jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32),
     )
     mask = replace(inputs.mask, query_segments=packed.mask.query_segments)
     bounds = tile_bounds.key_tiles(mask, size, config.rows, config.columns, size.G)
     grid = splits, row_tiles, size.B * size.K
     outs, log_sum_exps = triton_call.call("mqa_decode", kernel, grid, config, shapes, interpret)(packed, bounds)
-    out, log_sum_exp = merge_partials(outs, log_sum_exps.swapaxes(2, 3))
-    out, log_sum_exp = unpack(out, size), unpack(log_sum_exp[..., None], size)
-    merged = online_softmax.State(log_sum_exp, jnp.ones_like(log_sum_exp), out)
-    sinks = inputs.operands.sinks
-    out, log_sum_exp = online_softmax.finish(merged, None if sinks is None else sinks.astype(jnp.float32)[:, None])
-    return out.astype(inputs.dtype), log_sum_exp[..., 0]
+    if not alone:
+        return triton_merge.merge(inputs, outs, log_sum_exps, interpret)
+    return unpack(outs[0], size), unpack(log_sum_exps[0].swapaxes(1, 2)[..., None], size)[..., 0]
+
+
+def row_tiles_of(size: Sizes, config: TileConfig) -> int:
+    return -(-size.T * size.G // config.rows)
 
 
 def splits_of(size: Sizes, row_tiles: int) -> int:
-    """Into how many parts the keys are cut."""
-    wanted = -(-ENOUGH_PROGRAMS // (size.B * size.K * row_tiles))
-    return max(1, min(wanted, size.S // LEAST_KEYS, MOST_SPLITS))
+    """Into how many parts the keys are cut: no more than fill the GPU once, so that all end at about the same time."""
+    most = ENOUGH_PROGRAMS // (size.B * size.K * row_tiles)
+    return max(1, min(most, size.S // LEAST_KEYS))
 
 
-def pack(inputs: Inputs) -> Inputs:
+def partial_bytes(size: Sizes, splits: int) -> int:
+    """Of the outputs and log-sum-exps of all parts, float32: all that a step takes beside its arguments and results.
+
+    (But for four numbers for each tile of rows, `tile_bounds`, and copies of query and output where heads of a group
+    have to be brought together.) No more than ENOUGH_PROGRAMS tiles of rows, whatever the length of the cache.
+    """
+    return 4 * splits * size.B * size.T * size.N * (size.V + 1) if splits > 1 else 0
+
+
+def pack(inputs: Inputs, sinks: Float[Array, " N"] | None) -> Inputs:
     """The same with `[B, T * G, K, H]` queries, the heads of a group side by side, and whatever belongs to them."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     query = operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(2, 3)
-    slopes = operands.alibi_slopes
-    if slopes is not None:
-        slopes = jnp.tile(slopes.astype(jnp.float32).reshape(size.K, size.G), (1, size.T))
     return replace(
         inputs,
         operands=replace(
             operands,
             query=query.reshape(size.B, size.T * size.G, size.K, size.H),
             bias=_pack_pairs(operands.bias, size),
-            alibi_slopes=slopes,
-            sinks=None,
+            alibi_slopes=_pack_heads(operands.alibi_slopes, size),
+            sinks=_pack_heads(sinks, size),
         ),
         mask=replace(
             mask,
@@ -89,6 +95,10 @@ def pack(inputs: Inputs) -> Inputs:
             query_segments=None if mask.query_segments is None else jnp.repeat(mask.query_segments, size.G, axis=1),
         ),
     )
+
+
+def _pack_heads(x: Float[Array, " N"] | None, size: Sizes) -> Float[Array, "K TG"] | None:
+    return None if x is None else jnp.tile(x.astype(jnp.float32).reshape(size.K, size.G), (1, size.T))
 
 
 def _pack_pairs(x: Array | None, size: Sizes) -> Array | None:

@@ -107,7 +107,7 @@ def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: An
     if program.inputs.mask.query_lengths is not None:
         seen = seen & (program.rows(Place(row, row)) < program.row_limit())
     if sink is not None:
-        sink = jnp.broadcast_to(triton_call.load(sink, program.head).astype(jnp.float32), highest.shape)
+        sink = jnp.broadcast_to(program.of_heads(sink, row), highest.shape)
     # Of one number for each row instead of all features: what these have to be multiplied by.
     one = online_softmax.State(highest, state.total[:, None], jnp.ones_like(highest))
     factor, result = online_softmax.finish(one, sink)

@@ -71,7 +71,7 @@ class Program:
     """The inputs (references to whole arrays) for one batch row and one query head.
 
     Attributes: group, how many neighbouring rows are heads of one query; see `triton_decode`. Then `head` is the
-    key/value head, and ALiBi slopes are `[K, rows]`.
+    key/value head, and ALiBi slopes and sinks are `[K, rows]`.
     """
 
     inputs: Inputs
@@ -238,17 +238,16 @@ class Program:
         if operands.bias is not None:
             raw = raw + self.pairs(operands.bias, place, masked).astype(jnp.float32)
         if operands.alibi_slopes is not None:
-            raw = raw - self.slopes(place) * self.distance(place)
+            raw = raw - self.of_heads(operands.alibi_slopes, place.row) * self.distance(place)
         visible = self.visible(place) if masked else None
         return raw if visible is None else jnp.where(visible, raw, -jnp.inf), tanh
 
-    def slopes(self, place: Place) -> Float[Array, "..."]:
-        """One number, or one for each row."""
-        slopes: Any = self.inputs.operands.alibi_slopes
-        if len(slopes.shape) == 1:
-            return load(slopes, self.head).astype(jnp.float32)
-        line = place.row + _line(self.config.rows)
-        return load(slopes, self.head, span(place.row, self.config.rows), where=line < self.sizes.T)[:, None]
+    def of_heads(self, x: Any, row: Array) -> Float[Array, "..."]:
+        """One number of slopes or sinks, or one for each row."""
+        if len(x.shape) == 1:
+            return load(x, self.head).astype(jnp.float32)
+        line = row + _line(self.config.rows)
+        return load(x, self.head, span(row, self.config.rows), where=line < self.sizes.T)[:, None]
 
     def query_offset(self) -> Any:
         offset = self.inputs.mask.query_offset
@@ -309,12 +308,12 @@ class Program:
 
     def product(self, left: Array, right: Array) -> Array:
         """Left @ right, in the dtype of the left."""
-        return product(left, right.astype(left.dtype), precision_of(self.inputs))
+        return product(left, _widened(right, left.dtype), precision_of(self.inputs))
 
     def dot(self, left: Pieces, right: Pieces) -> Float[Array, "..."]:
         """Left @ right.T, summed over the pieces of the features, in the dtype of the left."""
         precision = precision_of(self.inputs)
-        products = [product_transposed(one, other.astype(one.dtype), precision) for one, other in zip(left, right)]
+        products = [product_transposed(one, _widened(other, one.dtype), precision) for one, other in zip(left, right)]
         return functools.reduce(operator.add, products)
 
     # -- details --------------------------------------------------------------------------------------------------
@@ -334,6 +333,17 @@ class Program:
         where = line < self.sizes.S if self.sizes.S % self.config.columns else None
         ids = load(ids, self.batch, span(place.column, self.config.columns), where=where)
         return ids[:, None] if self.transposed else ids[None]
+
+
+def _widened(x: Array, dtype: Any) -> Array:
+    """Keys or values in the dtype of a product.
+
+    From float8 to bfloat16 the compiler would go by float16, and from there with one F2F for each number, on the unit
+    that has the exponentials to do. By float32 it is an addition, and one packing instruction for each two.
+    """
+    if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+        x = x.astype(jnp.float16).astype(jnp.float32)
+    return x.astype(dtype)
 
 
 def _line(length: int) -> Array:

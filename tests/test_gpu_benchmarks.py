@@ -78,6 +78,57 @@ def test_flops():
     assert gpu.flops(problem, "backward") == 2.5 * forward
 
 
+@pytest.fixture(scope="module")
+def steps():
+    """What a process of the command finds for some steps of decoding."""
+    names = ["decode-one", "decode-window", "decode-int8"]
+    return dict(gpu.work(names, True, QUICK, time.monotonic() + gpu.LONGEST_CASE))
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "reason"),
+    [
+        ("decode-one", {"jax.nn, xla"}, "it wants as many queries as keys"),
+        ("decode-window", {"jax.nn, xla"}, "it has no window"),
+        ("decode-int8", set(), "it has no key_dtype"),
+    ],
+)
+def test_steps_of_decoding_are_measured_by_what_they_read(name, others, reason, steps):
+    problem = gpu.problem_of(name, quick=True)
+    rows = gpu.with_rates(steps[name], problem, {"copy": 1e12})
+    peers = gpu_peers.peers_of(problem)
+    assert [(row["direction"], row["peer"]) for row in rows] == [("forward", peer) for peer in peers]
+    measured = [row for row in rows if row["status"] == "measured"]
+    assert {row["peer"] for row in measured} >= {"ours", "ours, xla", *others}, rows
+    assert all(row["bandwidth"] == problem.cache_bytes / row["cost"] == 1e12 * row["share"] for row in measured)
+    assert {row["peer"]: row["message"] for row in rows}["pallas mha"] == reason
+    assert " TB/s " in table.aligned(rows)
+
+
+def test_bytes_of_a_cache():
+    problem = Problem(batch=2, queries=1, keys=64, heads=6, kv_heads=3, head_dim=8)
+    assert problem.cache_bytes == 2 * 2 * 64 * 3 * 8 * 2
+    assert replace(problem, window=16).cache_bytes == problem.cache_bytes / 4
+    assert replace(problem, key_dtype="int8").cache_bytes == problem.cache_bytes / 2 + 2 * 2 * 64 * 3 * 4
+
+
+def test_the_numbers_of_a_long_cache_repeat(monkeypatch):
+    """In JAX and in PyTorch the same, with scales and without."""
+    monkeypatch.setattr(gpu_peers, "LONGEST_CACHE", 8)
+    problem = Problem(batch=3, queries=1, keys=32, heads=4, kv_heads=2, head_dim=8, dtype="float32")
+    arrays = gpu_peers.on_device(problem)
+    assert [x.shape for x in arrays] == problem.shapes()
+    np.testing.assert_array_equal(arrays[1][0, :8], arrays[1][2, 24:])
+    (key, scale), (value, _) = gpu_peers.on_device(replace(problem, key_dtype="int8"))[1:3]
+    assert (key.shape, scale.shape, value.shape) == ((3, 32, 2, 8), (3, 32, 2), (3, 32, 2, 8))
+    np.testing.assert_allclose(
+        gpu_peers.plain_arrays(replace(problem, key_dtype="int8"), "float32")[1], arrays[1], atol=0.02
+    )
+    pytest.importorskip("torch")
+    for tensor, array in zip(gpu_peers.torch_tensors(problem, "cpu"), arrays):
+        np.testing.assert_array_equal(tensor.transpose(1, 2), array)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_wrong_numbers_are_not_timed(dtype):
     """One head, or one gradient, or everything by a little more than the rule allows."""
@@ -101,6 +152,20 @@ def test_what_a_peer_does_not_do_is_said():
         gpu_peers.compiled("pallas mha", replace(TINY, window=4))
     with pytest.raises(NotApplicable, match="one array of all scores would be 64 GiB"):
         gpu_peers.compiled("jax.nn, xla", replace(TINY, queries=1 << 16, keys=1 << 16))
+
+
+def test_what_has_no_gradients_shares_a_table_with_what_has():
+    row = dict(
+        case="", problem="", unit="ms", status="measured", cost=1.0, ratio=None, error=None, message="", share=0.5
+    )
+    rows = [
+        {**row, "peer": "a", "direction": direction, "flops": 1e12, "bandwidth": None} for direction in gpu.DIRECTIONS
+    ]
+    rows.append({**row, "peer": "b", "direction": "forward", "flops": None, "bandwidth": 2e12})
+    title, first, second = table.table(rows, ["peer"])
+    assert len(title) == len(first) == len(second) == 5
+    assert first[1:4] == ("1,000 ms 1.00 TFLOP/s 50%",) * 3
+    assert second[1:4] == ("1,000 ms 2.00 TB/s 50%", "", "")
 
 
 def test_the_backward_pass_is_a_difference():

@@ -2,12 +2,28 @@
 
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu_compile
-from benchmarks.gpu_compile import CASES, MULTI_QUERY, TARGETS, Case, Kernel, Result, launches, main, read_kernel
+from benchmarks.gpu_compile import (
+    CASES,
+    MULTI_QUERY,
+    TARGETS,
+    Case,
+    Kernel,
+    Launch,
+    Result,
+    decode_shape,
+    launches,
+    main,
+    read_kernel,
+)
 from benchmarks.model_shapes import MODEL_SHAPES
+from mqa_jax.inputs import Inputs, Operands
+from mqa_jax.kernels import tile_config, triton_decode
+from mqa_jax.masks import Mask
 
 # Each program costs seconds, so: the sizes that differ most, other dtypes once, and the backward pass, which has the
 # forward kernel in it as well.
@@ -19,11 +35,35 @@ COMPILED = [
     or (case.direction == "backward" and case.shape.name in DIFFERENT and case.dtype == "bfloat16")
     or (case.shape.name == "SmolLM2-135M" and (case.direction == "backward" or case.dtype == "bfloat16"))
 ]
+MANY_KEYS = Case(decode_shape(32, 1, 128), "decode", batch=1, queries=1, keys=32768)  # for one row of the batch
+DECODED = [
+    MANY_KEYS,
+    replace(MANY_KEYS, key_dtype="int8"),
+    *(
+        Case(decode_shape(heads, kv_heads, head_dim), "decode", "bfloat16", batch, 1, keys, key_dtype=key_dtype)
+        for heads, kv_heads, head_dim, batch, keys, key_dtype in (
+            (8, 8, 64, 64, 2048, None),  # enough programs without splits
+            (32, 8, 128, 8, 131072, None),
+            (32, 8, 128, 8, 131072, "int8"),
+            (71, 1, 64, 8, 32768, None),  # more rows than a tile has
+            (71, 1, 256, 8, 32768, None),
+            (71, 1, 256, 8, 32768, "int8"),
+            (32, 1, 256, 8, 32768, "float8_e4m3fn"),
+            (32, 8, 64, 8, 32768, "float8_e4m3fn"),
+        )
+    ),
+]
+WITHOUT_FLOAT8 = ("a100",)
 FULL_FLOAT32 = "a100", "l40s"  # unrolled multiplications take long to compile: only where there is the least room
-KERNELS = {"forward": ("mqa_forward",), "backward": ("mqa_forward", "mqa_dq", "mqa_dkv")}
+KERNELS = {
+    "forward": ("mqa_forward",),
+    "backward": ("mqa_forward", "mqa_dq", "mqa_dkv"),
+    "decode": ("mqa_decode",),
+}
 TENSOR_CORES = {"h100": "wgmma", "b200": "tcgen05"}  # the instructions without which they run at half speed, or less
-WITHOUT_SPILLS = (64, 128)  # head sizes
+WITHOUT_SPILLS = (64, 128)  # head sizes; in decoding all
 TEMPORARY_MIB = {4096: 200, 32768: 340}  # by length; the output alone takes 128 and 256
+ROUNDING = 1024  # bytes, as each buffer begins at a multiple of 128 or 256
 
 
 def complaints(case: Case, result: Result) -> list[str]:
@@ -38,7 +78,8 @@ def complaints(case: Case, result: Result) -> list[str]:
     most = TARGETS[result.target].block_shared_memory
     instruction = TENSOR_CORES.get(result.target)
     for kernel in result.kernels:
-        if kernel.spills and case.dtype == "bfloat16" and case.shape.head_dim in WITHOUT_SPILLS:
+        small = case.direction == "decode" or case.shape.head_dim in WITHOUT_SPILLS
+        if kernel.spills and case.dtype == "bfloat16" and small:
             found.append(f"{kernel.name} spills {kernel.spills} bytes")
         if kernel.serialized:
             found.append(f"{kernel.name} waits for each wgmma before the next")
@@ -49,7 +90,40 @@ def complaints(case: Case, result: Result) -> list[str]:
             found.append(f"{kernel.name} has no {instruction}")
     if case.shape == MULTI_QUERY and (result.temporaries or 0) > TEMPORARY_MIB[case.queries] << 20:
         found.append(f"{result.temporaries} bytes of temporaries")
+    return found + (complaints_of_decoding(case, result) if case.direction == "decode" else [])
+
+
+def complaints_of_decoding(case: Case, result: Result) -> list[str]:
+    """Reading the cache once and in place is all there is to decoding."""
+    found = []
+    multiprocessors = TARGETS[result.target].multiprocessors
+    for kernel in result.kernels:
+        if kernel.name.startswith("mqa_decode"):
+            if not kernel.async_copies:
+                found.append(f"{kernel.name} computes nothing while it waits for keys")
+            if case == MANY_KEYS and kernel.programs < multiprocessors:
+                found.append(
+                    f"{kernel.name} has {kernel.programs} programs; there are {multiprocessors} multiprocessors"
+                )
+    most = most_temporaries(case, result.target)
+    if (result.temporaries or 0) > most:
+        found.append(f"{result.temporaries} bytes of temporaries; {most} are enough")
     return found
+
+
+def most_temporaries(case: Case, target: str) -> int:
+    """What the splits find, four numbers for each tile of rows, and no array but of the size of query and output.
+
+    These two are copied where heads of a group have to be brought together, and log-sum-exps are written in any case.
+    """
+    arguments: dict[str, Any] = dict(case.arguments())  # shapes, as good as arrays here
+    inputs = Inputs(Operands(arguments["query"], arguments["key"], arguments["value"]), Mask())
+    size = inputs.sizes
+    with tile_config.assuming(TARGETS[target].architecture):
+        row_tiles = triton_decode.row_tiles_of(size, tile_config.choose("decode", inputs, rows=size.T * size.G))
+    partials = triton_decode.partial_bytes(size, triton_decode.splits_of(size, row_tiles))
+    copies = size.B * size.T * size.N * (arguments["query"].dtype.itemsize * (size.H + size.V) + 4)
+    return partials + 16 * size.B * row_tiles + copies + ROUNDING
 
 
 @pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
@@ -57,6 +131,7 @@ def complaints(case: Case, result: Result) -> list[str]:
 def test_kernels_compile_well_for(target):
     """One test for each GPU, since a compiler's process is started once for all programs."""
     cases = [case for case in COMPILED if case.dtype != "float32" or target in FULL_FLOAT32]
+    cases += [case for case in DECODED if case.key_dtype != "float8_e4m3fn" or target not in WITHOUT_FLOAT8]
     results = list(gpu_compile.compile_cases(target, cases))
     found = [f"{case}: {text}" for case, result in zip(cases, results) for text in complaints(case, result)]
     assert not found, "\n".join(found)
@@ -117,6 +192,7 @@ ptxas info    : Used 255 registers, used 1 barriers, 40 bytes cumulative stack s
 """
 GOOD = Kernel(
     name="mqa_dq",
+    programs=64,
     threads=256,
     registers=228,
     spills=0,
@@ -127,25 +203,26 @@ GOOD = Kernel(
     serialized=False,
     async_copies=3,
 )
+LAUNCH = Launch(programs=64, threads=256, shared_memory=163840)
 BACKWARD = Case(MODEL_SHAPES[0], "backward")
 RESULT = Result("h100", str(BACKWARD), 1 << 20, tuple(replace(GOOD, name=name) for name in KERNELS["backward"]))
 
 
 def test_kernel_is_read():
     launched = launches(THUNKS)
-    assert launched == {"loop_compare_fusion": (1, 0), "mqa_dq": (256, 163840)}
+    assert launched == {"loop_compare_fusion": (1, 1, 0), "mqa_dq": (64, 256, 163840)}
     assert read_kernel("mqa_dq", launched["mqa_dq"], PTX, REPORT) == GOOD
 
 
 def test_spills_static_memory_and_serialization_are_read():
-    kernel = read_kernel("mqa_dq", (256, 163840), PTX, SPILLING)
+    kernel = read_kernel("mqa_dq", LAUNCH, PTX, SPILLING)
     assert kernel == replace(GOOD, registers=255, spills=72, shared_memory=164864, serialized=True)
 
 
 @pytest.mark.parametrize("report", ["", REPORT.replace("registers", "Register"), REPORT.replace("spill", "Spill")])
 def test_report_in_other_words_is_refused(report):
     with pytest.raises(ValueError, match="reports neither spills nor registers of mqa_dq"):
-        read_kernel("mqa_dq", (256, 0), PTX, report)
+        read_kernel("mqa_dq", LAUNCH, PTX, report)
 
 
 def test_good_kernels_bring_no_complaint():
@@ -170,10 +247,48 @@ def test_broken_kernel_brings_a_complaint(target, broken, complaint):
 
 
 def test_temporaries_and_errors_bring_a_complaint():
-    long = CASES[-1]
+    long = Case(MULTI_QUERY, "backward", queries=32768, keys=32768)
     assert complaints(long, replace(RESULT, temporaries=340 << 20)) == []
     assert complaints(long, replace(RESULT, temporaries=(340 << 20) + 1)) == ["356515841 bytes of temporaries"]
     assert complaints(BACKWARD, Result("h100", str(BACKWARD), error="ValueError: no")) == ["ValueError: no"]
+
+
+STEP = replace(GOOD, name="mqa_decode", programs=256, threads=128, registers=168, shared_memory=77824)
+PARTIALS = 256 * 32 * 129 * 4  # splits, heads, features and a log-sum-exp, float32
+DECODING = Result("h100", str(MANY_KEYS), PARTIALS + ROUNDING, (STEP, replace(STEP, name="mqa_merge", async_copies=0)))
+
+
+def test_good_decoding_brings_no_complaint():
+    for target in TARGETS:
+        assert complaints(MANY_KEYS, replace(DECODING, target=target)) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (dict(spills=4), "mqa_decode spills 4 bytes"),
+        (dict(async_copies=0), "mqa_decode computes nothing while it waits for keys"),
+        (dict(programs=131), "mqa_decode has 131 programs; there are 132 multiprocessors"),
+        (dict(name="mqa_forward"), "there is no kernel mqa_decode"),
+    ],
+)
+def test_broken_decoding_brings_a_complaint(broken, complaint):
+    kernels = replace(STEP, **broken), DECODING.kernels[1]
+    assert complaints(MANY_KEYS, replace(DECODING, kernels=kernels)) == [complaint]
+
+
+def test_a_copy_of_the_cache_brings_a_complaint():
+    """Even one of the smallest cache, and of a shape without splits."""
+    for case in (MANY_KEYS, DECODED[2], replace(MANY_KEYS, keys=2048)):
+        keys = case.arguments()["key"]
+        result = replace(DECODING, temporaries=keys.size * keys.dtype.itemsize)
+        (complaint,) = complaints(case, result)
+        assert "bytes of temporaries; " in complaint
+
+
+def test_how_many_blocks_a_multiprocessor_holds():
+    assert [target.resident(STEP) for target in TARGETS.values()] == [2, 2, 1, 2]
+    assert [target.resident(replace(STEP, shared_memory=0)) for target in TARGETS.values()] == [3] * 4
 
 
 # -- around the compilers ---------------------------------------------------------------------------------------------
@@ -208,8 +323,8 @@ def test_command_prints_and_writes_every_kernel(tmp_path, monkeypatch, capsys):
     assert json.loads(file.read_text()) == json.loads(json.dumps(written))
     assert written["rows"] == [asdict(RESULT), asdict(broken)]
     title, *lines, last = capsys.readouterr().out.splitlines()
-    assert title.split()[:4] == ["target", "case", "kernel", "threads"]
-    assert [line.split()[-10] for line in lines] == list(KERNELS["backward"])
+    assert title.split()[:4] == ["target", "case", "kernel", "programs"]
+    assert [line.split()[-12] for line in lines] == list(KERNELS["backward"])
     assert {len(line) for line in lines} == {len(title)}
     assert last == "h100  broken: ValueError: no"
 
@@ -230,3 +345,4 @@ def test_absent_compiler_is_reported_with_its_remedy(tmp_path, monkeypatch):
 
 def test_names_tell_cases_apart():
     assert len({str(case) for case in CASES}) == len(CASES)
+    assert {*COMPILED, *DECODED} <= {*CASES}

@@ -224,11 +224,18 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("cache", ["static", "ring in 8 bits"])
-def test_a_decoding_step_touches_what_exists(monkeypatch, cache):
+@pytest.mark.parametrize(
+    ("cache", "least_keys", "kernels"),
+    [
+        ("static", 8, ["mqa_decode", "mqa_merge"]),
+        ("static", 64, ["mqa_decode"]),
+        ("ring in 8 bits", 8, ["mqa_decode", "mqa_merge"]),
+    ],
+)
+def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeypatch):
     """Three queries of two groups of three heads, with all options, on a strict model of memory."""
     use_tiles(monkeypatch, **SMALL)
-    monkeypatch.setattr(triton_decode, "LEAST_KEYS", 8)
+    monkeypatch.setattr(triton_decode, "LEAST_KEYS", least_keys)
     options = everything(2, 3, 35, 6)
     bias, mask = options.pop("bias"), options.pop("mask")
     sizes: Any = dict(batch=(2,), rows=3, columns=35, heads=6, kv_heads=2, features=24, value_features=20)
@@ -242,7 +249,7 @@ def test_a_decoding_step_touches_what_exists(monkeypatch, cache):
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
         out, log_sum_exp = triton.forward(inputs, interpret=True)
-    assert ran == ["mqa_decode"]
+    assert ran == kernels
     monkeypatch.undo()
     expected = mqa_jax.reference.forward(inputs)
     np.testing.assert_allclose(out, expected[0], atol=1e-5)
