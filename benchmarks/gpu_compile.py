@@ -371,7 +371,6 @@ def compile_case(name: str, case: Case) -> Result:
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arguments.values())
     if size > target.memory << 30:
         raise ValueError(f"its arguments take {size / 2**30:.0f} GiB; the GPU has {target.memory}.")
-    jax.clear_caches()  # the assumed architecture is no part of their keys
     with tile_config.assuming(target.architecture), lowering_for(target), tempfile.TemporaryDirectory() as folder:
         traced = jax.jit(case.program()).trace(**arguments)
         # "ptx" is all of Triton's that has to be dumped: its passes take twenty times as long as compiling.

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def table() -> list[dict[str, Any]]:
 
 # -- the GPU ----------------------------------------------------------------------------------------------------------
 
-_assumed: ContextVar[str | None] = ContextVar("architecture", default=None)
+_assumed = jax.make_user_context(None)  # an architecture; what is traced under one is not reused under another
 
 
 @contextlib.contextmanager
@@ -113,26 +112,22 @@ def assuming(architecture: str) -> Iterator[None]:
     """Traces for this architecture, whatever GPU is at hand: to compile for another machine."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {ARCHITECTURES}: architecture={architecture!r}.")
-    token = _assumed.set(architecture)
-    try:
+    with _assumed(architecture):
         yield
-    finally:
-        _assumed.reset(token)
 
 
 def is_assumed() -> bool:
-    return _assumed.get() is not None
+    return _assumed.value is not None
 
 
 def architecture_at_hand() -> str:
     """The one assumed, or that of the first GPU, or else the one with the least memory, whose tiles fit the others."""
-    return _assumed.get() or nearest_architecture(capability_at_hand() or 89)
+    return _assumed.value or nearest_architecture(capability_at_hand() or 89)
 
 
 def capability() -> int | None:
     """Compute capability x 10 of what is compiled for: the GPU assumed, or at hand."""
-    assumed = _assumed.get()
-    return capability_at_hand() if assumed is None else int(assumed[2:])
+    return capability_at_hand() if _assumed.value is None else int(_assumed.value[2:])
 
 
 @functools.cache

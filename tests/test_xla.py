@@ -296,6 +296,17 @@ def test_memory_is_linear_in_length():
     assert temporaries[1] < 2.2 * temporaries[0]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bfloat16", "int8"])
+def test_tiles_of_a_narrow_cache_are_converted_one_by_one(dtype):
+    """Not all of it before the loop, as XLA would like to."""
+    cache, scale = jax.ShapeDtypeStruct((1, 2**16, 1, 64), dtype), jax.ShapeDtypeStruct((1, 2**16, 1), jnp.float32)
+    scales = dict(key_scale=scale, value_scale=scale) if dtype == jnp.int8 else {}
+    query = jax.ShapeDtypeStruct((1, 1, 32, 64), jnp.bfloat16)
+    compiled = jax.jit(mqa_jax.dot_product_attention).lower(query, cache, cache, **scales).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20
+
+
 def test_no_array_of_all_scores_and_no_repeated_keys():
     """In the optimised program: nothing with T x S elements, and nothing of key size with query heads."""
     rows, columns, heads, kv_heads, features = 1031, 4099, 12, 3, 64
