@@ -248,28 +248,48 @@ def _state(heads=2, dim=8, **changes):
 
 convert = functools.partial(torch_interop.from_state_dict, heads=2, kv_heads=1)
 TORCH = {
-    "unknown": (lambda: convert({"w": np.ones((2, 3))}), r"No known attention layout: found \{'w': \(2, 3\)\} .*Wqkv"),
-    "prefix": (lambda: convert(_state(), prefix="layers.0."), r"found \{\} under prefix='layers.0.'"),
-    "missing": (lambda: convert(_state(**{"out_proj.weight": None})), r"Missing tensor 'out_proj.weight': found"),
+    "unknown": (lambda: convert({"w": np.ones((2, 3))}), r"No known attention layout: found \{'w': \(2, 3\)\}.*Wqkv"),
+    "prefix": (lambda: convert(_state(), prefix="layers.0."), r"found \{\}; expected one of .*Is the prefix right"),
+    "layout": (lambda: convert(_state(), layout="qkv"), r"Unknown layout='qkv': use one of \['fused', 'unfused'"),
+    "another layout": (
+        lambda: convert(_state(), layout="llama"),
+        r"missing: q_proj.weight, .*; unexpected: Wqkv.weight",
+    ),
+    "missing": (
+        lambda: convert(_state(**{"out_proj.weight": None})),
+        r"layout='fused' with heads=2, kv_heads=1. missing: out_proj.weight. Found .* expected .*out_proj.weight",
+    ),
+    "half a layer": (
+        lambda: convert({f"{n}_proj.weight": np.ones((8, 8)) for n in "qk"}, kv_heads=2),
+        r"layout='llama'.*missing: v_proj.weight, o_proj.weight. Found",
+    ),
+    "one bias of three": (
+        lambda: convert(
+            {**{f"{n}_proj.weight": np.ones((8, 8)) for n in "qkvo"}, "q_proj.bias": np.ones(8)}, kv_heads=2
+        ),
+        r"missing: k_proj.bias, v_proj.bias",
+    ),
     "extra": (
         lambda: convert(_state(**{"rotary.inv_freq": np.ones(4)})),
-        r"do not belong to a layer with 'Wqkv.weight': \{'rotary.inv_freq': \(4,\)\}",
+        r"unexpected: rotary.inv_freq. Found .*'rotary.inv_freq': \(4,\)",
     ),
-    "heads": (
-        lambda: convert(_state(), heads=3),
-        r"\(heads \+ 2 \* kv_heads\) \* head_dim: rows=16, heads=3, kv_heads=1",
-    ),
+    "heads": (lambda: convert(_state(), heads=3), r"heads=3, kv_heads=1. .*not divisible by heads: Wqkv.weight"),
+    "kv_heads": (lambda: convert(_state(), kv_heads=3), r"heads must be a multiple of kv_heads: heads=2, kv_heads=3"),
     "output": (
         lambda: convert(_state(**{"out_proj.weight": np.ones((8, 6))})),
-        r"output projection must take all heads.*weight.shape=\(8, 6\), N=2, H=4",
+        r"misshapen: out_proj.weight. Found .*'out_proj.weight': \(8, 6\).*expected .*'out_proj.weight': \(None, 8\)",
     ),
-    "rows": (
-        lambda: convert({f"{n}_proj.weight": np.ones((9, 8)) for n in "qkvo"}),
-        r"rows of the query projection must be heads \* head_dim: rows=9, heads=2",
+    "transposed": (
+        lambda: convert({"c_attn.weight": np.ones((12, 24)), "c_proj.weight": np.ones((12, 12))}, heads=3),
+        r"layout='gpt_bigcode'.*misshapen: .*c_proj.weight.*not divisible by heads: c_attn.weight",
     ),
     "cache": (
         lambda: torch_interop.past_key_value_from_torch(np.ones((2, 3, 4, 5)), np.ones((2, 3, 4, 5)), 2),
         r"A cache is \[b, kv, head_dim, s\].*kv_heads=2",
+    ),
+    "no keys to write": (
+        lambda: torch_interop.to_state_dict({"query": {"kernel": np.ones((8, 2, 4))}}, layout="fused"),
+        r"found \['query'\], expected \['key', 'out', 'query', 'value'\] and perhaps \['k_ln', 'q_ln'\]",
     ),
 }
 
