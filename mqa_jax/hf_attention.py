@@ -124,14 +124,20 @@ def _falcon(config: Config, layer: int) -> dict[str, Any]:
 
 
 def _mpt(config: Config, layer: int) -> dict[str, Any]:
-    """transformers always adds ALiBi with alibi_bias_max=8, and ignores what else its config may say."""
+    """ALiBi always, with alibi_bias_max=8: transformers ignores what else the config may say."""
     attention = config.get("attn_config") or {}
-    ignored = {"alibi": True, "alibi_bias_max": 8, "qk_ln": False, "attn_type": "multihead_attention", "prefix_lm": False}
+    ignored = {
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "qk_ln": False,
+        "attn_type": "multihead_attention",
+        "prefix_lm": False,
+    }
     wrong = {name: attention[name] for name, only in ignored.items() if attention.get(name, only) != only}
     if wrong:
         raise NotImplementedError(
-            f"transformers ignores these settings of MPT: attn_config={wrong}. Set up GroupedQueryAttention yourself, and "
-            "convert the weights with from_state_dict(..., layout='fused')."
+            f"transformers ignores these settings of MPT: attn_config={wrong}. Set up GroupedQueryAttention yourself, "
+            "and convert the weights with from_state_dict(..., layout='fused')."
         )
     return dict(
         dim=config["d_model"],

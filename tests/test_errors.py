@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mqa_jax
-from mqa_jax import torch_interop
+from mqa_jax import hf_attention, torch_interop
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import tile_config
 from mqa_jax.kernels.tile_config import TileConfig
@@ -410,6 +410,24 @@ NOT_POSSIBLE: dict[str, Any] = {
         r"keys and values in 8 bits",
     ),
     "triton: old GPU": (_on_an_old_gpu, r"GPUs from compute capability 8.0 on only \(this one: 7.5\)"),
+    "config: model": (
+        lambda: hf_attention.attention_of(dict(model_type="gpt2")),
+        r"No known attention layer: model_type='gpt2', known are \['bert', 'falcon'",
+    ),
+    "config: rope": (
+        lambda: hf_attention.rope_of(dict(rope_scaling=dict(type="yarn", factor=2.0))),
+        r"RoPE scaling is 'default', 'linear' or 'llama3': rope_type='yarn'",
+    ),
+    "config: falcon": (
+        lambda: hf_attention.attention_of(dict(model_type="falcon", hidden_size=8, num_attention_heads=2, alibi=True)),
+        r"Falcon rounds ALiBi to bfloat16 .*: alibi=True. Convert the weights with from_state_dict",
+    ),
+    "config: mpt": (
+        lambda: hf_attention.attention_of(
+            dict(model_type="mpt", d_model=8, n_heads=2, attn_config=dict(qk_ln=True, alibi_bias_max=4))
+        ),
+        r"transformers ignores these settings of MPT: attn_config=\{'alibi_bias_max': 4, 'qk_ln': True\}",
+    ),
     "jvp": (lambda: jax.jvp(attend, (QUERY,), (QUERY,)), r"no forward-mode derivative.*implementation='reference'"),
     "linearize": (lambda: jax.linearize(attend, QUERY)[1](QUERY), r"forward-mode.*implementation='reference'"),
     "second derivative": (
