@@ -2,7 +2,9 @@
 
 import ast
 import functools
+import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_hf_checkpoint
 
 import mqa_jax
 from mqa_jax import hf_attention, torch_interop
@@ -495,9 +498,18 @@ def test_no_error_is_missing_from_these_tables():
 def _raised() -> set[tuple[str, int | None]]:
     """Where the tables raise: file and line of each frame."""
     places = set()
-    for wrong, _ in [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values()]:
+    on_disk = test_hf_checkpoint.WRONG | test_hf_checkpoint.NEEDS_TORCH
+    for wrong, *_ in [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values(), *map(_in_a_folder, on_disk.values())]:
         try:
             wrong()
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, OSError, ImportError) as error:
             places |= {(Path(f.filename).name, f.lineno) for f in traceback.extract_tb(error.__traceback__)}
     return places
+
+
+def _in_a_folder(case: tuple) -> tuple[Callable[[], object]]:
+    def wrong() -> object:
+        with tempfile.TemporaryDirectory() as folder:
+            return case[0](Path(folder)).attention(0)
+
+    return (wrong,)
