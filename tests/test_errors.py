@@ -483,6 +483,7 @@ def test_everything_that_is_refused_to_the_fused_implementation_works_in_the_ref
     assert jax.hessian(lambda q: attend_(q).sum())(QUERY).shape == QUERY.shape * 2
 
 
+@pytest.mark.torch
 def test_no_error_is_missing_from_these_tables():
     """Every `raise` of the package is reached by one of them."""
     package = Path(mqa_jax.__file__).parent

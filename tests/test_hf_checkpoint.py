@@ -56,7 +56,7 @@ def test_only_the_files_of_a_layer_are_read(tmp_path, monkeypatch):
     assert len(checkpoint.files) == 8
     opened: list[str] = []
     really = hf_checkpoint._open
-    monkeypatch.setattr(hf_checkpoint, "_open", lambda path: opened.append(path.name) or really(path))
+    monkeypatch.setattr(hf_checkpoint, "_open", lambda path: [opened.append(path.name), really(path)][1])
     checkpoint.attention(1)
     assert opened == ["two.safetensors"]
 
@@ -89,13 +89,13 @@ def _half(folder: Path) -> Checkpoint:
     return write(folder, model={name: x for name, x in layer(0).items() if "v_proj" not in name})
 
 
-def _without(package: str, folder: Path) -> None:
+def _without(package: str, folder: Path) -> Any:
     """Where it is not installed."""
     checkpoint = write(folder, model=layer(0))
     if package == "torch":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with mock.patch.dict(sys.modules, {package: None}):
-        checkpoint.attention(0)
+        return checkpoint.attention(0)
 
 
 def _evil(folder: Path) -> Checkpoint:
@@ -132,8 +132,7 @@ NEEDS_TORCH = {
 def test_what_is_said_of_files_that_are_not_right(tmp_path, name):
     make, kind, message = (WRONG | NEEDS_TORCH)[name]
     with pytest.raises(kind, match=message):
-        made = make(tmp_path)
-        made.attention(0)
+        make(tmp_path).attention(0)
 
 
 @pytest.mark.torch
