@@ -6,6 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,7 @@ import pytest
 import test_hf_checkpoint
 
 import mqa_jax
-from mqa_jax import hf_attention, torch_interop
+from mqa_jax import hf_attention, torch_interop, torch_modules
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import tile_config
 from mqa_jax.kernels.tile_config import TileConfig
@@ -289,6 +290,16 @@ TORCH = {
     "cache": (
         lambda: torch_interop.past_key_value_from_torch(np.ones((2, 3, 4, 5)), np.ones((2, 3, 4, 5)), 2),
         r"A cache is \[b, kv, head_dim, s\].*kv_heads=2",
+    ),
+    "heads of a module": (
+        lambda: torch_modules.from_torch(SimpleNamespace(state_dict=_state)),
+        r"SimpleNamespace does not tell its number of heads: heads=None. Pass heads=, and kv_heads=",
+    ),
+    "another module": (
+        lambda: torch_modules.to_torch(
+            {"params": convert(_state())}, SimpleNamespace(state_dict=lambda: _state(dim=4))
+        ),
+        r"do not fit SimpleNamespace; ours and its shapes: \{'Wqkv.weight': \(\(16, 8\), \(8, 4\)\)",
     ),
     "no keys to write": (
         lambda: torch_interop.to_state_dict({"query": {"kernel": np.ones((8, 2, 4))}}, layout="fused"),

@@ -56,7 +56,12 @@ def test_only_the_files_of_a_layer_are_read(tmp_path, monkeypatch):
     assert len(checkpoint.files) == 8
     opened: list[str] = []
     really = hf_checkpoint._open
-    monkeypatch.setattr(hf_checkpoint, "_open", lambda path: [opened.append(path.name), really(path)][1])
+
+    def spy(path):
+        opened.append(path.name)
+        return really(path)
+
+    monkeypatch.setattr(hf_checkpoint, "_open", spy)
     checkpoint.attention(1)
     assert opened == ["two.safetensors"]
 
