@@ -2,8 +2,11 @@
 
 import ast
 import functools
+import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_hf_checkpoint
 
 import mqa_jax
-from mqa_jax import torch_interop
+from mqa_jax import hf_attention, torch_interop, torch_modules
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import tile_config
 from mqa_jax.kernels.tile_config import TileConfig
@@ -248,28 +252,58 @@ def _state(heads=2, dim=8, **changes):
 
 convert = functools.partial(torch_interop.from_state_dict, heads=2, kv_heads=1)
 TORCH = {
-    "unknown": (lambda: convert({"w": np.ones((2, 3))}), r"No known attention layout: found \{'w': \(2, 3\)\} .*Wqkv"),
-    "prefix": (lambda: convert(_state(), prefix="layers.0."), r"found \{\} under prefix='layers.0.'"),
-    "missing": (lambda: convert(_state(**{"out_proj.weight": None})), r"Missing tensor 'out_proj.weight': found"),
+    "unknown": (lambda: convert({"w": np.ones((2, 3))}), r"No known attention layout: found \{'w': \(2, 3\)\}.*Wqkv"),
+    "prefix": (lambda: convert(_state(), prefix="layers.0."), r"found \{\}; expected one of .*Is the prefix right"),
+    "layout": (lambda: convert(_state(), layout="qkv"), r"Unknown layout='qkv': use one of \['fused', 'unfused'"),
+    "another layout": (
+        lambda: convert(_state(), layout="llama"),
+        r"missing: q_proj.weight, .*; unexpected: Wqkv.weight",
+    ),
+    "missing": (
+        lambda: convert(_state(**{"out_proj.weight": None})),
+        r"layout='fused' with heads=2, kv_heads=1. missing: out_proj.weight. Found .* expected .*out_proj.weight",
+    ),
+    "half a layer": (
+        lambda: convert({f"{n}_proj.weight": np.ones((8, 8)) for n in "qk"}, kv_heads=2),
+        r"layout='llama'.*missing: v_proj.weight, o_proj.weight. Found",
+    ),
+    "one bias of three": (
+        lambda: convert(
+            {**{f"{n}_proj.weight": np.ones((8, 8)) for n in "qkvo"}, "q_proj.bias": np.ones(8)}, kv_heads=2
+        ),
+        r"missing: k_proj.bias, v_proj.bias",
+    ),
     "extra": (
         lambda: convert(_state(**{"rotary.inv_freq": np.ones(4)})),
-        r"do not belong to a layer with 'Wqkv.weight': \{'rotary.inv_freq': \(4,\)\}",
+        r"unexpected: rotary.inv_freq. Found .*'rotary.inv_freq': \(4,\)",
     ),
-    "heads": (
-        lambda: convert(_state(), heads=3),
-        r"\(heads \+ 2 \* kv_heads\) \* head_dim: rows=16, heads=3, kv_heads=1",
-    ),
+    "heads": (lambda: convert(_state(), heads=3), r"heads=3, kv_heads=1. .*not divisible by heads: Wqkv.weight"),
+    "kv_heads": (lambda: convert(_state(), kv_heads=3), r"heads must be a multiple of kv_heads: heads=2, kv_heads=3"),
     "output": (
         lambda: convert(_state(**{"out_proj.weight": np.ones((8, 6))})),
-        r"output projection must take all heads.*weight.shape=\(8, 6\), N=2, H=4",
+        r"misshapen: out_proj.weight. Found .*'out_proj.weight': \(8, 6\).*expected .*'out_proj.weight': \(None, 8\)",
     ),
-    "rows": (
-        lambda: convert({f"{n}_proj.weight": np.ones((9, 8)) for n in "qkvo"}),
-        r"rows of the query projection must be heads \* head_dim: rows=9, heads=2",
+    "transposed": (
+        lambda: convert({"c_attn.weight": np.ones((12, 24)), "c_proj.weight": np.ones((12, 12))}, heads=3),
+        r"layout='gpt_bigcode'.*misshapen: .*c_proj.weight.*not divisible by heads: c_attn.weight",
     ),
     "cache": (
         lambda: torch_interop.past_key_value_from_torch(np.ones((2, 3, 4, 5)), np.ones((2, 3, 4, 5)), 2),
         r"A cache is \[b, kv, head_dim, s\].*kv_heads=2",
+    ),
+    "heads of a module": (
+        lambda: torch_modules.from_torch(SimpleNamespace(state_dict=_state)),
+        r"SimpleNamespace does not tell its number of heads: heads=None. Pass heads=, and kv_heads=",
+    ),
+    "another module": (
+        lambda: torch_modules.to_torch(
+            {"params": convert(_state())}, SimpleNamespace(state_dict=lambda: _state(dim=4))
+        ),
+        r"do not fit SimpleNamespace; ours and its shapes: \{'Wqkv.weight': \(\(16, 8\), \(8, 4\)\)",
+    ),
+    "no keys to write": (
+        lambda: torch_interop.to_state_dict({"query": {"kernel": np.ones((8, 2, 4))}}, layout="fused"),
+        r"found \['query'\], expected \['key', 'out', 'query', 'value'\] and perhaps \['k_ln', 'q_ln'\]",
     ),
 }
 
@@ -390,6 +424,24 @@ NOT_POSSIBLE: dict[str, Any] = {
         r"keys and values in 8 bits",
     ),
     "triton: old GPU": (_on_an_old_gpu, r"GPUs from compute capability 8.0 on only \(this one: 7.5\)"),
+    "config: model": (
+        lambda: hf_attention.attention_of(dict(model_type="gpt2")),
+        r"No known attention layer: model_type='gpt2', known are \['bert', 'falcon'",
+    ),
+    "config: rope": (
+        lambda: hf_attention.rope_of(dict(rope_scaling=dict(type="yarn", factor=2.0))),
+        r"RoPE scaling is 'default', 'linear' or 'llama3': rope_type='yarn'",
+    ),
+    "config: falcon": (
+        lambda: hf_attention.attention_of(dict(model_type="falcon", hidden_size=8, num_attention_heads=2, alibi=True)),
+        r"Falcon rounds ALiBi to bfloat16 .*: alibi=True. Convert the weights with from_state_dict",
+    ),
+    "config: mpt": (
+        lambda: hf_attention.attention_of(
+            dict(model_type="mpt", d_model=8, n_heads=2, attn_config=dict(qk_ln=True, alibi_bias_max=4))
+        ),
+        r"transformers ignores these settings of MPT: attn_config=\{'alibi_bias_max': 4, 'qk_ln': True\}",
+    ),
     "jvp": (lambda: jax.jvp(attend, (QUERY,), (QUERY,)), r"no forward-mode derivative.*implementation='reference'"),
     "linearize": (lambda: jax.linearize(attend, QUERY)[1](QUERY), r"forward-mode.*implementation='reference'"),
     "second derivative": (
@@ -442,6 +494,7 @@ def test_everything_that_is_refused_to_the_fused_implementation_works_in_the_ref
     assert jax.hessian(lambda q: attend_(q).sum())(QUERY).shape == QUERY.shape * 2
 
 
+@pytest.mark.torch
 def test_no_error_is_missing_from_these_tables():
     """Every `raise` of the package is reached by one of them."""
     package = Path(mqa_jax.__file__).parent
@@ -457,9 +510,18 @@ def test_no_error_is_missing_from_these_tables():
 def _raised() -> set[tuple[str, int | None]]:
     """Where the tables raise: file and line of each frame."""
     places = set()
-    for wrong, _ in [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values()]:
+    on_disk = test_hf_checkpoint.WRONG | test_hf_checkpoint.NEEDS_TORCH
+    for wrong, *_ in [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values(), *map(_in_a_folder, on_disk.values())]:
         try:
             wrong()
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, OSError, ImportError) as error:
             places |= {(Path(f.filename).name, f.lineno) for f in traceback.extract_tb(error.__traceback__)}
     return places
+
+
+def _in_a_folder(case: tuple) -> tuple[Callable[[], object]]:
+    def wrong() -> object:
+        with tempfile.TemporaryDirectory() as folder:
+            return case[0](Path(folder)).attention(0)
+
+    return (wrong,)

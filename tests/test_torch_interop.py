@@ -78,6 +78,133 @@ def test_sdpa_with_grouped_heads(options):
     np.testing.assert_allclose(actual, expected.transpose(1, 2).numpy(), atol=1e-5)
 
 
+# -- every layout, there and back -------------------------------------------------------------------------------------
+
+
+def weights(rows: dict[str, int], columns: int = 24, out: str | None = None, width: int = 24, bias: bool = True):
+    """Random linear layers, by name, with so many rows."""
+    sizes = {name: (count, columns) for name, count in rows.items()} | ({out: (24, width)} if out else {})
+    state = {f"{name}.weight": RNG.standard_normal(size) for name, size in sizes.items()}
+    return state | ({f"{name}.bias": RNG.standard_normal(size[0]) for name, size in sizes.items()} if bias else {})
+
+
+NORMS = {f"{norm}.{part}": RNG.standard_normal(24) for norm in ("q_ln", "k_ln") for part in ("weight", "bias")}
+KNOTGRASS = {f"{name}.{i}": 4 for name in ("grouped.0.querys", "grouped.1.querys") for i in range(3)}
+STATES: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # layout, heads, kv_heads, tensors
+    "fused": ("fused", 6, 2, {**weights({"Wqkv": 40}, out="out_proj"), **NORMS}),
+    "fused without bias": ("fused", 6, 1, weights({"Wqkv": 32}, out="out_proj", bias=False)),
+    "unfused": ("unfused", 6, 2, weights({"Wq": 24, "Wk": 8, "Wv": 8}, out="out_proj")),
+    "reused keys": ("unfused_without_keys", 6, 6, weights({"Wq": 24}, out="out_proj")),
+    "llama": ("llama", 6, 2, weights({"q_proj": 24, "k_proj": 8, "v_proj": 8}, out="o_proj")),
+    "falcon 40B": ("falcon", 6, 2, weights({"query_key_value": 40}, out="dense")),
+    "falcon 7B": ("falcon", 6, 1, weights({"query_key_value": 32}, out="dense", bias=False)),
+    "bigcode": ("gpt_bigcode", 6, 6, weights({"c_attn": 72}, out="c_proj")),
+    "bert": ("bert", 6, 6, weights({f"self.{n}": 24 for n in ("query", "key", "value")}, out="output.dense")),
+    "lucidrains": ("lucidrains", 6, 6, weights({"to_q": 24, "to_kv": 48}, out="to_out", bias=False)),
+    "one head": ("knotgrass", 1, 1, weights({"query": 4, "key": 4, "value": 4})),
+    "knotgrass multi-head": (
+        "knotgrass_multihead",
+        2,
+        2,
+        weights({f"multihead.{i}.{n}": 4 for i in range(2) for n in ("query", "key", "value")})
+        | weights({}, out="proj", width=8, bias=False),
+    ),
+    "knotgrass multi-query": (
+        "knotgrass_multiquery",
+        3,
+        1,
+        weights({"querys.0": 4, "querys.1": 4, "querys.2": 4, "key": 4, "value": 4})
+        | weights({}, out="proj", width=12, bias=False),
+    ),
+    "torch": (
+        "torch",
+        6,
+        6,
+        {
+            "in_proj_weight": RNG.standard_normal((72, 24)),
+            "in_proj_bias": RNG.standard_normal(72),
+            "bias_k": RNG.standard_normal((1, 1, 24)),
+            "bias_v": RNG.standard_normal((1, 1, 24)),
+            **weights({}, out="out_proj"),
+        },
+    ),
+    "torch with kdim": (
+        "torch_kdim",
+        6,
+        6,
+        {
+            "q_proj_weight": RNG.standard_normal((24, 24)),
+            "k_proj_weight": RNG.standard_normal((24, 10)),
+            "v_proj_weight": RNG.standard_normal((24, 6)),
+            "in_proj_bias": RNG.standard_normal(72),
+            **weights({}, out="out_proj"),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_round_trip_is_bitwise(name):
+    layout, heads, kv_heads, state = STATES[name]
+    params = torch_interop.from_state_dict(state, heads=heads, kv_heads=kv_heads)
+    back = torch_interop.to_state_dict(params, layout=layout, prefix="attn.")
+    assert {f"attn.{name}" for name in state} == set(back)
+    for name, x in state.items():
+        np.testing.assert_array_equal(back[f"attn.{name}"], x, err_msg=name)
+
+
+def test_two_output_projections_come_back_as_one():
+    rows = KNOTGRASS | {f"grouped.{g}.{n}": 4 for g in range(2) for n in ("key", "value")}
+    state = weights(rows) | {f"grouped.{g}.proj.weight": RNG.standard_normal((5, 12)) for g in range(2)}
+    state["proj.weight"] = RNG.standard_normal((5, 10))
+    convert: Any = lambda state: torch_interop.from_state_dict(state, heads=6, kv_heads=2)
+    params = convert(state)
+    assert params["out"]["kernel"].shape == (6, 4, 5)
+    back = torch_interop.to_state_dict(params, layout="knotgrass_grouped")
+    assert {name: x.shape for name, x in back.items()} == {name: x.shape for name, x in state.items()}
+    jax.tree.map(np.testing.assert_array_equal, convert(back), params)
+
+
+def test_the_order_of_rows_in_groups():
+    """Falcon's `query_key_value.view(groups, heads / groups + 2, H)`."""
+    state = weights({"query_key_value": 40}, out="dense", bias=False)
+    params = torch_interop.from_state_dict(state, heads=6, kv_heads=2)
+    rows = state["query_key_value.weight"].reshape(2, 5, 4, 24)
+    np.testing.assert_array_equal(params["query"]["kernel"], rows[:, :3].reshape(6, 4, 24).transpose(2, 0, 1))
+    np.testing.assert_array_equal(params["key"]["kernel"], rows[:, 3].transpose(2, 0, 1))
+    np.testing.assert_array_equal(params["value"]["kernel"], rows[:, 4].transpose(2, 0, 1))
+
+
+def test_rotary_conventions():
+    """Reordered weights under one convention do what the originals do under the other."""
+    state = weights({"q_proj": 24, "k_proj": 8, "v_proj": 8}, out="o_proj", bias=False)
+    state = {name: x.astype(np.float32) for name, x in state.items()}
+    reordered = dict(state)
+    for name, heads in (("q_proj.weight", 6), ("k_proj.weight", 2)):
+        reordered[name] = torch_interop.interleaved_to_halves(state[name], heads)
+        np.testing.assert_array_equal(torch_interop.halves_to_interleaved(reordered[name], heads), state[name])
+    outputs = [
+        mqa_jax.GroupedQueryAttention(
+            24, 6, kv_heads=2, use_bias=False, rope=mqa_jax.Rope(interleaved=interleaved)
+        ).apply({"params": torch_interop.from_state_dict(tensors, heads=6, kv_heads=2)}, X)[0]
+        for tensors, interleaved in ((state, True), (reordered, False))
+    ]
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
+
+
+@pytest.mark.torch
+def test_bfloat16_and_no_copies():
+    """A tensor that needs no stacking is seen where it lies."""
+    import torch
+
+    tensor = torch.randn(24, 24).bfloat16()
+    state = dict.fromkeys(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"), tensor)
+    kernel = torch_interop.from_state_dict(state, heads=6)["out"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    assert kernel.__array_interface__["data"][0] == tensor.data_ptr()
+    np.testing.assert_array_equal(kernel.reshape(24, 24).T.astype(np.float32), tensor.float().numpy())
+
+
 def test_a_prefix_picks_one_layer_of_a_model():
     layer = {"Wqkv.weight": RNG.standard_normal((32, 24)), "out_proj.weight": RNG.standard_normal((24, 24))}
     state = {f"blocks.{i}.attn.{name}": x + i for name, x in layer.items() for i in range(2)}

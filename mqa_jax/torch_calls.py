@@ -1,0 +1,99 @@
+"""How attention layers of PyTorch libraries are called: with which masks, positions and caches. This imports torch.
+
+A call takes hidden states `[batch, length, features]` of tokens that follow what is cached, and returns as many.
+"""
+
+import sys
+from typing import Any, Protocol
+
+import torch
+
+from mqa_jax import hf_attention
+
+
+class Call(Protocol):
+    """Calls a layer on `x`; `cache` is what `new_cache` made, or None to attend to `x` alone."""
+
+    def __call__(self, layer: Any, x: torch.Tensor, cache: Any = None) -> torch.Tensor: ...
+
+
+def call(layer: Any, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    """Any layer that `from_torch` knows; of others the first result of `layer(x)`."""
+    if isinstance(layer, torch.nn.MultiheadAttention):
+        arranged = x if layer.batch_first else x.transpose(0, 1)
+        out = layer(arranged, arranged, arranged, need_weights=False)[0]
+        return out if layer.batch_first else out.transpose(0, 1)
+    kind = type(layer).__name__
+    if kind == "BertAttention":
+        return layer.output.dense(layer.self(x)[0])
+    if kind in _CALLS:
+        return _CALLS[kind](layer, x, cache)
+    out = layer(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def new_cache(layer: Any) -> Any | None:
+    """The layer's own cache, or None if `call` knows of none."""
+    if type(layer).__name__ not in _CALLS:
+        return None
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _length(layer: Any, cache: Any) -> int:
+    return 0 if cache is None else cache.get_seq_length(layer.layer_idx)
+
+
+def _hidden(layer: Any, x: torch.Tensor, cache: Any, window: int | None = None) -> torch.Tensor:
+    """True where a token may not attend, `[T, S]`: to what follows it, and beyond a window that counts itself."""
+    start = _length(layer, cache)
+    query, key = torch.arange(start, start + x.shape[1])[:, None], torch.arange(start + x.shape[1])
+    hidden = key > query
+    return hidden if window is None else hidden | (key <= query - window)
+
+
+def _additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+
+
+def _rotary(layer: Any, x: torch.Tensor, cache: Any) -> Any:
+    """Cosines and sines, by the class that its model uses."""
+    names = vars(sys.modules[type(layer).__module__])
+    rotary = next(x for name, x in names.items() if name.endswith("RotaryEmbedding"))
+    start = _length(layer, cache)
+    return rotary(layer.config)(x, torch.arange(start, start + x.shape[1])[None])
+
+
+def _llama(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
+    window = hf_attention.attention_of(layer.config.to_dict(), layer.layer_idx)[0].local_window_size
+    size = window[0] + 1 if isinstance(window, tuple) else None
+    mask = _additive(_hidden(layer, x, cache, size), x.dtype)
+    return layer(x, _rotary(layer, x, cache), mask, past_key_values=cache)[0]
+
+
+def _gpt_bigcode(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
+    mask = _additive(_hidden(layer, x, cache), x.dtype)
+    return layer(x, layer_past=cache, attention_mask=mask)[0]
+
+
+def _falcon(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
+    mask = _additive(_hidden(layer, x, cache), x.dtype)
+    return layer(x, None, mask, layer_past=cache, position_embeddings=_rotary(layer, x, cache))[0]
+
+
+def _mpt(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    alibi = build_mpt_alibi_tensor(layer.n_heads, layer.max_seq_length).to(x.dtype)
+    return layer(x, alibi, past_key_values=cache, attention_mask=_hidden(layer, x, cache)[None, None])[0]
+
+
+_CALLS = {
+    "LlamaAttention": _llama,
+    "MistralAttention": _llama,
+    "Qwen2Attention": _llama,
+    "GPTBigCodeAttention": _gpt_bigcode,
+    "FalconAttention": _falcon,
+    "MptAttention": _mpt,
+}

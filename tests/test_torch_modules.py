@@ -1,0 +1,104 @@
+"""Live torch layers as our modules, and back."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hf_layers import CONFIGS, hf_layer
+
+import mqa_jax
+from mqa_jax.torch_modules import from_torch, to_torch
+
+pytestmark = pytest.mark.torch
+
+
+def equal(layer, other) -> bool:
+    pairs = zip(layer.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == name_ and (x == x_).all() and x.dtype == x_.dtype for (name, x), (name_, x_) in pairs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layer_of_transformers_there_and_back(name):
+    layer = hf_layer(name)
+    module, variables = from_torch(layer)
+    zeros = jax.tree.map(np.zeros_like, variables)
+    assert not equal(to_torch(zeros, layer), layer)
+    assert equal(to_torch(variables, to_torch(zeros, layer)), layer)
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), np.zeros((1, 3, 24), np.float32), deterministic=True)
+    )
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
+
+
+@pytest.mark.parametrize("options", [{}, dict(bias=False), dict(kdim=10, vdim=6), dict(add_bias_kv=True)], ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_torch_multihead_attention(options, batch_first):
+    import torch
+
+    torch.manual_seed(0)
+    layer = torch.nn.MultiheadAttention(24, 6, batch_first=batch_first, **options)
+    module, variables = from_torch(layer)
+    assert equal(to_torch(variables, layer), layer)
+    inputs = [torch.randn(2, 5, width) for width in (24, options.get("kdim", 24), options.get("vdim", 24))]
+    arranged = inputs if batch_first else [x.transpose(0, 1) for x in inputs]
+    expected = layer(*arranged)[0]
+    expected = expected if batch_first else expected.transpose(0, 1)
+    x, key, value = (x.numpy() for x in inputs)
+    out = module.apply(variables, x, inputs_k=key, inputs_v=value, deterministic=True)[0]
+    np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-5)
+
+
+def llm_foundry(bias: bool = True) -> Any:
+    """A stand-in for a class that cannot be imported: the attributes and tensors that it has."""
+    import torch
+
+    torch.manual_seed(0)
+    layer: Any = torch.nn.Module()
+    layer.n_heads, layer.kv_n_heads, layer.clip_qkv, layer.softmax_scale, layer.attn_dropout_p = 6, 2, 1.5, 0.4, 0.0
+    layer.Wqkv, layer.out_proj = torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(24, 24, bias=bias)
+    layer.q_ln, layer.k_ln = torch.nn.LayerNorm(24), torch.nn.LayerNorm(8)
+    return layer
+
+
+def test_a_class_that_is_recognised_by_its_tensors():
+    layer = llm_foundry()
+    module, variables = from_torch(layer, causal=False)
+    assert module == mqa_jax.GroupedQueryAttention(
+        24,
+        6,
+        kv_heads=2,
+        head_dim=4,
+        clip_qkv=1.5,
+        softmax_scale=0.4,
+        qk_ln=True,
+        norm_type="layernorm",
+        causal=False,
+        use_bias=True,
+        use_out_bias=True,
+        out_features=24,
+    )
+    assert equal(to_torch(variables, layer), layer)
+
+
+def test_bfloat16_is_kept():
+    layer = hf_layer("llama").bfloat16()
+    _, variables = from_torch(layer)
+    assert {x.dtype.name for x in jax.tree.leaves(variables)} == {"bfloat16"}
+    assert equal(to_torch(variables, layer), layer)
+
+
+def test_heads_that_nobody_tells():
+    layer = llm_foundry()
+    del layer.n_heads
+    with pytest.raises(ValueError, match=r"Module does not tell its number of heads: heads=None. Pass heads="):
+        from_torch(layer)
+    assert from_torch(layer, heads=6)[0].heads == 6
+
+
+def test_parameters_of_another_layer():
+    _, variables = from_torch(llm_foundry(bias=False))
+    with pytest.raises(ValueError, match=r"do not fit Module; ours and its shapes: \{'Wqkv.bias': \(\(40,\), None\)"):
+        to_torch(from_torch(llm_foundry())[1], llm_foundry(bias=False))
+    with pytest.raises(ValueError, match="No known attention layout"):
+        to_torch(variables, llm_foundry().q_ln)
