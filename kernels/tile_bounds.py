@@ -109,13 +109,18 @@ def _extremes(segments: Int[Array, "B X"], tile: int) -> tuple[Array, Array]:
 def _hull(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
     """First tile that is related, and the one after the last; (0, 0) if there is none."""
     count = related.shape[-1]
-    stop = jnp.where(jnp.any(related, axis=-1), count - jnp.argmax(related[..., ::-1], axis=-1), 0)
-    return jnp.argmax(related, axis=-1), stop
+    stop = jnp.where(jnp.any(related, axis=-1), count - _first(related[..., ::-1]), 0)
+    return _first(related), stop
 
 
 def _first_run(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
     """The first contiguous run; the only one where ids are sorted."""
-    start = jnp.argmax(related, axis=-1)
+    start = _first(related)
     ended = ~related & (positions(related.shape[-1]) >= start[..., None])
-    stop = jnp.where(jnp.any(ended, axis=-1), jnp.argmax(ended, axis=-1), related.shape[-1])
+    stop = jnp.where(jnp.any(ended, axis=-1), _first(ended), related.shape[-1])
     return start, jnp.where(jnp.any(related, axis=-1), stop, 0)
+
+
+def _first(x: Bool[Array, "B X Y"]) -> Array:
+    """Where the first True is, in 32 bits, whatever `jax_enable_x64` says."""
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)

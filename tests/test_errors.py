@@ -18,7 +18,7 @@ import pytest
 import test_hf_checkpoint
 
 import mqa_jax
-from mqa_jax import hf_attention, torch_interop, torch_modules
+from mqa_jax import hf_attention, parity, torch_interop, torch_modules
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import tile_config
 from mqa_jax.kernels.tile_config import TileConfig
@@ -295,6 +295,10 @@ TORCH = {
         lambda: torch_modules.from_torch(SimpleNamespace(state_dict=_state)),
         r"SimpleNamespace does not tell its number of heads: heads=None. Pass heads=, and kv_heads=",
     ),
+    "nothing to plot": (
+        lambda: parity.Report(()).plot(Path("nowhere.png")),
+        r"There is nothing to plot: this torch layer does not show what goes into its projection",
+    ),
     "another module": (
         lambda: torch_modules.to_torch(
             {"params": convert(_state())}, SimpleNamespace(state_dict=lambda: _state(dim=4))
@@ -502,7 +506,7 @@ def test_no_error_is_missing_from_these_tables():
         (path.name, node.lineno)
         for path in [*package.glob("*.py"), *(package / "kernels").glob("*.py")]
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Raise)
+        if isinstance(node, ast.Raise) and "SystemExit" not in ast.unparse(node)  # of commands, in their own tests
     }
     assert written - _raised() == set()
 

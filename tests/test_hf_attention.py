@@ -38,6 +38,7 @@ def converted(meta, arrays):
     return dataclasses.replace(module, deterministic=True), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_caches(name):
     """The whole text at once, and a prompt and two steps through our cache, which then holds what theirs does."""

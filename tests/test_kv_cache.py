@@ -295,7 +295,7 @@ def test_steps_do_not_retrace():
 def test_the_donated_cache_is_updated_in_place():
     """Buffers are reused, and the compiled program copies nothing of the size of the cache."""
     module, params = make()
-    cache = new_cache(module, max_length=4096)
+    cache = new_cache(module, max_length=2**15)
     compiled = jax.jit(functools.partial(eager_step, module), donate_argnums=1).lower(params, cache, X[:, :1]).compile()
     pointer = cache["cached_key"].unsafe_buffer_pointer()
     _, changed = compiled(params, cache, X[:, :1])

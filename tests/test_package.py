@@ -92,7 +92,9 @@ def test_every_module_is_found():
     assert {name.rpartition(".")[2] for name in MODULES} == files | {"mqa_jax", "kernels"}
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_calls") else ()) for name in MODULES]
+)
 def test_examples_in_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 

@@ -353,6 +353,7 @@ def test_remat_can_save_what_the_backward_pass_needs(policy, forward_kernels):
 
 
 def lowered_for_cuda(function, *arguments):
+    jax.clear_caches()  # kernels silence their warning when they are traced, and pytest resets that after each test
     with tile_config.assuming("sm90"), gpu_compile.lowering_for(gpu_compile.TARGETS["h100"]):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
@@ -383,6 +384,7 @@ def test_the_deprecation_warning_of_the_backend_is_silent():
 def test_export_for_cuda():
     """The kernels are no stable part of StableHLO, so the caller has to say that this is known."""
     check = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    jax.clear_caches()
     target = gpu_compile.TARGETS["h100"]
     with tile_config.assuming("sm90"), gpu_compile.lowering_for(target), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of flatbuffers, in `serialize`

@@ -34,7 +34,7 @@ def tiled(monkeypatch, shape: TileShape) -> str:
 
 @pytest.mark.slow
 @hypothesis.given(problems.problems(), st.data())
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=18)
 def test_every_combination_of_options_in_small_tiles(problem, data):
     """Most shapes then need several tiles, of which the last ones are moved back inside the array."""
     rows, kv_heads = problem.arrays["query"].shape[-3], problem.arrays["key"].shape[-2]
@@ -191,7 +191,7 @@ def test_one_query_copies_no_more_than_a_block_of_the_cache(dtype, lengths):
     attend = jax.jit(lambda *arrays: xla.forward(Inputs(Operands(*arrays), mask)))
     memory: Any = attend.lower(query, cache, cache).compile().memory_analysis()
     block = size.B * xla.steps_for_cpu(size).columns * size.K * size.H * 4
-    assert memory.temp_size_in_bytes < block / 4
+    assert memory.temp_size_in_bytes < block / 2
 
 
 NAN_OPTIONS: dict[str, dict[str, Any]] = {
