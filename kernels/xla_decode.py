@@ -9,6 +9,7 @@ what it covers a second time is masked.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +67,17 @@ class Block:
 def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
     size, sinks = inputs.sizes, inputs.operands.sinks
     query = inputs.operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(1, 2)
-    step = lambda index, state: attend(inputs, steps, Block.number(index, steps.columns, size), query, state)
+    of_block = lambda inputs: (
+        lambda index, state: attend(inputs, steps, Block.number(index, steps.columns, size), query, state)
+    )
     state = _nothing_seen(size, steps)
     if steps.columns == size.S:
-        state = step(jnp.int32(0), state)
+        state = of_block(inputs)(jnp.int32(0), state)
     else:
-        state = lax.fori_loop(*_block_range(inputs, steps.columns), step, state)
+        blocks = _BlockRange.seen(inputs, steps.columns)
+        masked, full = of_block(inputs), of_block(replace(inputs, mask=_full(inputs.mask)))
+        step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
+        state = lax.fori_loop(blocks.start, blocks.stop, step, state)
     state = state._replace(weighted=jnp.sum(state.weighted, axis=1))
     out, log_sum_exp = online_softmax.finish(state, None if sinks is None else _of_heads(sinks, size)[..., None])
     return _ungroup(out, size).astype(inputs.dtype), _ungroup(log_sum_exp, size)[..., 0]
@@ -94,12 +100,29 @@ def attend(
     return online_softmax.State(highest, total, state.weighted * rescale[:, None] + weighted)
 
 
-def _block_range(inputs: Inputs, columns: int) -> tuple[Array, Array]:
-    """The first block that some row of the batch can see, and the one after the last."""
-    size = inputs.sizes
-    bounds = tile_bounds.key_tiles(inputs.mask, size, size.T, columns)[:, 0]
-    start, stop = bounds[:, 0], bounds[:, 3]
-    return jnp.min(jnp.where(start < stop, start, stop.max())), jnp.max(stop)
+class _BlockRange(NamedTuple):
+    """Blocks [start, stop) are seen by some row of the batch; of [full_start, full_stop) all rows see everything."""
+
+    start: Array
+    full_start: Array
+    full_stop: Array
+    stop: Array
+
+    @classmethod
+    def seen(cls, inputs: Inputs, columns: int) -> "_BlockRange":
+        size = inputs.sizes
+        bounds = tile_bounds.key_tiles(inputs.mask, size, size.T, columns)[:, 0]
+        start, full_start, full_stop, stop = bounds.T
+        first = jnp.min(jnp.where(start < stop, start, stop.max()))
+        return cls(first, jnp.max(full_start), jnp.min(full_stop), jnp.max(stop))
+
+    def is_full(self, index: Array) -> Array:
+        return (self.full_start <= index) & (index < self.full_stop)
+
+
+def _full(mask: masks.Mask) -> masks.Mask:
+    """For blocks that all queries see, if they are not padding: hiding nothing costs as much as the rest of a step."""
+    return masks.Mask(query_offset=mask.query_offset, query_lengths=mask.query_lengths, ring=mask.ring)
 
 
 def _nothing_seen(size: Sizes, steps: Steps) -> online_softmax.State:

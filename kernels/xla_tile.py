@@ -132,7 +132,8 @@ class Tiling:
     def keys(self, x: Real[Array, "B S K X"], place: Place) -> Real[Array, "P bk X"]:
         """Rows of a key-side array; 0 beyond the length, where NaN may lie and 0 * NaN would be NaN."""
         start, size = self._keys_slice(place, x.shape[-1])
-        x, start = lax.optimization_barrier((x, start))  # or XLA would convert all of x, before the loop
+        if x.dtype != jnp.float32:
+            x, start = lax.optimization_barrier((x, start))  # or XLA would convert all of x, before the loop
         x = lax.dynamic_slice(x, start, size)[0]  # [bk, P, X]
         lengths = self.inputs.mask.key_lengths
         if lengths is not None:
