@@ -75,8 +75,10 @@ def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
         state = of_block(inputs)(jnp.int32(0), state)
     else:
         blocks = _BlockRange.seen(inputs, steps.columns)
-        masked, full = of_block(inputs), of_block(replace(inputs, mask=_full(inputs.mask)))
-        step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
+        masked, step = of_block(inputs), of_block(replace(inputs, mask=_full(inputs.mask)))
+        if inputs.mask.hides_keys or size.S % steps.columns:
+            full = step
+            step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
         state = lax.fori_loop(blocks.start, blocks.stop, step, state)
     state = state._replace(weighted=jnp.sum(state.weighted, axis=1))
     out, log_sum_exp = online_softmax.finish(state, None if sinks is None else _of_heads(sinks, size)[..., None])

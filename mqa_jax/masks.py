@@ -88,6 +88,12 @@ class Mask:
     is_causal: bool = field(default=False, metadata={"static": True})
     window: tuple[int, int] | None = field(default=None, metadata={"static": True})
 
+    @property
+    def hides_keys(self) -> bool:
+        """Whether it may hide a key from a query that is not padding."""
+        arrays = self.allowed, self.key_lengths, self.query_segments
+        return self.is_causal or self.window is not None or any(x is not None for x in arrays)
+
 
 def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B #N #T #S"] | None:
     """True where query `rows` may attend to key `columns`; None if nothing is removed.

@@ -151,7 +151,7 @@ def test_few_queries_on_blocks_that_all_rows_see():
         kv_heads=4,
         features=16,
         key_value_seq_lengths=lengths,
-        query_seq_lengths=jnp.array([3, 1, 0, 2], jnp.int32),
+        query_seq_lengths=jnp.array([3, 1, 2, 2], jnp.int32),
         query_offset=lengths - 3,
         is_causal=True,
         alibi_slopes=mqa_jax.alibi_slopes(8),
