@@ -12,7 +12,7 @@ from llama import LlamaConfig
 from tqdm import tqdm
 
 import mqa_jax
-from mqa_jax import torch_interop
+from mqa_jax import hf_attention, torch_interop
 
 Params = dict[str, Any]
 
@@ -141,31 +141,13 @@ def load_folder(folder: Path) -> Checkpoint:
         kv_heads=settings.get("num_key_value_heads", heads),
         head_dim=settings.get("head_dim") or dim // heads,
         max_length=settings["max_position_embeddings"],
-        rope=_rope_of(settings),
+        rope=hf_attention.rope_of(settings),
         norm_eps=settings["rms_norm_eps"],
         tied_embeddings=settings.get("tie_word_embeddings", False),
         attention_bias=settings.get("attention_bias", False),
         mlp_bias=settings.get("mlp_bias", False),
     )
     return Checkpoint(config, read_params(config, HUGGING_FACE_NAMES, set(files), read), {"folder": folder})
-
-
-def _rope_of(settings: dict[str, Any]) -> mqa_jax.Rope:
-    """Both spellings of config.json: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
-    rope = settings.get("rope_parameters") or {
-        "rope_theta": settings.get("rope_theta", 10_000.0),
-        **(settings.get("rope_scaling") or {}),
-    }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling: mqa_jax.LinearScaling | mqa_jax.Llama3Scaling | None = None
-    if kind == "linear":
-        scaling = mqa_jax.LinearScaling(factor=rope["factor"])
-    elif kind == "llama3":
-        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        scaling = mqa_jax.Llama3Scaling(**{name: rope[name] for name in names})
-    elif kind != "default":
-        raise NotImplementedError(f"RoPE scaling is 'default', 'linear' or 'llama3': rope_type={kind!r}.")
-    return mqa_jax.Rope(theta=rope["rope_theta"], scaling=scaling)
 
 
 def read_params(config: LlamaConfig, names: Names, present: set[str], read: Callable[[str], np.ndarray]) -> Params:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from mqa_jax import dropout, masks
+from mqa_jax import dropout, masks, quantization
 from mqa_jax.inputs import Inputs
 from mqa_jax.shapes import LogSumExp, Output, positions
 
@@ -62,7 +62,7 @@ def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
 
 
 def _scaled(x: Real[Array, "B S K Z"], scale: Float[Array, "B S K"] | None) -> Float[Array, "B S K Z"]:
-    return x if scale is None else x.astype(jnp.float32) * scale[..., None]
+    return x if scale is None else quantization.dequantize(x, scale)
 
 
 def _without_padding(x: Float[Array, "B X Y Z"], lengths: Array | None) -> Float[Array, "B X Y Z"]:
