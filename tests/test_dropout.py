@@ -91,7 +91,8 @@ def test_rows_of_a_batch_drop_the_same_alone_or_in_more_axes(implementation):
     flat = {name: x.reshape(6, *x.shape[2:]) for name, x in problem.arrays.items()}
     np.testing.assert_array_equal(attend(problem.arrays).reshape(6, 5, 2, 4), attend(flat))
     first = {name: x[:1] for name, x in flat.items()}
-    np.testing.assert_allclose(attend(flat)[:1], attend(first), rtol=1e-6)
+    # Summed in another order: the number of rows decides by which program. A weight dropped or not makes 0.1.
+    np.testing.assert_allclose(attend(flat)[:1], attend(first), atol=1e-6)
 
 
 def test_every_weight_dropped_gives_zero():
