@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int
 from llama import Block, Llama, LlamaConfig, cache_bytes_per_token
 from tokens import Text, load_text
 from tqdm import tqdm
+from train_report import aligned
 
 import mqa_jax
 
@@ -211,11 +212,6 @@ def error_table(results: list[Result]) -> str:
     layers = zip(*(result.errors for result in results))
     rows = [[f"{i}", *(f"{x:.3%}" for error in errors for x in error)] for i, errors in enumerate(layers)]
     return aligned([header, *rows])
-
-
-def aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def side_by_side(results: list[Result], text: Text, prompt: int) -> str:

@@ -113,9 +113,13 @@ def table(results: list[Result]) -> str:
         ]
         for result in results
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
-    return "\n".join([*lines, "Losses are nats a byte."])
+    return f"{aligned([header, *rows])}\nLosses are nats a byte."
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Columns of text, each to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def smooth(losses: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " fewer_steps"]:

@@ -133,10 +133,8 @@ class Program:
 
     def may_mask(self) -> bool:
         """Whether some tile has pairs that the mask hides or that do not exist (on the owned axis these do no harm)."""
-        mask = self.inputs.mask
-        hidden = mask.is_causal or mask.window is not None or mask.allowed is not None
         ragged = self.ragged_rows() if self.transposed else self.ragged_columns()
-        return hidden or mask.query_segments is not None or ragged
+        return self.inputs.mask.hides_pairs or ragged
 
     # -- reading and writing --------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
     else:
         blocks = _BlockRange.seen(inputs, steps.columns)
         masked, step = of_block(inputs), of_block(replace(inputs, mask=_full(inputs.mask)))
-        if inputs.mask.hides_keys or size.S % steps.columns:
+        if inputs.mask.hides_pairs or inputs.mask.key_lengths is not None or size.S % steps.columns:
             full = step
             step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
         state = lax.fori_loop(blocks.start, blocks.stop, step, state)

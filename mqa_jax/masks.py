@@ -89,10 +89,10 @@ class Mask:
     window: tuple[int, int] | None = field(default=None, metadata={"static": True})
 
     @property
-    def hides_keys(self) -> bool:
-        """Whether it may hide a key from a query that is not padding."""
-        arrays = self.allowed, self.key_lengths, self.query_segments
-        return self.is_causal or self.window is not None or any(x is not None for x in arrays)
+    def hides_pairs(self) -> bool:
+        """Whether it may hide a key from a query although neither is padding."""
+        parts = self.window, self.allowed, self.query_segments
+        return self.is_causal or any(x is not None for x in parts)
 
 
 def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B #N #T #S"] | None:

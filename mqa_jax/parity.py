@@ -136,6 +136,7 @@ def compare(
 
     theirs = _Torch(torch_module, call or torch_calls.call, layout, flax_module)
     dtype = theirs.dtype_name
+    limit = tolerance_of(dtype) if tolerance is None else tolerance
     x = np.asarray(x, np.float64)
     cotangent = np.random.default_rng(seed).standard_normal((*x.shape[:-1], theirs.out_features))
     exact = theirs.in_float64().results(x, cotangent)
@@ -146,7 +147,6 @@ def compare(
         ours["decoded"] = _decoded(flax_module, variables, jnp.asarray(x, dtype), prompt)
         found["decoded"] = theirs.decoded(x, prompt) if call is None else found["output"]
         exact["decoded"] = exact["output"]
-    limit = TOLERANCES[dtype] if tolerance is None else tolerance
     gradients = max(float(np.abs(x).max(initial=0.0)) for name, x in exact.items() if name.startswith("d_"))
     differences = tuple(
         _difference(
@@ -158,6 +158,14 @@ def compare(
     if errors is not None:
         errors = errors.reshape(-1, flax_module.heads, errors.shape[-1] // flax_module.heads).max(-1).T
     return Report(differences, errors)
+
+
+def tolerance_of(dtype: str) -> float:
+    if dtype not in TOLERANCES:
+        raise ValueError(
+            f"Layers are compared in one of {list(TOLERANCES)}: dtype={dtype!r}. Cast the layer with .to()."
+        )
+    return TOLERANCES[dtype]
 
 
 def _difference(name: str, ours: Any, theirs: Any, exact: Any, tolerance: float, least: float) -> Difference:
@@ -255,13 +263,11 @@ class _Torch:
 
     def results(self, x: np.ndarray, cotangent: np.ndarray) -> dict[str, np.ndarray]:
         seen: dict[str, Any] = {}
-        if self.known.out is not None:
-            projection = self.module.get_submodule(self.known.out)
-            hook = projection.register_forward_pre_hook(lambda _, arguments: seen.update(context=arguments[0]))
         given = self.tensor(x).requires_grad_()
+        if self.known.out is not None:  # the module is a copy, so the hook may stay
+            projection = self.module.get_submodule(self.known.out)
+            projection.register_forward_pre_hook(lambda _, arguments: seen.update(context=arguments[0]))
         out = self.call(self.module, given)
-        if self.known.out is not None:
-            hook.remove()
         out.backward(self.tensor(cotangent))
         names = {
             *self.known.weights,

@@ -64,7 +64,7 @@ def to_torch(variables: Mapping[str, Any], like: Any) -> Any:
     result = copy.deepcopy(like)
     state = result.state_dict()
     for name, x in written.items():
-        state[name].copy_(state[name].new_tensor(np.asarray(x, np.float32)))
+        state[name].copy_(state[name].new_tensor(np.asarray(x, np.float64)))  # torch knows no bfloat16 of numpy's
     return result
 
 

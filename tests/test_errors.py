@@ -295,6 +295,10 @@ TORCH = {
         lambda: torch_modules.from_torch(SimpleNamespace(state_dict=_state)),
         r"SimpleNamespace does not tell its number of heads: heads=None. Pass heads=, and kv_heads=",
     ),
+    "dtype to compare in": (
+        lambda: parity.tolerance_of("float64"),
+        r"compared in one of \['float32', 'bfloat16', 'float16'\]: dtype='float64'. Cast the layer",
+    ),
     "nothing to plot": (
         lambda: parity.Report(()).plot(Path("nowhere.png")),
         r"There is nothing to plot: this torch layer does not show what goes into its projection",

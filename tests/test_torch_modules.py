@@ -81,11 +81,17 @@ def test_a_class_that_is_recognised_by_its_tensors():
     assert equal(to_torch(variables, layer), layer)
 
 
-def test_bfloat16_is_kept():
-    layer = hf_layer("llama").bfloat16()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_dtypes_are_kept(dtype):
+    import torch
+
+    layer = hf_layer("llama").to(getattr(torch, dtype))
+    for parameter in layer.parameters():  # with all the bits that the dtype has
+        torch.nn.init.normal_(parameter)
     _, variables = from_torch(layer)
-    assert {x.dtype.name for x in jax.tree.leaves(variables)} == {"bfloat16"}
-    assert equal(to_torch(variables, layer), layer)
+    assert {x.dtype.name for x in jax.tree.leaves(variables)} == {dtype}
+    zeros = to_torch(jax.tree.map(np.zeros_like, variables), layer)
+    assert equal(to_torch(variables, zeros), layer)
 
 
 def test_heads_that_nobody_tells():
