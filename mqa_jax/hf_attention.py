@@ -108,16 +108,13 @@ def _falcon(config: Config, layer: int) -> dict[str, Any]:
     heads = config["num_attention_heads"]
     grouped = config.get("new_decoder_architecture", False)
     one = config.get("multi_query", True) and not grouped
-    if config.get("alibi", False):
-        raise NotImplementedError(
-            "Falcon rounds ALiBi to bfloat16 and scales it with the scores, which no layer of this library does: "
-            "alibi=True. Convert the weights with from_state_dict(..., layout='falcon'), and pass the bias to the call."
-        )
+    alibi = config.get("alibi", False)
     return dict(
         dim=config["hidden_size"],
         heads=heads,
         kv_heads=1 if one else (config.get("num_kv_heads") or heads) if grouped else heads,
-        rope=rope_of(config),
+        rope=None if alibi else rope_of(config),
+        alibi="falcon" if alibi else False,
         use_bias=config.get("bias", False),
         attn_pdrop=config.get("attention_dropout") or 0.0,
     )

@@ -41,6 +41,16 @@ def _check_cache(module: Any) -> None:
         )
 
 
+def _check_alibi(module: Any) -> None:
+    if module.alibi not in (False, True, "falcon"):
+        raise ValueError(f"Unknown alibi={module.alibi!r}: use True, False or 'falcon'.")
+    if module.alibi == "falcon" and (module.alibi_bias_max != 8 or module.cache_layout == "ring"):
+        raise NotImplementedError(
+            "Falcon's ALiBi has alibi_bias_max=8, and needs keys in the order of their positions, which a ring buffer "
+            f"has not: alibi='falcon', alibi_bias_max={module.alibi_bias_max}, cache_layout={module.cache_layout!r}."
+        )
+
+
 def check_settings(module: Any) -> None:
     """Everything that can be said about the settings before a call; also makes `d_model` and `dim` one."""
     name, dim = type(module).__name__, module.d_model or module.dim
@@ -56,6 +66,7 @@ def check_settings(module: Any) -> None:
         raise ValueError(f"heads must be a multiple of kv_heads: heads={module.heads}, kv_heads={module.kv_heads}.")
     implementation_of(module.attn_impl)
     _check_cache(module)
+    _check_alibi(module)
     if module.fc_type != "torch":
         raise ValueError(f"Unknown fc_type={module.fc_type!r}: 'torch', a plain dense layer, is the only one.")
     check_norm_type(module.norm_type)

@@ -24,7 +24,7 @@ from mqa_jax.checks import checked_window
 from mqa_jax.module_settings import check_kv_heads, check_settings, implementation_of
 from mqa_jax.norms import make_norm
 from mqa_jax.options import Options
-from mqa_jax.positions import Rope, TemperatureTuning, alibi_slopes
+from mqa_jax.positions import Rope, TemperatureTuning, alibi_slopes, falcon_alibi
 
 KeyValue = tuple[Float[Array, "... S K H"], Float[Array, "... S K H"]]
 
@@ -54,7 +54,8 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
       norm_eps: epsilon of these norms.
       causal: whether calls are causal that do not say.
       rope: rotary positions, or None.
-      alibi: add ALiBi with the slopes `alibi_slopes(heads, alibi_bias_max)`.
+      alibi: add ALiBi with the slopes `alibi_slopes(heads, alibi_bias_max)`; "falcon": as Falcon rounds and scales it
+        (`mqa_jax.positions.falcon_alibi`).
       attn_temperature_tuning: scales queries by their position, or None.
       local_window_size, logits_soft_cap: as in `dot_product_attention`.
       cache_layout: "static", or "ring": a cache as long as the window, through which any number of tokens goes.
@@ -86,7 +87,7 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
     norm_eps: float = 1e-5
     causal: bool = True
     rope: Rope | None = None
-    alibi: bool = False
+    alibi: bool | str = False
     alibi_bias_max: float = 8
     attn_temperature_tuning: TemperatureTuning | None = None
     local_window_size: int | tuple[int, int] | None = None
@@ -325,10 +326,13 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
             scale=self.softmax_scale,
             local_window_size=self.local_window_size,
             logits_soft_cap=self.logits_soft_cap,
-            alibi_slopes=alibi_slopes(self.heads, self.alibi_bias_max) if self.alibi else None,
+            alibi_slopes=alibi_slopes(self.heads, self.alibi_bias_max) if self.alibi is True else None,
             sinks=sinks,
             precision=self.precision,
         )
+        if self.alibi == "falcon":
+            added = falcon_alibi(self.heads, self._head_dim, keys.key.shape[-3])
+            bias = added if bias is None else bias.astype(jnp.float32) + added
         arrays = query, keys.key, keys.value, bias, mask
         weights = None
         if needs_weights:

@@ -1,8 +1,10 @@
 """Positions: rotary embeddings (RoPE), ALiBi slopes, and the temperature of queries far into a text."""
 
+import functools
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -96,3 +98,14 @@ def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:
     if count != heads:
         slopes = np.concatenate([slopes[1::2], slopes[0::2]])[:heads]
     return jnp.asarray(slopes, jnp.float32)
+
+
+def falcon_alibi(heads: int, head_dim: int, length: int) -> Float[Array, "N 1 S"]:
+    """What Falcon adds to the scores of each key instead of ALiBi: slope * position / sqrt(H), float32.
+
+    It differs from ALiBi of slopes slope / sqrt(H) by a constant for each query, which a softmax does not see, and by
+    rounding: slopes and products are bfloat16, so that far keys share a position (transformers, `build_alibi_tensor`).
+    """
+    rounded = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)  # casts XLA may leave out
+    slopes = rounded(alibi_slopes(heads))[:, None, None]
+    return rounded(slopes * rounded(jnp.arange(length, dtype=jnp.float32))) / math.sqrt(head_dim)

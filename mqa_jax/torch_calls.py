@@ -3,6 +3,7 @@
 A call takes hidden states `[batch, length, features]` of tokens that follow what is cached, and returns as many.
 """
 
+import math
 import sys
 from typing import Any, Protocol
 
@@ -79,7 +80,15 @@ def _gpt_bigcode(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
 
 def _falcon(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
     mask = _additive(_hidden(layer, x, cache), x.dtype)
-    return layer(x, None, mask, layer_past=cache, position_embeddings=_rotary(layer, x, cache))[0]
+    if not layer.config.alibi:
+        return layer(x, None, mask, layer_past=cache, position_embeddings=_rotary(layer, x, cache))[0]
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+    keys = torch.ones(1, mask.shape[-1], dtype=torch.int64)
+    alibi = build_alibi_tensor(keys, layer.num_heads, x.dtype)
+    # In the mask, as "sdpa" has it; "eager", which would add it once more, is given 0.
+    nothing = torch.zeros(len(x), *alibi.shape, dtype=x.dtype)
+    return layer(x, nothing, mask + alibi / math.sqrt(layer.head_dim), layer_past=cache)[0]
 
 
 def _mpt(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:

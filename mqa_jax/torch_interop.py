@@ -4,13 +4,10 @@
 hold `[out, in]`, ours `[in, heads, H]` and `[heads, H, out]`.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from mqa_jax import torch_layouts
+from mqa_jax import torch_arrays, torch_layouts
 from mqa_jax.torch_layouts import Params
 
 StateDict = Mapping[str, Any]
@@ -102,10 +99,7 @@ def _checked_kv_heads(heads: int, kv_heads: int | None) -> int:
 
 
 def _array(x: Any) -> Any:
-    """A torch tensor as numpy, without a copy where it is on the CPU; other arrays as they are."""
-    if not hasattr(x, "detach"):
+    """A torch tensor as numpy, or as a JAX array if it is on a GPU; other arrays as they are. No copy if avoidable."""
+    if not torch_arrays.is_tensor(x):
         return x
-    x = x.detach().cpu()
-    if str(x.dtype) == "torch.bfloat16":  # numpy has no name for it
-        return x.view(sys.modules["torch"].int16).numpy().view(jnp.dtype("bfloat16"))
-    return x.numpy()
+    return torch_arrays.to_numpy(x) if x.device.type == "cpu" else torch_arrays.to_jax(x)

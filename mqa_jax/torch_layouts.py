@@ -16,7 +16,8 @@ parameters of our modules, the state dict back again (bitwise, since nothing is 
     knotgrass     query, key, value of one head, or one of these for each head    knotgrass's four classes
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +114,10 @@ def _lucidrains(heads: int, kv_heads: int) -> Layout:
     return _linear(rows, "to_out")
 
 
+KNOTGRASS_QUERY = re.compile(r"((multihead|grouped)\.\d+\.)?(query|querys\.\d+)\.weight")
+KNOTGRASS_KEY = re.compile(r"((multihead|grouped)\.\d+\.)?key\.weight")
+
+
 def _knotgrass(heads: int, kv_heads: int) -> Layout:
     return _linear({kind: [(kind, 0)] for kind in ("query", "key", "value")}, None)
 
@@ -167,6 +172,13 @@ def find(name: str | None, tensors: Mapping[str, Any], heads: int, kv_heads: int
     if name not in LAYOUTS:
         raise ValueError(f"Unknown layout={name!r}: use one of {list(LAYOUTS)}, or None to have it recognised.")
     return name, LAYOUTS[name][1](heads, kv_heads)
+
+
+def knotgrass_settings(names: Iterable[str]) -> dict[str, Any]:
+    """Its classes have a tensor for each head, so that the names tell how many there are. None of them is causal."""
+    names = list(names)
+    heads, kv_heads = (sum(bool(kind.fullmatch(name)) for name in names) for kind in (KNOTGRASS_QUERY, KNOTGRASS_KEY))
+    return dict(heads=heads, kv_heads=kv_heads, causal=False) if heads else {}
 
 
 # -- from a state dict ------------------------------------------------------------------------------------------------

@@ -8,10 +8,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
-from mqa_jax import hf_attention, torch_interop, torch_layouts
+from mqa_jax import hf_attention, torch_arrays, torch_interop, torch_layouts
 from mqa_jax.modules import GroupedQueryAttention
 
 
@@ -49,7 +46,7 @@ def to_torch(variables: Mapping[str, Any], like: Any) -> Any:
     Raises:
       ValueError: the parameters do not fit the layer.
     """
-    params = jax.tree.map(np.asarray, variables["params"])
+    params = variables["params"]
     theirs = like.state_dict()
     heads, kv_heads = (params[name]["kernel"].shape[1] if name in params else 1 for name in ("query", "key"))
     layout, _ = torch_layouts.find(None, theirs, heads, kv_heads)
@@ -64,7 +61,7 @@ def to_torch(variables: Mapping[str, Any], like: Any) -> Any:
     result = copy.deepcopy(like)
     state = result.state_dict()
     for name, x in written.items():
-        state[name].copy_(state[name].new_tensor(np.asarray(x, np.float64)))  # torch knows no bfloat16 of numpy's
+        state[name].copy_(torch_arrays.to_torch(x))
     return result
 
 
@@ -83,13 +80,16 @@ def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-# What mqa, zeta, llm-foundry and transformers' MPT call the settings that they keep.
+# What mqa, zeta, llm-foundry, FlashMHA and transformers' MPT call the settings that they keep.
 ATTRIBUTES = {
-    "heads": ("n_heads", "heads"),
+    "heads": ("n_heads", "heads", "num_heads"),
     "kv_heads": ("kv_n_heads",),
+    "causal": ("causal",),
     "clip_qkv": ("clip_qkv",),
     "softmax_scale": ("softmax_scale",),
     "attn_pdrop": ("attn_dropout_p", "attn_pdrop"),
+    "local_window_size": ("sliding_window_size",),
+    "logits_soft_cap": ("attn_logit_softcapping",),
 }
 TOLD_BY_CONFIG = (
     "heads",
@@ -119,6 +119,10 @@ def _told_by_class(module: Any) -> dict[str, Any]:
         for theirs in names
         if isinstance(getattr(module, theirs, None), int | float)
     }
+    if told.get("local_window_size") == -1:  # llm-foundry's word for none
+        told["local_window_size"] = None
     if kind == "MultiQueryAttention":
         told["kv_heads"] = 1
-    return told | ({"alibi": True} if kind == "MptAttention" else {})
+    if kind == "MptAttention":
+        told["alibi"] = True
+    return torch_layouts.knotgrass_settings(module.state_dict()) | told

@@ -58,6 +58,7 @@ def pytest_configure(config):
     if not config.getoption("--gpu"):
         jax.config.update("jax_platforms", "cpu")
         os.environ.setdefault("XLA_FLAGS", " ".join(FAST_TO_COMPILE))  # read when the first array is made
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads, waiting for work, keep a core from XLA's
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,6 +15,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon 7B": dict(model_type="falcon", **_FALCON),
     "falcon 40B": dict(model_type="falcon", **_FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
     "falcon multi-head": dict(model_type="falcon", **_FALCON, multi_query=False),
+    "falcon with ALiBi": dict(model_type="falcon", **_FALCON, multi_query=False, alibi=True),
     "mpt": dict(model_type="mpt", d_model=24, n_heads=6, max_seq_len=32),
     "bert": dict(model_type="bert", hidden_size=24, num_attention_heads=6, intermediate_size=8),
 }

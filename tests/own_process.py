@@ -1,5 +1,6 @@
 """For real models: what this suite sets for fast compilation (`conftest.py`) makes them slow to run."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,3 +14,11 @@ def run(program: str) -> None:
     folders = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "examples"), str(ROOT)])
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": folders}, check=True)
+
+
+def read_gguf_once(monkeypatch) -> None:
+    """Otherwise transformers reads a GGUF file four times, with a table of names for each module of the model."""
+    import gguf
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))

@@ -18,7 +18,7 @@ import pytest
 import test_hf_checkpoint
 
 import mqa_jax
-from mqa_jax import hf_attention, parity, torch_interop, torch_modules
+from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import tile_config
 from mqa_jax.kernels.tile_config import TileConfig
@@ -158,6 +158,7 @@ MODULES = {
     "attn_impl": (lambda: layer(attn_impl="fast"), r"Unknown attn_impl='fast': use one of \[None, 'torch', 'flash'"),
     "fc_type": (lambda: layer(fc_type="te"), r"Unknown fc_type='te': 'torch', a plain dense layer"),
     "norm_type": (lambda: layer(norm_type="batchnorm"), r"Unknown norm_type='batchnorm': use one of layernorm, low_"),
+    "alibi": (lambda: layer(alibi="bloom"), r"Unknown alibi='bloom': use True, False or 'falcon'"),
     "two norms": (lambda: layer(qk_ln=True, qk_gn=True), r"qk_ln=True, qk_gn=True. Choose one"),
     "x": (lambda: call(layer(), ones(16)), r"x must be \[..., T, D\]: x.shape=\(16,\)"),
     "past and inputs_k": (
@@ -263,9 +264,9 @@ TORCH = {
         lambda: convert(_state(**{"out_proj.weight": None})),
         r"layout='fused' with heads=2, kv_heads=1. missing: out_proj.weight. Found .* expected .*out_proj.weight",
     ),
-    "half a layer": (
-        lambda: convert({f"{n}_proj.weight": np.ones((8, 8)) for n in "qk"}, kv_heads=2),
-        r"layout='llama'.*missing: v_proj.weight, o_proj.weight. Found",
+    "to_jax: float64": (
+        lambda: torch_arrays.to_jax(SimpleNamespace(dtype="torch.float64")),
+        r"JAX would narrow this tensor: dtype='float64'. Cast it, or jax.config.update\('jax_enable_x64', True\)",
     ),
     "one bias of three": (
         lambda: convert(
@@ -440,9 +441,9 @@ NOT_POSSIBLE: dict[str, Any] = {
         lambda: hf_attention.rope_of(dict(rope_scaling=dict(type="yarn", factor=2.0))),
         r"RoPE scaling is 'default', 'linear' or 'llama3': rope_type='yarn'",
     ),
-    "config: falcon": (
-        lambda: hf_attention.attention_of(dict(model_type="falcon", hidden_size=8, num_attention_heads=2, alibi=True)),
-        r"Falcon rounds ALiBi to bfloat16 .*: alibi=True. Convert the weights with from_state_dict",
+    "falcon's ALiBi": (
+        lambda: layer(alibi="falcon", cache_layout="ring", local_window_size=3),
+        r"a ring buffer has not: alibi='falcon', alibi_bias_max=8, cache_layout='ring'",
     ),
     "config: mpt": (
         lambda: hf_attention.attention_of(

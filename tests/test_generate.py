@@ -161,10 +161,11 @@ def _write_answers(path: str) -> None:
 
 
 @pytest.mark.torch
-def test_the_real_model_is_that_of_transformers(tmp_path):
+def test_the_real_model_is_that_of_transformers(tmp_path, monkeypatch):
     """64 greedy tokens of each prompt, and the logits of a text of 64 tokens."""
     import torch
 
+    own_process.read_gguf_once(monkeypatch)
     own_process.run(f"import test_generate; test_generate._write_answers({str(tmp_path / 'ours.npz')!r})")
     ours, peer = np.load(tmp_path / "ours.npz", allow_pickle=True), _transformers()
     for ids, answer in zip(ours["prompts"], ours["answers"]):
@@ -191,11 +192,12 @@ def test_a_hugging_face_folder_is_what_transformers_reads(folder):
 
 
 @pytest.mark.torch
-def test_tokens_are_those_of_transformers():
+def test_tokens_are_those_of_transformers(monkeypatch):
     import gguf
     from checkpoints import default_model
     from transformers import AutoTokenizer
 
+    own_process.read_gguf_once(monkeypatch)
     path = default_model()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     fields = gguf.GGUFReader(path).fields

@@ -6,6 +6,7 @@ layer after all tokens. They were made by running transformers 5.23 on a CPU wit
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from golden_modules import FOLDER
 
 import mqa_jax
 from mqa_jax import hf_attention, torch_interop
+from mqa_jax.positions import falcon_alibi
 
 NAMES = sorted(path.stem for path in FOLDER.glob("hf_*.npz"))
 
@@ -107,6 +109,18 @@ def test_a_live_model_with_a_window_in_some_layers(model_type):
         np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-5)
         np.testing.assert_allclose(gradients[1], x_gradient.numpy(), atol=1e-4)
         np.testing.assert_allclose(gradients[0]["query"]["kernel"].reshape(24, -1).T, q_gradient.numpy(), atol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("heads", [8, 71])
+def test_falcons_alibi(heads):
+    """Where positions and products are no longer whole in bfloat16. XLA divides by a constant to within one bit."""
+    import torch
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 3001, dtype=torch.int64), heads, torch.float32) / math.sqrt(80)
+    ours = jax.jit(falcon_alibi, static_argnums=(0, 1, 2))(heads, 80, 3001)
+    np.testing.assert_array_max_ulp(np.asarray(ours), theirs.reshape(heads, 1, -1).numpy(), maxulp=1)
 
 
 def test_rope_in_both_spellings():

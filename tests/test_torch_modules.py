@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from hf_layers import CONFIGS, hf_layer
+from test_torch_interop import STATES, weights
 
 import mqa_jax
 from mqa_jax.torch_modules import from_torch, to_torch
@@ -79,6 +80,50 @@ def test_a_class_that_is_recognised_by_its_tensors():
         out_features=24,
     )
     assert equal(to_torch(variables, layer), layer)
+
+
+def module_of(state: dict[str, np.ndarray]) -> Any:
+    """A torch module with these parameters, as a class has them that cannot be imported here."""
+    import torch
+
+    root = torch.nn.Module()
+    for name, x in state.items():
+        *path, leaf = name.split(".")
+        node: Any = root
+        for part in path:
+            if part not in dict(node.named_children()):
+                node.add_module(part, torch.nn.Module())
+            node = node.get_submodule(part)
+        node.register_parameter(leaf, torch.nn.Parameter(torch.from_numpy(x)))
+    return root
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_layout_as_a_live_module(name):
+    layout, heads, kv_heads, state = STATES[name]
+    layer = module_of(state)
+    told: dict[str, Any] = {} if "knotgrass" in layout else dict(heads=heads, kv_heads=kv_heads)
+    if layout == "unfused_without_keys":
+        told = dict(heads=heads)
+    module, variables = from_torch(layer, **told)
+    assert (module.heads, module.kv_heads or heads) == (heads, kv_heads)
+    assert module.causal == ("knotgrass" not in layout)
+    zeros = to_torch(jax.tree.map(np.zeros_like, variables), layer)
+    assert not equal(zeros, layer)
+    assert equal(to_torch(variables, zeros), layer)
+
+
+def test_flash_mha_and_llm_foundry_tell_more():
+    layer = module_of(weights({"Wqkv": 72}, out="out_proj"))
+    layer.num_heads, layer.causal = 6, False
+    module, _ = from_torch(layer)
+    assert (module.heads, module.kv_heads, module.causal) == (6, None, False)
+    layer = llm_foundry()
+    layer.sliding_window_size, layer.attn_logit_softcapping = 5, 2.5
+    module, _ = from_torch(layer)
+    assert (module.local_window_size, module.logits_soft_cap) == (5, 2.5)
+    layer.sliding_window_size = -1
+    assert from_torch(layer)[0].local_window_size is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

@@ -1,0 +1,70 @@
+"""Arrays between JAX and PyTorch by DLPack: the same memory under another name, without a copy, where both have it.
+
+They have the same memory on a CPU, and on a GPU where both see it. In any other case the numbers are copied by way of
+numpy. Dtypes stay, bfloat16 included; float64 and int64 want `jax_enable_x64` on JAX's side.
+
+Shared memory shows what is written to it. JAX's arrays never change, so do not write in place into a tensor that came
+out of one, nor into one that JAX still uses: `tensor.clone()` is a tensor of your own. (XLA copies what begins at no
+multiple of 64 bytes, such as a slice.)
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+def to_jax(tensor: Any) -> Array:
+    """A torch tensor as a JAX array of the same shape and dtype, detached; a strided one is made contiguous first.
+
+    Raises:
+      ValueError: JAX would narrow its dtype, as float64 without `jax_enable_x64`.
+    """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"JAX would narrow this tensor: dtype={dtype!r}. Cast it, or jax.config.update('jax_enable_x64', True)."
+        )
+    tensor = tensor.detach().contiguous()
+    if tensor.device.type == "cpu" or (tensor.device.type == "cuda" and jax.default_backend() == "gpu"):
+        return jax.dlpack.from_dlpack(tensor)
+    return jnp.asarray(to_numpy(tensor))
+
+
+def to_torch(array: Any) -> Any:
+    """A JAX or numpy array as a torch tensor of the same shape and dtype, on the device where the array is."""
+    import torch
+
+    if isinstance(array, jax.Array) and _torch_reaches(array):
+        return torch.from_dlpack(array)
+    x = np.asarray(array)
+    x = x if x.flags.writeable and x.flags.c_contiguous else x.copy(order="C")  # torch has no read-only tensors
+    if x.dtype == jnp.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor as numpy, detached, without a copy where it is on the CPU."""
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # numpy has no name for it
+        return tensor.view(sys.modules["torch"].int16).numpy().view(jnp.dtype("bfloat16"))
+    return tensor.numpy()
+
+
+def is_tensor(x: Any) -> bool:
+    """Of torch's, which need not have been imported."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _torch_reaches(array: Array) -> bool:
+    import torch
+
+    platforms = [device.platform for device in array.devices()]
+    return platforms == ["cpu"] or (
+        platforms == ["gpu"] and torch.cuda.is_available()
+    )  # DLPack knows no sharded arrays

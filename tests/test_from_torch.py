@@ -1,0 +1,62 @@
+"""examples/from_torch.py: on a small model, where nothing may change, and on SmolLM2."""
+
+from typing import Any
+
+import numpy as np
+import own_process
+import pytest
+import small_model
+
+import mqa_jax
+
+pytestmark = pytest.mark.torch
+LENGTH = 128  # tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_model.write(tmp_path_factory.mktemp("model"))
+
+
+def test_each_layer_takes_its_place(folder, capsys):
+    import from_torch
+
+    steps = from_torch.main(["--model", str(folder), "--text", "What it reads, and how."])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split()[:3] == ["layer", "output", "decoded"]
+    assert title.endswith("23 tokens")
+    assert [line.split()[0] for line in lines] == ["0", "1"]
+    assert all(line.endswith("same") for line in lines)
+    assert [step.layer for step in steps] == [0, 1]
+    assert all(0 < step.logits < 1e-5 for step in steps)  # it was not torch's layer that was called
+
+
+def test_a_wrong_layer_is_named(folder, capsys, monkeypatch):
+    import from_torch
+
+    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", lambda config: mqa_jax.Rope(interleaved=True))
+    with pytest.raises(SystemExit, match=r"These layers differ: \[0\]. python -m mqa_jax.parity"):
+        from_torch.main(["--model", str(folder), "--text", "What it reads.", "--layers", "1"])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "DIFFERS: " in line
+    assert float(line.split()[5]) > 1e-3  # the logits
+
+
+@pytest.mark.slow
+def test_smollm2(monkeypatch):
+    """Real weights: the attention of all 30 layers on a text of 128 tokens."""
+    import from_torch
+
+    own_process.read_gguf_once(monkeypatch)
+    model, tokenizer = from_torch.load(from_torch.default_model())
+    tokens: Any = tokenizer(8 * from_torch.TEXT, return_tensors="pt").input_ids[:, :LENGTH]
+    assert tokens.shape == (1, LENGTH)
+    steps = list(from_torch.replace_layers(model, tokens))
+    assert len(steps) == 30
+    for step in steps:
+        assert step.report.passed, step.report.table()
+        output = next(x for x in step.report.differences if x.name == "output")
+        assert output.max_relative <= 2e-5
+        assert output.shape == (1, LENGTH, 576)
+    assert max(step.logits for step in steps) < 1e-4
+    assert np.isfinite(steps[-1].logits)
