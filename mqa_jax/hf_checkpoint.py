@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mqa_jax import hf_attention, torch_interop
+from mqa_jax import hf_attention, torch_state_dict
 from mqa_jax.modules import GroupedQueryAttention
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -62,7 +62,7 @@ class Checkpoint:
         if family.layout == "bert":  # what comes after attention is in the same module there
             tensors = {name: x for name, x in tensors.items() if "LayerNorm" not in name}
         options: dict[str, Any] = dict(heads=module.heads, kv_heads=module.kv_heads, layout=family.layout)
-        return module, {"params": torch_interop.from_state_dict(tensors, **options)}
+        return module, {"params": torch_state_dict.from_state_dict(tensors, **options)}
 
     def _prefix(self, family: hf_attention.Family, layer: int) -> str:
         """A model without a head is saved without the name that it has in one with a head, or the other way round."""

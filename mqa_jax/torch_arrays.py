@@ -34,7 +34,7 @@ def to_jax(tensor: Any) -> Array:
     return jnp.asarray(to_numpy(tensor))
 
 
-def to_torch(array: Any) -> Any:
+def to_tensor(array: Any) -> Any:
     """A JAX or numpy array as a torch tensor of the same shape and dtype, on the device where the array is."""
     import torch
 

@@ -1,105 +1,21 @@
-"""Weights of PyTorch attention layers as parameters of our modules, and back. torch itself is never imported here.
+"""PyTorch in and out: attention layers, their weights, and arrays. Everything that users call is here.
 
-`mqa_jax.torch_layouts` has the table of layouts. `N`, `K`, `H`, `D` are as in `mqa_jax.shapes`; torch's linear layers
-hold `[out, in]`, ours `[in, heads, H]` and `[heads, H, out]`.
+    from_torch(layer) -> module, variables             a live layer as our module
+    to_torch(module, variables, like=layer)            our weights in a copy of a live layer
+    from_state_dict(...), to_state_dict(...)           weights alone; torch need not be installed
+    to_jax(tensor), to_tensor(array)                   arrays, by DLPack
+    past_key_value_from_torch(key, value, kv_heads)    upstream's caches
+    interleaved_to_halves, halves_to_interleaved       rotary conventions of weights
+
+Checkpoints on disk are read by `mqa_jax.hf_checkpoint`, and `mqa_jax.parity` proves that nothing changed.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from mqa_jax import torch_arrays, torch_layouts
-from mqa_jax.torch_layouts import Params
-
-StateDict = Mapping[str, Any]
-
-
-def from_state_dict(
-    state_dict: StateDict, *, heads: int, kv_heads: int | None = None, prefix: str = "", layout: str | None = None
-) -> Params:
-    """Parameters of one of our modules from a torch state dict.
-
-    Args:
-      state_dict: names and arrays: torch tensors (on any device, bfloat16 included), numpy or JAX arrays. Dtypes are
-        kept; of a contiguous tensor on the CPU nothing is copied that need not be.
-      heads: query heads, N.
-      kv_heads: key/value heads, K. Default N.
-      prefix: take only the names that start with it, without it.
-      layout: a name of `mqa_jax.torch_layouts`. Default: recognised by the names of the tensors.
-
-    Returns:
-      `{"query": {"kernel": [D, N, H], "bias": [N, H]}, "key": ..., "value": ..., "out": {"kernel": [N, H, D], ...}}`.
-
-    Raises:
-      ValueError: the layout is unknown, or a tensor is missing, unexpected or misshapen; with what was found and what
-        was expected.
-    """
-    tensors = {name.removeprefix(prefix): _array(x) for name, x in state_dict.items() if name.startswith(prefix)}
-    kv_heads = _checked_kv_heads(heads, kv_heads)
-    name, known = torch_layouts.find(layout, tensors, heads, kv_heads)
-    return torch_layouts.read(name, known, tensors, heads, kv_heads)
-
-
-def to_state_dict(params: Params, *, layout: str, prefix: str = "") -> dict[str, Any]:
-    """The state dict of a torch layer from parameters of one of our modules: `from_state_dict` backwards, bitwise.
-
-    Arrays stay numpy or JAX arrays; `torch.nn.Module.load_state_dict` wants `torch.from_numpy(np.array(x))` of each.
-    The two output projections of knotgrass's grouped class come back as one, before the sum over groups.
-
-    Args:
-      params: with "query" `{"kernel": [D, N, H]}` and so on; numbers of heads are those of the kernels.
-      layout: a name of `mqa_jax.torch_layouts`.
-      prefix: put before each name.
-    """
-    heads = params["query"]["kernel"].shape[1]
-    kv_heads = params["key"]["kernel"].shape[1] if "key" in params else heads
-    _, known = torch_layouts.find(layout, {}, heads, kv_heads)
-    return {f"{prefix}{name}": x for name, x in torch_layouts.write(known, params).items()}
-
-
-def past_key_value_from_torch(key: Any, value: Any, kv_heads: int) -> tuple[Any, Any]:
-    """A cache of mqa, zeta or llm-foundry as `past_key_value`: each `[batch, length, kv_heads, head_dim]`.
-
-    Theirs is `[b, kv, head_dim, s]` and `[b, kv, s, head_dim]` with attn_impl="torch", else `[b, s, kv * head_dim]`.
-    """
-    key, value = _array(key), _array(value)
-    if key.ndim == 3 and value.ndim == 3:
-        return tuple(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value))
-    if key.ndim == 4 and value.ndim == 4 and key.shape[1] == value.shape[1] == kv_heads:
-        return key.transpose(0, 3, 1, 2), value.transpose(0, 2, 1, 3)
-    raise ValueError(
-        "A cache is [b, kv, head_dim, s] and [b, kv, s, head_dim], or [b, s, kv * head_dim] twice: "
-        f"{key.shape=}, {value.shape=}, {kv_heads=}."
-    )
-
-
-def interleaved_to_halves(weight: Any, heads: int) -> Any:
-    """Rows of a query or key projection, from the rotary convention of GGUF's Llama files and GPT-J to Hugging Face's.
-
-    Interleaved, a head's features 2i and 2i + 1 turn together (`Rope(interleaved=True)`); in halves, i and i + H/2
-    (`Rope()`). With the rows of both projections reordered, attention is the same.
-
-    Args:
-      weight: `[heads * H, ...]`, or a bias `[heads * H]`.
-    """
-    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def halves_to_interleaved(weight: Any, heads: int) -> Any:
-    """The way back."""
-    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _checked_kv_heads(heads: int, kv_heads: int | None) -> int:
-    kv_heads = heads if kv_heads is None else kv_heads
-    if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"heads must be a multiple of kv_heads: heads={heads}, kv_heads={kv_heads}.")
-    return kv_heads
-
-
-def _array(x: Any) -> Any:
-    """A torch tensor as numpy, or as a JAX array if it is on a GPU; other arrays as they are. No copy if avoidable."""
-    if not torch_arrays.is_tensor(x):
-        return x
-    return torch_arrays.to_numpy(x) if x.device.type == "cpu" else torch_arrays.to_jax(x)
+from mqa_jax.torch_arrays import to_jax as to_jax
+from mqa_jax.torch_arrays import to_tensor as to_tensor
+from mqa_jax.torch_modules import from_torch as from_torch
+from mqa_jax.torch_modules import to_torch as to_torch
+from mqa_jax.torch_state_dict import from_state_dict as from_state_dict
+from mqa_jax.torch_state_dict import halves_to_interleaved as halves_to_interleaved
+from mqa_jax.torch_state_dict import interleaved_to_halves as interleaved_to_halves
+from mqa_jax.torch_state_dict import past_key_value_from_torch as past_key_value_from_torch
+from mqa_jax.torch_state_dict import to_state_dict as to_state_dict

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from mqa_jax import hf_attention, torch_arrays, torch_interop, torch_layouts
+from mqa_jax import hf_attention, torch_arrays, torch_layouts, torch_state_dict
 from mqa_jax.modules import GroupedQueryAttention
 
 
@@ -35,22 +35,24 @@ def from_torch(
             "where keys and values have fewer."
         )
     state = {name: x for name, x in module.state_dict().items() if "LayerNorm" not in name}  # BERT's, after attention
-    params = torch_interop.from_state_dict(state, heads=heads, kv_heads=kv_heads, layout=layout)
+    params = torch_state_dict.from_state_dict(state, heads=heads, kv_heads=kv_heads, layout=layout)
     told = {**settings_of(params), **told, **settings}
     return GroupedQueryAttention(heads=heads, kv_heads=kv_heads, **told), {"params": params}
 
 
-def to_torch(variables: Mapping[str, Any], like: Any) -> Any:
+def to_torch(module: GroupedQueryAttention, variables: Mapping[str, Any], *, like: Any) -> Any:
     """A copy of the torch layer `like` that has our weights, each in the dtype that it has there.
 
     Raises:
-      ValueError: the parameters do not fit the layer.
+      ValueError: the layer says that it has other heads, or the parameters do not fit it.
     """
-    params = variables["params"]
-    theirs = like.state_dict()
-    heads, kv_heads = (params[name]["kernel"].shape[1] if name in params else 1 for name in ("query", "key"))
-    layout, _ = torch_layouts.find(None, theirs, heads, kv_heads)
-    written = torch_interop.to_state_dict(params, layout=layout)
+    theirs, told = like.state_dict(), _told_by_class(like)
+    ours = dict(heads=module.heads, kv_heads=module.kv_heads or module.heads)
+    other = {name: told[name] for name, count in ours.items() if told.get(name) not in (None, count)}
+    if other:
+        raise ValueError(f"{type(like).__name__} has other heads than our module: its {other}, ours {ours}.")
+    layout, _ = torch_layouts.find(None, theirs, **ours)
+    written = torch_state_dict.to_state_dict(variables["params"], layout=layout)
     wrong = {
         name: (x.shape, tuple(theirs[name].shape) if name in theirs else None)
         for name, x in written.items()
@@ -61,7 +63,7 @@ def to_torch(variables: Mapping[str, Any], like: Any) -> Any:
     result = copy.deepcopy(like)
     state = result.state_dict()
     for name, x in written.items():
-        state[name].copy_(torch_arrays.to_torch(x))
+        state[name].copy_(torch_arrays.to_tensor(x))
     return result
 
 

@@ -306,9 +306,17 @@ TORCH = {
     ),
     "another module": (
         lambda: torch_modules.to_torch(
-            {"params": convert(_state())}, SimpleNamespace(state_dict=lambda: _state(dim=4))
+            mqa_jax.MultiQueryAttention(8, 2),
+            {"params": convert(_state())},
+            like=SimpleNamespace(state_dict=lambda: _state(dim=4)),
         ),
         r"do not fit SimpleNamespace; ours and its shapes: \{'Wqkv.weight': \(\(16, 8\), \(8, 4\)\)",
+    ),
+    "a module with other heads": (
+        lambda: torch_modules.to_torch(
+            mqa_jax.MultiQueryAttention(8, 2), {}, like=SimpleNamespace(state_dict=_state, n_heads=4)
+        ),
+        r"SimpleNamespace has other heads than our module: its \{'heads': 4\}, ours \{'heads': 2, 'kv_heads': 1\}",
     ),
     "no keys to write": (
         lambda: torch_interop.to_state_dict({"query": {"kernel": np.ones((8, 2, 4))}}, layout="fused"),

@@ -12,7 +12,7 @@ from hf_layers import CONFIGS, hf_layer
 
 import mqa_jax
 from mqa_jax import parity
-from mqa_jax.torch_modules import from_torch
+from mqa_jax.torch_interop import from_torch
 
 pytestmark = pytest.mark.torch
 
@@ -111,7 +111,16 @@ def test_wrong_conversions_are_caught(name):
         assert (report.worst.ours > 1e-3) or np.isnan(report.worst.ours)
 
 
-def test_a_wrong_cache_is_caught(monkeypatch):
+@pytest.fixture
+def compiled_anew():
+    """What was compiled before a function was patched, or with the patch, is forgotten."""
+    step: Any = parity._step
+    step.clear_cache()
+    yield
+    step.clear_cache()
+
+
+def test_a_wrong_cache_is_caught(monkeypatch, compiled_anew):
     """The full pass is right; only decoding is not."""
     from mqa_jax import cache_append
 

@@ -9,7 +9,7 @@ import sentences
 from hf_layers import CONFIGS
 
 from mqa_jax import parity
-from mqa_jax.torch_modules import from_torch
+from mqa_jax.torch_interop import from_torch
 
 pytestmark = pytest.mark.torch
 

@@ -36,7 +36,7 @@ def test_no_copy_on_the_cpu(dtype):
     assert ours.unsafe_buffer_pointer() == theirs.data_ptr()
     np.testing.assert_array_equal(numbers(ours), numbers(theirs))
     made = jax.block_until_ready(ours + ours if dtype in ("float32", "bfloat16") else jnp.flip(ours))
-    back = torch_arrays.to_torch(made)
+    back = torch_arrays.to_tensor(made)
     assert back.dtype == theirs.dtype
     assert back.data_ptr() == made.unsafe_buffer_pointer()
     np.testing.assert_array_equal(numbers(back), numbers(made))
@@ -55,7 +55,7 @@ def test_what_has_to_be_copied(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of read-only memory
         for array in (x, x.T, x[:, 1], jnp.asarray(x).T, jnp.zeros((0, 3), dtype)):
-            back = torch_arrays.to_torch(array)
+            back = torch_arrays.to_tensor(array)
             assert tuple(back.shape) == array.shape
             np.testing.assert_array_equal(numbers(back), numbers(array))
 
@@ -64,4 +64,4 @@ def test_64_bits():
     theirs = tensor("float64", 3)
     with jax.enable_x64(True):
         assert torch_arrays.to_jax(theirs).dtype == "float64"
-    assert torch_arrays.to_numpy(theirs).dtype == torch_arrays.to_torch(theirs.numpy()).numpy().dtype == "float64"
+    assert torch_arrays.to_numpy(theirs).dtype == torch_arrays.to_tensor(theirs.numpy()).numpy().dtype == "float64"

@@ -9,7 +9,7 @@ from hf_layers import CONFIGS, hf_layer
 from test_torch_interop import STATES, weights
 
 import mqa_jax
-from mqa_jax.torch_modules import from_torch, to_torch
+from mqa_jax.torch_interop import from_torch, to_torch
 
 pytestmark = pytest.mark.torch
 
@@ -24,8 +24,8 @@ def test_a_layer_of_transformers_there_and_back(name):
     layer = hf_layer(name)
     module, variables = from_torch(layer)
     zeros = jax.tree.map(np.zeros_like, variables)
-    assert not equal(to_torch(zeros, layer), layer)
-    assert equal(to_torch(variables, to_torch(zeros, layer)), layer)
+    assert not equal(to_torch(module, zeros, like=layer), layer)
+    assert equal(to_torch(module, variables, like=to_torch(module, zeros, like=layer)), layer)
     shapes = jax.eval_shape(
         lambda: module.init(jax.random.key(0), np.zeros((1, 3, 24), np.float32), deterministic=True)
     )
@@ -40,7 +40,7 @@ def test_torch_multihead_attention(options, batch_first):
     torch.manual_seed(0)
     layer = torch.nn.MultiheadAttention(24, 6, batch_first=batch_first, **options)
     module, variables = from_torch(layer)
-    assert equal(to_torch(variables, layer), layer)
+    assert equal(to_torch(module, variables, like=layer), layer)
     inputs = [torch.randn(2, 5, width) for width in (24, options.get("kdim", 24), options.get("vdim", 24))]
     arranged = inputs if batch_first else [x.transpose(0, 1) for x in inputs]
     expected = layer(*arranged)[0]
@@ -79,7 +79,7 @@ def test_a_class_that_is_recognised_by_its_tensors():
         use_out_bias=True,
         out_features=24,
     )
-    assert equal(to_torch(variables, layer), layer)
+    assert equal(to_torch(module, variables, like=layer), layer)
 
 
 def module_of(state: dict[str, np.ndarray]) -> Any:
@@ -108,9 +108,9 @@ def test_every_layout_as_a_live_module(name):
     module, variables = from_torch(layer, **told)
     assert (module.heads, module.kv_heads or heads) == (heads, kv_heads)
     assert module.causal == ("knotgrass" not in layout)
-    zeros = to_torch(jax.tree.map(np.zeros_like, variables), layer)
+    zeros = to_torch(module, jax.tree.map(np.zeros_like, variables), like=layer)
     assert not equal(zeros, layer)
-    assert equal(to_torch(variables, zeros), layer)
+    assert equal(to_torch(module, variables, like=zeros), layer)
 
 
 def test_flash_mha_and_llm_foundry_tell_more():
@@ -133,10 +133,10 @@ def test_dtypes_are_kept(dtype):
     layer = hf_layer("llama").to(getattr(torch, dtype))
     for parameter in layer.parameters():  # with all the bits that the dtype has
         torch.nn.init.normal_(parameter)
-    _, variables = from_torch(layer)
+    module, variables = from_torch(layer)
     assert {x.dtype.name for x in jax.tree.leaves(variables)} == {dtype}
-    zeros = to_torch(jax.tree.map(np.zeros_like, variables), layer)
-    assert equal(to_torch(variables, zeros), layer)
+    zeros = to_torch(module, jax.tree.map(np.zeros_like, variables), like=layer)
+    assert equal(to_torch(module, variables, like=zeros), layer)
 
 
 def test_heads_that_nobody_tells():
@@ -148,8 +148,14 @@ def test_heads_that_nobody_tells():
 
 
 def test_parameters_of_another_layer():
-    _, variables = from_torch(llm_foundry(bias=False))
+    module, variables = from_torch(llm_foundry(bias=False))
     with pytest.raises(ValueError, match=r"do not fit Module; ours and its shapes: \{'Wqkv.bias': \(\(40,\), None\)"):
-        to_torch(from_torch(llm_foundry())[1], llm_foundry(bias=False))
+        to_torch(*from_torch(llm_foundry()), like=llm_foundry(bias=False))
+    other = llm_foundry()
+    other.kv_n_heads = 3
+    with pytest.raises(
+        ValueError, match=r"Module has other heads than our module: its \{'kv_heads': 3\}, ours \{'heads': 6"
+    ):
+        to_torch(module, variables, like=other)
     with pytest.raises(ValueError, match="No known attention layout"):
-        to_torch(variables, llm_foundry().q_ln)
+        to_torch(module, variables, like=llm_foundry().q_ln)
