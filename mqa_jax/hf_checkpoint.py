@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mqa_jax import hf_attention, torch_state_dict
+from mqa_jax import hf_attention, torch_arrays, torch_state_dict
 from mqa_jax.modules import GroupedQueryAttention
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -122,10 +122,7 @@ def _open(path: Path) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _unpickled(path: Path) -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError("Reading a .bin file wants torch: pip install 'mqa-jax[torch]'.") from error
+    torch = torch_arrays.import_torch()
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, by version of torch and kind of damage

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mqa_jax import torch_layouts, torch_state_dict
+from mqa_jax import torch_arrays, torch_layouts, torch_state_dict
 from mqa_jax.modules import GroupedQueryAttention
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def compare(
       tolerance: of errors, over the largest entry. Default: by dtype, see TOLERANCES.
       seed: of the cotangent whose gradients are compared.
     """
+    torch_arrays.import_torch()
     from mqa_jax import torch_calls
 
     theirs = _Torch(torch_module, call or torch_calls.call, layout, flax_module)
@@ -197,9 +198,12 @@ def _our_results(
     """Output, context and gradients, those of weights under torch's names."""
     params = jax.tree.map(jnp.asarray, variables["params"])
     out, (d_params, d_x) = _with_gradients(module, params, x, cotangent)
-    gradients = torch_state_dict.to_state_dict(jax.tree.map(np.asarray, d_params), layout=theirs.layout)
+    # The conversion backwards, also where it multiplies: knotgrass's two output projections.
+    options: dict[str, Any] = dict(heads=module.heads, kv_heads=module.kv_heads, layout=theirs.layout)
+    _, to_torchs = jax.vjp(functools.partial(torch_state_dict.from_state_dict, **options), theirs.weights())
+    (gradients,) = to_torchs(d_params)
     results = {"output": out, "d_x": d_x, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
-    if module.output_projection:
+    if module.output_projection and theirs.shows_context:
         without = {name: x for name, x in params.items() if name != "out"}
         headless = module.clone(output_projection=False)
         results["context"], _ = _with_gradients(headless, without, x, None)
@@ -261,6 +265,15 @@ class _Torch:
     def in_float64(self) -> "_Torch":
         return _Torch(copy.deepcopy(self.module).double(), self.call, self.layout, self.ours)
 
+    @property
+    def shows_context(self) -> bool:
+        """Whether what goes into its output projection is our context."""
+        return self.known.out is not None and self.known.folded is None
+
+    def weights(self) -> dict[str, jax.Array]:
+        state = self.module.state_dict()
+        return {name: torch_arrays.to_jax(x) for name, x in state.items() if name in self.known.names}
+
     def tensor(self, x: np.ndarray) -> Any:
         import torch
 
@@ -269,19 +282,12 @@ class _Torch:
     def results(self, x: np.ndarray, cotangent: np.ndarray) -> dict[str, np.ndarray]:
         seen: dict[str, Any] = {}
         given = self.tensor(x).requires_grad_()
-        if self.known.out is not None:  # the module is a copy, so the hook may stay
+        if self.shows_context:  # the module is a copy, so the hook may stay
             projection = self.module.get_submodule(self.known.out)
             projection.register_forward_pre_hook(lambda _, arguments: seen.update(context=arguments[0]))
         out = self.call(self.module, given)
         out.backward(self.tensor(cotangent))
-        names = {
-            *self.known.weights,
-            *self.known.biases,
-            *self.known.others,
-            f"{self.known.out}.weight",
-            f"{self.known.out}.bias",
-        }
-        weights = {name: x.grad for name, x in self.module.named_parameters() if name in names}
+        weights = {name: x.grad for name, x in self.module.named_parameters() if name in self.known.names}
         found = {"output": out, "d_x": given.grad, **{f"d_{name}": gradient for name, gradient in weights.items()}}
         return {name: x.detach().double().numpy() for name, x in (seen | found).items()}
 

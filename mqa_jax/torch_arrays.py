@@ -36,8 +36,7 @@ def to_jax(tensor: Any) -> Array:
 
 def to_tensor(array: Any) -> Any:
     """A JAX or numpy array as a torch tensor of the same shape and dtype, on the device where the array is."""
-    import torch
-
+    torch = import_torch()
     if isinstance(array, jax.Array) and _torch_reaches(array):
         return torch.from_dlpack(array)
     x = np.asarray(array)
@@ -61,10 +60,15 @@ def is_tensor(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def _torch_reaches(array: Array) -> bool:
-    import torch
+def import_torch() -> Any:
+    """Where this library needs torch itself, and not only what the caller made with it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError("This wants PyTorch: pip install 'mqa-jax[torch]'.") from error
+    return torch
 
-    platforms = [device.platform for device in array.devices()]
-    return platforms == ["cpu"] or (
-        platforms == ["gpu"] and torch.cuda.is_available()
-    )  # DLPack knows no sharded arrays
+
+def _torch_reaches(array: Array) -> bool:
+    platforms = [device.platform for device in array.devices()]  # DLPack knows nothing of sharded arrays
+    return platforms == ["cpu"] or (platforms == ["gpu"] and import_torch().cuda.is_available())

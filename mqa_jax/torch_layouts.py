@@ -46,6 +46,18 @@ class Layout:
     folded: str | None = None
     others: Mapping[str, tuple[tuple[str, ...], int | None]] = field(default_factory=dict)
 
+    @property
+    def folded_names(self) -> list[str]:
+        """One for each group."""
+        groups = sum(kind == "key" for blocks in self.weights.values() for kind, _ in blocks)
+        return [] if self.folded is None else [self.folded.format(group) for group in range(groups)]
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors that it may have."""
+        outer = [] if self.out is None else [f"{self.out}.weight", f"{self.out}.bias"]
+        return {*self.weights, *self.biases, *self.others, *self.folded_names, *outer}
+
 
 def _all(kind: str, count: int) -> list[Block]:
     return [(kind, head) for head in range(count)]
@@ -217,7 +229,7 @@ def _by_head(rows: Rows, tensors: Mapping[str, Any], head_dim: int) -> dict[str,
 
 def _output_weight(layout: Layout, tensors: Mapping[str, Any]) -> Any:
     """Where there are two one after the other, their product."""
-    outer, names = tensors[f"{layout.out}.weight"], _folded_names(layout)
+    outer, names = tensors[f"{layout.out}.weight"], layout.folded_names
     if not names:
         return outer
     parts = split_columns(outer, len(names))
@@ -263,16 +275,10 @@ def _output(layout: Layout, weight: Any) -> dict[str, Any]:
     """A folded projection is unfolded into itself, of the groups, and a sum over them."""
     if layout.folded is None:
         return {f"{layout.out}.weight": weight}
-    names = _folded_names(layout)
+    names = layout.folded_names
     unit = np.eye(weight.shape[0], dtype=weight.dtype)
     folded = dict(zip(names, split_columns(weight, len(names))))
     return {**folded, f"{layout.out}.weight": np.concatenate([unit] * len(names), axis=1)}
-
-
-def _folded_names(layout: Layout) -> list[str]:
-    """One for each group."""
-    groups = sum(kind == "key" for blocks in layout.weights.values() for kind, _ in blocks)
-    return [] if layout.folded is None else [layout.folded.format(group) for group in range(groups)]
 
 
 # -- what can be wrong ------------------------------------------------------------------------------------------------
@@ -306,7 +312,7 @@ def _expected(layout: Layout, tensors: Mapping[str, Any], head_dim: int, heads: 
     expected: dict[str, tuple] = {name: (len(blocks) * head_dim, None) for name, blocks in layout.weights.items()}
     expected |= {name: (len(blocks) * head_dim,) for name, blocks in layout.biases.items()}
     if layout.out is not None:
-        folded = _folded_names(layout)
+        folded = layout.folded_names
         expected |= {name: (None, heads * head_dim // len(folded)) for name in folded}
         width = sum(tensors[name].shape[0] for name in folded if name in tensors)
         expected |= {f"{layout.out}.weight": (None, width or heads * head_dim), f"{layout.out}.bias": (None,)}

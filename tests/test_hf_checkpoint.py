@@ -122,11 +122,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         r"There is no layer 0 in .*'model.layers.0.self_attn.', .*It has 2 layers, and tensors such as",
     ),
     "no safetensors": (functools.partial(_without, "safetensors"), ImportError, r"pip install 'mqa-jax\[torch\]'"),
-    "no torch": (
-        functools.partial(_without, "torch"),
-        ImportError,
-        r"a .bin file wants torch: pip .*'mqa-jax\[torch\]'",
-    ),
+    "no torch": (functools.partial(_without, "torch"), ImportError, r"This wants PyTorch: pip .*'mqa-jax\[torch\]'"),
 }
 NEEDS_TORCH = {
     "a pickle with code": (_evil, ValueError, "pytorch_model.bin is damaged, or holds more than tensors.*safetensors"),

@@ -1,5 +1,6 @@
 """Arrays between JAX and torch: one memory where both can, the same numbers everywhere."""
 
+import sys
 import warnings
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mqa_jax import torch_arrays
+from mqa_jax import parity, torch_arrays
 
 pytestmark = pytest.mark.torch
 DTYPES = ["float32", "bfloat16", "float16", "int32", "int8", "bool", "float8_e4m3fn"]
@@ -58,6 +59,14 @@ def test_what_has_to_be_copied(dtype):
             back = torch_arrays.to_tensor(array)
             assert tuple(back.shape) == array.shape
             np.testing.assert_array_equal(numbers(back), numbers(array))
+
+
+def test_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    compare: Any = parity.compare
+    for wants in (lambda: torch_arrays.to_tensor(jnp.ones(2)), lambda: compare(None, {}, None, None)):
+        with pytest.raises(ImportError, match=r"This wants PyTorch: pip install 'mqa-jax\[torch\]'"):
+            wants()
 
 
 def test_64_bits():
