@@ -1,7 +1,6 @@
 """Real weights for `llama.Llama`: GGUF files, and Hugging Face folders with config.json and safetensors."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from llama import LlamaConfig
 from tqdm import tqdm
 
 import mqa_jax
-from mqa_jax import hf_attention, torch_interop
+from mqa_jax import hf_attention, hf_checkpoint, torch_interop
 
 Params = dict[str, Any]
 
@@ -115,21 +114,14 @@ def load_gguf(path: Path) -> Checkpoint:
 
 
 def load_folder(folder: Path) -> Checkpoint:
-    from safetensors.numpy import safe_open
-
-    settings = json.loads((folder / "config.json").read_text())
+    checkpoint = hf_checkpoint.Checkpoint(folder)
+    settings = checkpoint.config
     if settings["model_type"] != "llama":
         raise NotImplementedError(f"Only llama models: model_type={settings['model_type']!r}.")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="flax") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    if not files:
-        raise FileNotFoundError(f"No .safetensors file in {str(folder)!r}.")
 
     def read(name: str) -> np.ndarray:
-        with safe_open(files[name], framework="flax") as file:
-            return np.asarray(file.get_tensor(name).astype(jnp.float32))
+        (tensor,) = checkpoint.tensors(name).values()  # no name of a Llama's begins another
+        return np.asarray(tensor.astype(jnp.float32))
 
     heads, dim = settings["num_attention_heads"], settings["hidden_size"]
     config = LlamaConfig(
@@ -147,7 +139,7 @@ def load_folder(folder: Path) -> Checkpoint:
         attention_bias=settings.get("attention_bias", False),
         mlp_bias=settings.get("mlp_bias", False),
     )
-    return Checkpoint(config, read_params(config, HUGGING_FACE_NAMES, set(files), read), {"folder": folder})
+    return Checkpoint(config, read_params(config, HUGGING_FACE_NAMES, set(checkpoint.files), read), {"folder": folder})
 
 
 def read_params(config: LlamaConfig, names: Names, present: set[str], read: Callable[[str], np.ndarray]) -> Params:

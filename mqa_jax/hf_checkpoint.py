@@ -102,7 +102,7 @@ def _names(path: Path) -> list[str]:
 
 def _read(path: Path, names: list[str]) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".bin":
-        yield from ((name, x) for name, x in _unpickled(path).items() if name in names)
+        yield from ((name, torch_arrays.to_numpy(x)) for name, x in _unpickled(path).items() if name in names)
         return
     with _open(path) as file:
         for name in names:

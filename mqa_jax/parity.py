@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, Report]:
         raise SystemExit(f"{len(failed)} of {len(reports)} layers differ; the worst tensor of each: {failed}")
     decoded = any(x.name == "decoded" for report in reports.values() for x in report.differences)
     compared = f"outputs, gradients{', cached decoding' if decoded else ''}"
-    print(f"{len(reports)} layers agree in {options.dtype}: {compared}")
+    print(f"{len(reports)} of {len(reports)} layers agree in {options.dtype}: {compared}")
     return reports
 
 

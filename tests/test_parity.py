@@ -182,7 +182,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         [str(tmp_path), "--length", "7", "--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
     )
     assert list(reports) == [0, 1]
-    assert "2 layers agree in float32" in capsys.readouterr().out
+    assert "2 of 2 layers agree in float32" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "p.json").read_text())) == {"0", "1"}
     monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", lambda config: mqa_jax.Rope(interleaved=True))
     with pytest.raises(SystemExit, match=r"1 of 1 layers differ; the worst tensor of each: \{1: "):
