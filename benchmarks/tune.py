@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import environment, timing
+from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.cases import Case
 from benchmarks.measure import Row, measure
-from benchmarks.peers import Candidate, NotApplicable
 from benchmarks.progress import progress_bar
 from benchmarks.table import figures, in_columns
 from benchmarks.timing import QUICK, Settings
