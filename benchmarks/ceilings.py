@@ -19,8 +19,8 @@ RATES = ("flops", "bandwidth", "matmul_share", "copy_share")
 def measure_ceilings(settings: Settings, quick: bool) -> dict[str, Any]:
     """FLOP/s, by dtype, of a large product of matrices, 2 * size**3 / seconds; bytes a second of a copy.
 
-    A copy of n bytes reads n and writes n: 2 * n / seconds. It is made COPIES times in one program, as new memory, which
-    the system hands out page by page, is slower than memory itself on a CPU. Of all turns the fastest counts.
+    A copy of n bytes reads n and writes n: 2 * n / seconds. It is made COPIES times in one program: new memory, which
+    the system of a CPU hands out page by page, is slower than memory itself. Of all turns the fastest counts.
     """
     on_gpu = jax.default_backend() == "gpu"
     size, floats = (256, 1 << 20) if quick else (8192, 1 << 28) if on_gpu else (2048, 1 << 26)

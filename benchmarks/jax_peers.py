@@ -162,13 +162,17 @@ def pallas_mha(problem: Problem, query: Array, key: Array, value: Array) -> Arra
 
 
 def pallas_decode(problem: Problem, query: Array, key: Array, value: Array) -> Array:
-    """JAX's own example of a step. A window is where its keys start."""
+    """JAX's own example of a step. A window is where its keys start. It wants 16 parts of whole blocks of 128 keys."""
     attend = pallas_module("decode_attention").gqa
     problem.needs_no("alibi", "dropout", "key_dtype", "gradients")
     if problem.queries > 1:
         raise NotApplicable("it takes one query")
     start = None if problem.window is None else jnp.int32(max(0, problem.keys - problem.window))
-    return attend(query[:, 0], key, value, start_idx=start, interpret=not for_gpu())[:, None]
+    padding = -problem.keys % (16 * 128)
+    key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (key, value))
+    end = jnp.int32(problem.keys) if padding else None
+    out = attend(query[:, 0], key, value, start_idx=start, kv_seq_len=end, interpret=not for_gpu())
+    return out[:, None]
 
 
 PEERS: dict[str, Attend] = {

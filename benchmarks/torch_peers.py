@@ -43,7 +43,7 @@ def device_at_hand() -> str:
     return "cpu"
 
 
-def results(attend: Attend, gradients: bool, query: Any, key: Any, value: Any, weights: Any) -> tuple[Any, ...]:
+def outputs_of(attend: Attend, gradients: bool, query: Any, key: Any, value: Any, weights: Any) -> tuple[Any, ...]:
     """The output, and the gradients if they are wanted."""
     import torch
 
@@ -86,9 +86,9 @@ def sdpa(problem: Problem, backend: str | None = None, same_layout: bool = False
     if backend:
         problem.needs_no("window", "alibi", "documents")
     device = device_at_hand()
-    *arrays, weights = tensors_of(without_gradients(problem), device)
+    tensors = tensors_of(without_gradients(problem), device)
     if same_layout:
-        arrays = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in arrays]
+        tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
     named = problem.window is None and not problem.alibi and problem.documents == 1
     named = named and not (problem.is_causal and problem.continues)  # it counts positions from 0
     attend: Any = functools.partial(
@@ -100,9 +100,9 @@ def sdpa(problem: Problem, backend: str | None = None, same_layout: bool = False
 
     def run() -> tuple[Any, ...]:
         if backend is None:
-            return results(attend, problem.gradients, *arrays, weights)
+            return outputs_of(attend, problem.gradients, *tensors)
         with sdpa_kernel(getattr(SDPBackend, f"{backend}_ATTENTION")):
-            return results(attend, problem.gradients, *arrays, weights)
+            return outputs_of(attend, problem.gradients, *tensors)
 
     return candidate_of(run, device)
 
@@ -131,7 +131,7 @@ def flex(problem: Problem) -> Candidate:
     device = device_at_hand()
     if device == "cpu":
         problem.needs_no("gradients")
-    *arrays, weights = tensors_of(without_gradients(problem), device)
+    tensors = tensors_of(without_gradients(problem), device)
     before, each = problem.keys - problem.queries, -(-problem.queries // problem.documents)
     window = problem.keys if problem.window is None else problem.window
 
@@ -152,7 +152,7 @@ def flex(problem: Problem) -> Candidate:
         block_mask=blocks,
         enable_gqa=problem.heads != problem.kv_heads,
     )
-    run = functools.partial(results, attend, problem.gradients, *arrays, weights)
+    run = functools.partial(outputs_of, attend, problem.gradients, *tensors)
     start = time.perf_counter()
     run()
     return candidate_of(run, device, time.perf_counter() - start)
