@@ -387,8 +387,7 @@ def compile_program(
 ) -> Any:  # a compiled program, as JAX has it
     """For a GPU that is not there, for arguments of these shapes."""
     target = TARGETS[name]
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target.config(), topology="1x1x1")
-    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    sharding = NamedSharding(topologies.make_mesh(topology_of(name), (1,), ("x",)), PartitionSpec())
     arguments, named = jax.tree.map(lambda x: x.update(sharding=sharding), (arguments, dict(named)))
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((arguments, named)))
     if size > target.memory << 30:
@@ -396,6 +395,10 @@ def compile_program(
     with tile_config.assuming(target.architecture), lowering_for(target):
         lowered = jax.jit(function).trace(*arguments, **named).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options={**options, "xla_gpu_autotune_level": 0})
+
+
+def topology_of(name: str) -> topologies.TopologyDescription:
+    return topologies.get_topology_desc(platform="cuda", target_config=TARGETS[name].config(), topology="1x1x1")
 
 
 def dumped_kernels(folder: Path, prefix: str) -> Iterator[Kernel]:

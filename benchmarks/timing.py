@@ -27,7 +27,7 @@ class Settings:
 
     turns: int = 5
     turn_seconds: float = 0.1
-    peer_seconds: float = 1.5
+    peer_seconds: float = 1.0
 
 
 QUICK = Settings(turns=2, turn_seconds=0.0)
