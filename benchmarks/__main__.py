@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return gpu.main(options, command(options), out_file(options))
     settings = QUICK if options.quick else Settings()
     settings = replace(settings, turns=options.repeats or settings.turns)
-    start = time.perf_counter()
+    start, file = time.perf_counter(), out_file(options)
     results = environment.describe(command(options))
     print(environment.header(results), flush=True)
     wanted = lambda name: options.only is None or name in options.only
@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with progress_bar(len(chosen), "benchmarks", "line") as progress:
         for line in chosen:
             results["rows"] += measure_line(line, options.quick, settings, results["ceilings"])
+            save(results, file)  # after each: whatever ends this process, what is known stays
             progress.update()
     print(f"\n{aligned(results['rows'])}", flush=True)
     if wanted(GPU_MEMORY):
@@ -86,11 +87,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"\n{gpu_memory.aligned(results['gpu_memory'])}")
     results["seconds"] = round(time.perf_counter() - start)
     print(f"\n{results['seconds']} s")
-    file = out_file(options)
+    save(results, file)
+    return results
+
+
+def save(results: dict[str, Any], file: Path | None) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
-    return results
 
 
 def measure_line(line: Line, quick: bool, settings: Settings, ceiling: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ It rewrites the tables as well, so that they and the pictures show the same numb
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,19 @@ Row = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind people tell apart, with a marker of its own for each.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F", "#000000")
 MARKERS = "osD^vPX*"
-LEADING = ("ours", "jax.nn", "torch", "tokamax chunked", "torch flex", "flax.linen", "flax.nnx", "ours, xla")
+LEADING = ("jax.nn", "torch", "tokamax chunked", "torch flex", "flax.linen", "flax.nnx", "torch, our cache layout")
 
 
 def style_of(peers: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each peer: the same in every picture for those that lead."""
-    names = list(dict.fromkeys([*LEADING, *peers]))
-    shifted = lambda number: (number + number // len(COLOURS)) % len(MARKERS)  # a colour's second peer looks different
-    return {
-        name: {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[shifted(number)]}
-        for number, name in enumerate(names)
+    """Colour and marker of each peer: the same in every picture for those that lead, and a colour for us alone."""
+    others = [name for name in dict.fromkeys([*LEADING, *peers]) if name != "ours"]
+    kinds = len(COLOURS) - 1
+    shifted = lambda number: (
+        1 + (number + number // kinds) % (len(MARKERS) - 1)
+    )  # a colour's second peer looks different
+    return {"ours": {"color": COLOURS[0], "marker": MARKERS[0]}} | {
+        name: {"color": COLOURS[1 + number % kinds], "marker": MARKERS[shifted(number)]}
+        for number, name in enumerate(others)
     }
 
 
@@ -90,7 +93,10 @@ def legend_of(figure: Any, axes: Iterable[Any]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    columns = int(figure.get_size_inches()[0] / 2.4)
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False
+    )
 
 
 # -- pictures: each draws on a new figure, or returns None where there is nothing to show ------------------------------
@@ -173,25 +179,41 @@ def draw_roofline(results: dict[str, Any]) -> Any:
             axis.scatter(
                 [place for _, place in found], speeds, s=45, color=colour, marker=marker, label=label, zorder=3
             )
-    label_points(axis, [(row["case"], place, row["flops"] / 1e9) for row, place in zip(rows, intensities)])
     axis.set(xscale="log", yscale="log", xlabel="FLOP for each byte that has to be moved", ylabel="GFLOP/s")
     plain_numbers(axis.xaxis)
     plain_numbers(axis.yaxis)
     axis.grid(alpha=0.3)
     axis.set_title("Ours under the ceilings of this machine")
     legend_of(figure, [axis])
+    figure.draw_without_rendering()  # places are settled now
+    label_points(axis, [(row["case"], place, row["flops"] / 1e9) for row, place in zip(rows, intensities)])
     return figure
 
 
+CHARACTER, HEIGHT, GAP = 5.4, 11, 7  # of a label, in pixels
+
+
 def label_points(axis: Any, points: list[tuple[str, float, float]]) -> None:
-    """Names beside points, each once; one that would lie on another is left to the table."""
-    taken: list[tuple[float, float]] = []
-    for name, x, y in sorted(points, key=lambda point: -point[2]):
-        place = np.log10(x), np.log10(y)
-        free = all(abs(place[0] - u) > 0.45 or abs(place[1] - v) > 0.055 for u, v in taken)
-        if free:
-            taken.append(place)
-            axis.annotate(name, (x, y), (7, 0), textcoords="offset points", va="center", fontsize=8)
+    """A name beside each point, on a side where it covers no other; one that has none is left to the table."""
+    pixels = axis.transData.transform([(x, y) for _, x, y in points])
+    taken = [(x - GAP / 2, y - GAP / 2, x + GAP / 2, y + GAP / 2) for x, y in pixels]
+    right = axis.get_window_extent().x1
+    for (name, x, y), (left, middle) in zip(points, pixels):
+        width = CHARACTER * len(name)
+        places = {(GAP, 0): "left", (-GAP, 0): "right", (0, HEIGHT): "center", (0, -HEIGHT): "center"}
+        for (across, up), side in places.items():
+            start = left + across - {"left": 0, "right": width, "center": width / 2}[side]
+            box = start, middle + up - HEIGHT / 2, start + width, middle + up + HEIGHT / 2
+            if box[2] < right and not any(overlap(box, other) for other in taken):
+                taken.append(box)
+                offset = across * 0.72, up * 0.72  # points, of which an inch has 72, from pixels, of which it has 100
+                axis.annotate(name, (x, y), offset, textcoords="offset points", ha=side, va="center", fontsize=7.5)
+                break
+
+
+def overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Of two boxes: left, bottom, right, top."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def draw_ratios(results: dict[str, Any]) -> Any:
@@ -221,38 +243,37 @@ def draw_ratios(results: dict[str, Any]) -> Any:
 
 
 def draw_memory(results: dict[str, Any]) -> Any:
-    """Bars for each GPU problem, as compiled for an H100."""
-    rows = [
-        row for row in results.get("gpu_memory", {"rows": []})["rows"] if row["gpu"] == "h100" and row["temporaries"]
-    ]
+    """Bars for each GPU problem, as compiled for an H100. What did not compile says why."""
+    rows = [row for row in results.get("gpu_memory", {"rows": []})["rows"] if row["gpu"] == "h100"]
+    rows = [row for row in rows if row["status"] != "not applicable"]
     if not rows:
         return None
-    problems = list(dict.fromkeys((row["case"], row["problem"]) for row in rows))
-    style = style_of(by_peer(rows))
-    figure, axis = plt.subplots(figsize=(11, 1.5 + 0.3 * len(rows)), layout="constrained")
-    place, ticks = 0.0, []
-    for problem in problems:
-        found = [row for row in rows if (row["case"], row["problem"]) == problem]
-        ticks.append(place + (len(found) - 1) / 2)
+    problems: dict[str, list[Row]] = {}
+    for row in rows:
+        problems.setdefault(f"{row['case']}: {row['problem']}, {row['direction']}", []).append(row)
+    figure, axis = plt.subplots(figsize=(11, 1 + 0.27 * (len(rows) + 1.6 * len(problems))), layout="constrained")
+    place, ticks = 0.0, {}
+    for problem, found in problems.items():
+        axis.text(LEAST * 1.15, place, problem, va="center", fontweight="bold", fontsize=9)
         for row in found:
-            size = row["temporaries"] / 2**20
-            axis.barh(place, size, color=style[row["peer"]]["color"], label=row["peer"])
-            axis.annotate(f" {table.figures(size)}", (size, place), va="center", fontsize=9)
             place += 1
-        place += 0.7
-    axis.set(xscale="log", xlabel="MiB of temporaries at the peak, on an H100")
-    axis.set_yticks(ticks, [f"{case}\n{sizes}" for (case, _), sizes in zip(problems, map(short, problems))], fontsize=9)
-    axis.invert_yaxis()
-    plain_numbers(axis.xaxis)
-    axis.set_xlim(right=axis.get_xlim()[1] * 2)
+            ticks[place] = row["peer"]
+            size = row["temporaries"]
+            text = f"{row['status']}: {row['message']}" if size is None else f"{table.figures(size / 2**20)} MiB"
+            length = max((size or 0) / 2**20, LEAST)  # nothing has no place on such an axis
+            axis.barh(place, length, color=COLOURS[0] if row["peer"] == "ours" else "#9A9A9A")
+            axis.annotate(f" {text}", (length, place), va="center", fontsize=9)
+        place += 1.6
+    axis.set(xscale="log", xlim=(LEAST, 1e6), xlabel="MiB of temporaries at the peak, as compiled for an H100")
+    axis.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
+    axis.set_ylim(place - 0.8, -0.8)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, position: f"{x:,.12g}"))
     axis.grid(alpha=0.3, axis="x")
-    legend_of(figure, [axis])
+    axis.set_axisbelow(True)
     return figure
 
 
-def short(problem: tuple[str, str]) -> str:
-    """Batch and length."""
-    return " ".join(problem[1].split()[:3])
+LEAST = 0.1  # MiB that can be seen
 
 
 DRAWINGS = {

@@ -263,7 +263,7 @@ def test_a_quick_search_writes_an_entry_and_nothing_else(tmp_path, capsys):
     changed = [x for x in new if x not in old]
     assert [x.items() >= entry.key.items() for x in changed] == [True]
     assert tile_config.config_of(changed[0]) in tune.TINY
-    assert changed[0]["reason"].startswith("fastest of 2 at B=1 T=32 1/1 heads causal: ")
+    assert changed[0]["reason"].startswith("fastest of 2 at B=1 T=32 S=32 N=1 K=1 H=128 causal float32: ")
     assert "2 measured" in capsys.readouterr().out
 
 
@@ -314,7 +314,9 @@ def test_tiles_that_fail_or_differ_are_counted_and_not_chosen(monkeypatch):
     rows, best = tune.tune(entry, configs, True, [QUICK, QUICK], None)
     assert [row.status for row in rows] == ["measured", "wrong", "raised", "wrong", "measured"]
     assert {row.peer for row in best} == {tune.describe(configs[0]), tune.describe(configs[4])}
-    assert tune.reason_of(entry, best[0], rows).startswith("fastest of 2 at B=4 T=4096 16/16 heads causal: ")
+    assert tune.reason_of(entry, best[0], rows).startswith(
+        "fastest of 2 at B=4 T=4096 S=4096 N=9 K=3 H=64 causal float32: "
+    )
     assert "  1 raised: RuntimeError: shared memory: # KiB\n" in tune.report(entry, rows, best)
 
 
