@@ -314,9 +314,8 @@ def test_tiles_that_fail_or_differ_are_counted_and_not_chosen(monkeypatch):
     rows, best = tune.tune(entry, configs, True, [QUICK, QUICK], None)
     assert [row.status for row in rows] == ["measured", "wrong", "raised", "wrong", "measured"]
     assert {row.peer for row in best} == {tune.describe(configs[0]), tune.describe(configs[4])}
-    assert tune.reason_of(entry, best[0], rows).startswith(
-        "fastest of 2 at B=4 T=4096 S=4096 N=9 K=3 H=64 causal float32: "
-    )
+    reason = tune.reason_of(entry, best[0], rows)
+    assert reason.startswith("fastest of 2 at B=4 T=4096 S=4096 N=9 K=3 H=64 causal float32: ")
     assert "  1 raised: RuntimeError: shared memory: # KiB\n" in tune.report(entry, rows, best)
 
 
