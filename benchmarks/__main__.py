@@ -13,6 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from benchmarks import ceilings, environment, gpu, gpu_memory
 from benchmarks.cases import Line, lines_of
 from benchmarks.jax_peers import compiled
@@ -33,13 +35,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help=f"of {', '.join(names)}; with --gpu of {', '.join(on_gpu)}"
     )
-    parser.add_argument("--gpu", action="store_true", help="tests and measures the GPU kernels, on this machine's GPU")
+    parser.add_argument(
+        "--gpu", action="store_true", help="tests and measures the GPU kernels; without it, too, on a GPU"
+    )
     parser.add_argument("--repeats", type=int, help=f"turns of each peer; by default {Settings().turns}")
     parser.add_argument("--quick", action="store_true", help="small problems, few repeats: does everything run?")
     parser.add_argument(
         "--out", type=Path, help="results as JSON; by default benchmarks/results/DEVICE.json if all cases run in full"
     )
     options = parser.parse_args(arguments)
+    gpu.share_memory()
+    options.gpu = options.gpu or jax.default_backend() == "gpu"  # what is on the other table is for CPUs
     unknown = set(options.only or []) - set(on_gpu if options.gpu else names)
     if unknown:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
@@ -59,13 +65,12 @@ def out_file(options: argparse.Namespace) -> Path | None:
     """Where results go; those of some cases or of small ones never replace the full ones unasked."""
     if options.out or options.only or options.quick:
         return options.out
-    return RESULTS / f"{environment.device_kind().lower().replace(' ', '-')}{'-gpu' if options.gpu else ''}.json"
+    return RESULTS / f"{environment.device_kind().lower().replace(' ', '-')}.json"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(arguments)
     if options.gpu:
-        gpu.share_memory()
         return gpu.main(options, command(options), out_file(options))
     settings = QUICK if options.quick else Settings()
     settings = replace(settings, turns=options.repeats or settings.turns)
