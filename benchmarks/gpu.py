@@ -273,8 +273,8 @@ def compile_ahead(cases: Sequence[Case]) -> None:
         pool.submit(jax_peers.on_device, jax_peers.without_gradients(cases[0].problem))
         pool.submit(judge.allowed, "ours", cases[0].checked or cases[0].problem)
         for problem in problems:
-            for build in jax_peers.peers_for(problem, "gpu").values():
-                pool.submit(build, problem)
+            for name in jax_peers.names_for(problem, "gpu"):
+                pool.submit(jax_peers.runnable, jax_peers.program_name(name, "gpu"), problem)
 
 
 def differences(forward: Sequence[Row], both: Sequence[Row]) -> list[Row]:

@@ -101,7 +101,7 @@ def work() -> None:
 
 def temporaries(gpu: str, peer: str, problem: Problem) -> int:
     """Of the output, or of the gradients alone."""
-    program = jax_peers.program_of(jax_peers.PEERS["ours, triton" if peer == "ours" else peer], problem)
+    program = jax_peers.program_of(jax_peers.PEERS[jax_peers.program_name(peer, "gpu")], problem)
     wanted = slice(1, None) if problem.gradients else slice(None)
     device = gpu_compile.topology_of(gpu).devices[0]  # tokamax asks the default device whether it is a GPU
     with jax.default_device(device):

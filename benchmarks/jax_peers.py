@@ -236,12 +236,16 @@ def compiled(peer: str, problem: Problem) -> Compiled:
         return compile_timed(program_of(PEERS[peer], problem), *structs(problem))
 
 
-def timed(peer: str, problem: Problem) -> Candidate:
-    """Costs seconds a call."""
+def runnable(peer: str, problem: Problem) -> Compiled:
+    """The program of a peer, if there is space to run it."""
     if peer in PLAIN and problem.score_bytes > LARGEST_SCORES:
         raise NotApplicable(f"one array of all scores would be {problem.score_bytes / 2**30:.0f} GiB")
-    program = compiled(peer, problem)
-    return candidate_of(program, on_device(without_gradients(problem)))
+    return compiled(peer, problem)
+
+
+def timed(peer: str, problem: Problem) -> Candidate:
+    """Costs seconds a call."""
+    return candidate_of(runnable(peer, problem), on_device(without_gradients(problem)))
 
 
 def candidate_of(program: Compiled, arguments: Any) -> Candidate:
@@ -274,9 +278,13 @@ def names_for(problem: Problem, device: str) -> tuple[str, ...]:
     return ("ours", *others) if device == "cpu" else ("ours", "ours, xla", *others)
 
 
+def program_name(name: str, device: str) -> str:
+    """In PEERS."""
+    return "ours, triton" if name == "ours" and device == "gpu" else name
+
+
 def peers_for(problem: Problem, device: str) -> Mapping[str, Callable[[Problem], Candidate]]:
-    program = lambda name: "ours, triton" if name == "ours" and device == "gpu" else name
     return {
-        name: not_on_cpu if device == "cpu" and name in ON_GPU else functools.partial(timed, program(name))
+        name: not_on_cpu if device == "cpu" and name in ON_GPU else functools.partial(timed, program_name(name, device))
         for name in names_for(problem, device)
     }

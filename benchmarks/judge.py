@@ -29,12 +29,17 @@ FACTOR, LENIENCE = oracle.FACTOR, 2
 
 def exact(problem: Problem) -> list[np.ndarray]:
     """The outputs in float32, for the numbers that the peers get."""
-    return _exact(replace(problem, gradients=True))[: problem.results]
+    return _exact(for_all_directions(problem))[: problem.results]
 
 
 def allowed(peer: str, problem: Problem) -> list[float]:
     """By how much outputs may differ from `exact`. Dropout changes hardly anything about that."""
-    return lenient(peer, _allowed(replace(problem, gradients=True, dropout=0.0))[: problem.results])
+    return lenient(peer, _allowed(replace(for_all_directions(problem), dropout=0.0))[: problem.results])
+
+
+def for_all_directions(problem: Problem) -> Problem:
+    """One computation does for all; what continues a cache has no gradients."""
+    return replace(problem, gradients=problem.gradients or not problem.continues)
 
 
 def lenient(peer: str, errors: Sequence[float]) -> list[float]:
