@@ -133,7 +133,7 @@ LINES = (
     attention("Llama-3-8B", LLAMA, cpu=(1, 1024), gpu=(4, 4096)),
     attention("Falcon-7B", FALCON, cpu=(1, 512), gpu=(2, 4096)),
     attention("StarCoder", SHAPES["StarCoder"], cpu=(1, 512), gpu=(4, 4096)),
-    attention("Gemma-2B", SHAPES["Gemma-2B"], cpu=(1, 1024), gpu=(4, 4096)),
+    attention("Gemma-2B", SHAPES["Gemma-2B"], cpu=(1, 512), gpu=(4, 4096)),
     attention("SmolLM2-135M", SHAPES["SmolLM2-135M"], cpu=(1, 1024), gpu=(8, 4096)),
     attention("MPT-7B", SHAPES["MPT-7B"], cpu=(1, 512), gpu=(4, 4096), with_flex=True),
     attention("Mistral-7B", MISTRAL, gpu=(1, 16384), with_flex=True),
@@ -174,7 +174,7 @@ LINES = (
     # Layers, steps of training, text.
     Line(
         "layer",
-        {"cpu": Layer(1, 1024, 1024, 16), "gpu": Layer(4, 2048, 2048, 16, dtype="bfloat16")},
+        {"cpu": Layer(1, 512, 1024, 16), "gpu": Layer(4, 2048, 2048, 16, dtype="bfloat16")},
         layer_case,
     ),
     Line(
@@ -185,7 +185,7 @@ LINES = (
     ),
     Line(
         "train-step",
-        {"cpu": TrainStep(2, 1024, 256, 4, 2), "gpu": TrainStep(8, 2048, 1024, 16, 8, dtype="bfloat16")},
+        {"cpu": TrainStep(2, 512, 256, 4, 2), "gpu": TrainStep(4, 1024, 1024, 16, 8, dtype="bfloat16")},
         train_case,
         ("",),
     ),

@@ -25,7 +25,6 @@ GRADIENTS = "gradients"  # alone, for a cotangent that comes from outside
 GPUS = ("a100", "h100", "b200")
 TRAINING = {
     "multi-query": attention_of(MULTI_QUERY, 4, 4096, dtype="bfloat16"),
-    "Llama-3-8B": attention_of(SHAPES["Llama-3-8B"], 4, 4096, dtype="bfloat16"),
     "Mistral-7B": attention_of(SHAPES["Mistral-7B"], 1, 16384, dtype="bfloat16"),
 }
 DECODING = {"Llama-3-8B-decode": attention_of(SHAPES["Llama-3-8B"], 64, 1, 8192, dtype="bfloat16")}
