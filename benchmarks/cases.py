@@ -130,7 +130,7 @@ MQA, MHA = shape_of(8, 1, 64), shape_of(16, 16, 128)
 
 LINES = (
     # Layers of models, in training.
-    attention("Llama-3-8B", LLAMA, cpu=(1, 1024), gpu=(4, 4096)),
+    attention("Llama-3-8B", LLAMA, cpu=(1, 512), gpu=(4, 4096)),
     attention("Falcon-7B", FALCON, cpu=(1, 512), gpu=(2, 4096)),
     attention("StarCoder", SHAPES["StarCoder"], cpu=(1, 512), gpu=(4, 4096)),
     attention("Gemma-2B", SHAPES["Gemma-2B"], cpu=(1, 512), gpu=(4, 4096)),

@@ -73,7 +73,8 @@ def main(quick: bool = False) -> dict[str, Any]:
 
 def pairs() -> list[tuple[str, str]]:
     """Cases with their peers."""
-    return [(name, peer) for name, problem in PROBLEMS.items() for peer in jax_peers.names_for(problem, "cpu")]
+    peers = lambda problem: [*jax_peers.names_for(problem, "cpu"), "flax.linen"]
+    return [(name, peer) for name, problem in PROBLEMS.items() for peer in peers(problem)]
 
 
 def compile_for(gpu: str) -> Iterator[Row]:

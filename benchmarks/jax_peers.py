@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,13 @@ def jax_nn(
     return in_words_of_jax_nn(jax.nn.dot_product_attention, problem, query, key, value, implementation)
 
 
+def flax_linen(problem: Problem, query: Array, key: Array, value: Array) -> Array:
+    """What is inside Flax's linen module. It wants as many key/value heads as query heads, and everything as a mask."""
+    problem.needs_no("dropout", "key_dtype")
+    key, value = (jnp.repeat(x, problem.heads // problem.kv_heads, axis=2) for x in (key, value))
+    return nn.dot_product_attention(query, key, value, problem.bias(), problem.mask())
+
+
 def tokamax(problem: Problem, query: Array, key: Array, value: Array, implementation: str) -> Array:
     attend = importlib.import_module("tokamax").dot_product_attention
     flags = importlib.import_module("absl.flags").FLAGS
@@ -181,13 +189,14 @@ PEERS: dict[str, Attend] = {
     "ours, xla": functools.partial(ours, implementation="xla"),
     "jax.nn": jax_nn,
     "jax.nn cudnn": functools.partial(jax_nn, implementation="cudnn"),
+    "flax.linen": flax_linen,
     "pallas mha": pallas_mha,
     "pallas decode": pallas_decode,
     "tokamax triton": functools.partial(tokamax, implementation="triton"),
     "tokamax mosaic": functools.partial(tokamax, implementation="mosaic"),
     "tokamax chunked": functools.partial(tokamax, implementation="xla_chunked"),
 }
-PLAIN = ("jax.nn",)  # those that have an array of all scores
+PLAIN = ("jax.nn", "flax.linen")  # those that have an array of all scores
 ON_GPU = ("jax.nn cudnn", "pallas mha", "pallas decode", "tokamax triton", "tokamax mosaic")  # alone
 
 

@@ -196,9 +196,10 @@ def test_flex_attention_is_asked_for_the_same(problem, monkeypatch):
 
 
 @pytest.mark.parametrize("problem", [HARD, CHUNK], ids=str)
-def test_jax_nn_is_asked_for_the_same(problem):
+@pytest.mark.parametrize("peer", ["jax.nn", "flax.linen"])
+def test_others_in_jax_are_asked_for_the_same(peer, problem):
     problem = replace(problem, gradients=True)
-    for array, right in zip(jax_peers.timed("jax.nn", problem).outputs(), judge.exact(problem), strict=True):
+    for array, right in zip(jax_peers.timed(peer, problem).outputs(), judge.exact(problem), strict=True):
         np.testing.assert_allclose(array, right, atol=1e-4)
 
 
