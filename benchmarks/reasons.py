@@ -9,6 +9,7 @@ class Reason(NamedTuple):
     fix: str
 
 
+UNKNOWN = Reason("not known yet", "")
 PRODUCTS = (
     "products as small as a tile's are slower in XLA than in PyTorch's MKL: of 512 x 64 by 64 x 512 float32 numbers "
     "52 and 108 GFLOP/s on two cores, of 512 x 512 by 512 x 64 37 and 114"

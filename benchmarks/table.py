@@ -160,18 +160,16 @@ def losses(rows: Iterable[Row]) -> list[Row]:
 
 
 def where_we_lose(results: dict[str, Any]) -> str:
-    lines = [
-        (
-            " ".join([row["case"], row["direction"]]).strip(),
-            row["peer"],
-            f"{figures(row['ratio'])}x",
-            *(reasons.reason_for(row) or reasons.Reason("", "")),
-        )
-        for row in sorted(losses(results["rows"]), key=lambda row: row["ratio"])
-    ]
-    if not lines:
+    """A line for each peer and reason, with all cases, the worst first."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in sorted(losses(results["rows"]), key=lambda row: row["ratio"]):
+        case = " ".join([row["case"], row["direction"]]).strip()
+        key = (row["peer"], *(reasons.reason_for(row) or reasons.UNKNOWN))
+        found.setdefault(key, []).append(f"{case} {figures(row['ratio'])}x")
+    if not found:
         return "No peer was faster in any case."
-    return in_markdown([("case", "peer", "ours is better by", "why", "what would fix it"), *lines])
+    lines = [(peer, ", ".join(cases), why, fix) for (peer, why, fix), cases in found.items()]
+    return in_markdown([("peer", "cases, with how much better ours is", "why", "what would fix it"), *lines])
 
 
 def measured_section(results: dict[str, Any]) -> str:
