@@ -25,7 +25,7 @@ class Text:
     """Attributes: model, a GGUF file or a folder, by default SmolLM2-135M."""
 
     prompt: str = "The capital of France is"
-    new_tokens: int = 64
+    new_tokens: int = 32
     model: Path | None = None
 
     def __str__(self) -> str:
