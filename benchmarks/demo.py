@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import environment
-from benchmarks.peers import Candidate
+from benchmarks.candidate import Candidate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # imported where they are used: they need more packages
 
@@ -25,7 +25,7 @@ class Text:
     """Attributes: model, a GGUF file or a folder, by default SmolLM2-135M."""
 
     prompt: str = "The capital of France is"
-    new_tokens: int = 64
+    new_tokens: int = 32
     model: Path | None = None
 
     def __str__(self) -> str:
@@ -104,3 +104,6 @@ def reference(problem: Text) -> list[np.ndarray]:
         if np.array_equal(best, guess):
             return [best]
         guess = best
+
+
+PEERS = {"ours": ours, "transformers": transformers_generate}

@@ -15,7 +15,7 @@ import jax
 
 import mqa_jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokamax", "torch", "transformers")
 
 
 def describe(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 Two programs of each peer are timed: the output alone, and the output with the gradients of query, key and value. Nobody
 offers the backward pass alone in public, so "backward" is the difference of the two.
 
-Each is given with its FLOP/s, their share of those of a large matrix product, and how many times as long as ours it
-takes. Steps of decoding have no gradients, and instead of FLOP/s the bytes of keys and values that they read in a
-second, with their share of what a copy reads and writes.
+What continues a cache has no gradients. `benchmarks.ceilings` says what FLOP/s, bytes a second and their shares are.
 
 Everything that runs on the GPU does so in processes of its own: a kernel that breaks the GPU for its process, or never
 ends, is the result of its case, and the next case gets another process. `WORKER` is what such a process runs.
@@ -14,7 +12,6 @@ ends, is the result of its case, and the next case gets another process. `WORKER
 import argparse
 import collections
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -24,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,58 +30,26 @@ from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from benchmarks import environment, gpu_peers, timing
-from benchmarks.cases import Case
-from benchmarks.gpu_peers import JAX_PEERS, Problem, peers_of, precision_of
-from benchmarks.measure import LOCATION, Row, measure
+from benchmarks import environment, jax_peers, judge, timing
+from benchmarks.cases import Case, Line, lines_of
+from benchmarks.ceilings import measure_ceilings, with_rates
+from benchmarks.measure import LOCATION, Row, measure, row_of
+from benchmarks.problems import BACKWARD, BOTH, FORWARD, Problem
 from benchmarks.progress import progress_bar
 from benchmarks.table import aligned, describe_ceilings
 from benchmarks.timing import Settings
-
-CAUSAL = Problem(batch=4, queries=4096, keys=4096, heads=16, kv_heads=16, head_dim=128, is_causal=True)
-MHA = replace(CAUSAL, heads=32, kv_heads=32)
-GQA = replace(MHA, kv_heads=8)
-LONG = replace(GQA, batch=1, queries=16384, keys=16384)
-STEP = Problem(batch=8, queries=1, keys=32768, heads=8, kv_heads=1, head_dim=128)
-STEPS = replace(STEP, batch=32, kv_heads=8)
-
-PROBLEMS = {
-    "full": replace(CAUSAL, is_causal=False),
-    "causal": CAUSAL,
-    "mha": MHA,
-    "mqa": replace(MHA, kv_heads=1),
-    "gqa": GQA,
-    "head-64": replace(GQA, head_dim=64),
-    "head-256": replace(MHA, heads=8, kv_heads=1, head_dim=256),
-    "long": LONG,
-    "window": replace(LONG, window=4096),
-    "alibi": replace(MHA, alibi=True),
-    "documents": replace(GQA, batch=2, queries=8192, keys=8192, documents=4),
-    "dropout": replace(GQA, dropout=0.1),
-    "head-80": replace(MHA, head_dim=80),
-    "head-96": replace(MHA, head_dim=96),
-    "float16": replace(GQA, dtype="float16"),
-    "float32": replace(CAUSAL, queries=2048, keys=2048, dtype="float32"),
-    # What we aim at on an H100, and in brackets the best that others have published there.
-    "decode-mqa": STEP,  # 2.2 TB/s (1.63)
-    "decode-one": replace(STEP, batch=1),  # 1.0 TB/s (0.50)
-    "decode-gqa": STEPS,
-    # 1.6 times as fast as decode-gqa. 131072 keys would make arrays of 4 GiB, which JAX cannot reach byte by byte.
-    "decode-int8": replace(STEPS, key_dtype="int8"),
-    "decode-long": replace(STEPS, keys=131072),  # 2.9 TB/s (3.16)
-    "decode-window": replace(STEPS, batch=8, keys=131072, window=4096),  # 0.2 ms (0.196)
-}
-NAMES = ("tests", *PROBLEMS)
-DIRECTIONS = ("forward", "backward", "forward+backward")
-CHECKED_LENGTH = 512 + 62  # no multiple of any tile, even for cuDNN, and all scores fit
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "torch", "triton", "tokamax")
 TURNS = Settings(turns=5, turn_seconds=0.05)
 LONGEST = 7.5 * 60  # seconds of the whole run; what has not been measured by then is reported so
 LONGEST_TESTS = 4 * 60
 LONGEST_CASE = 2 * 60
+
+
+def names() -> tuple[str, ...]:
+    """What can be asked for."""
+    return ("tests", *lines_of("gpu"))
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -106,23 +71,22 @@ def main(options: argparse.Namespace, command: str, file: Path | None) -> dict[s
     results = environment.describe(command, PACKAGES)
     results["machine"]["driver"] = environment.driver()
     print(environment.header(results), flush=True)
-    chosen = [name for name in NAMES if not options.only or name in options.only]
+    chosen = [name for name in names() if not options.only or name in options.only]
     reason = "not asked for" if "tests" not in chosen else "--quick" if options.quick else None
     results |= {"tests": f"not run: {reason}" if reason else run_tests(), "ceilings": {}, "rows": []}
     print(f"tests     {results['tests']}", flush=True)
-    names = [name for name in chosen if name != "tests"]
+    lines = [name for name in chosen if name != "tests"]
     settings = timing.QUICK if options.quick else TURNS
     settings = replace(settings, turns=options.repeats or settings.turns)
-    with progress_bar(len(names) + 1, "gpu", "case") as progress:
-        for name, found in work(["ceilings", *names], options.quick, settings, end):
+    with progress_bar(len(lines) + 1, "gpu", "line") as progress:
+        for name, found in work(["ceilings", *lines], options.quick, settings, end):
             if name == "ceilings":
                 results["ceilings"] = found
                 print(f"ceilings  {describe_ceilings(found)}", flush=True)
             else:
-                problem = problem_of(name, options.quick)
-                rows = with_rates(found, problem, results["ceilings"])
+                rows = rated(found, lines_of("gpu")[name], options.quick, results["ceilings"])
                 results["rows"] += rows
-                print(f"\n{name}: {problem}\n{aligned(rows, ['peer'])}", flush=True)
+                print(f"\n{name}: {rows[0]['problem']}\n{aligned(rows)}", flush=True)
             if file is not None:  # after each case: whatever ends this process, what is known stays
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(results, indent=2) + "\n")
@@ -182,22 +146,19 @@ def outcome(case: ElementTree.Element) -> str:
     return "passed"
 
 
-def with_rates(rows: list[dict[str, Any]], problem: Problem, ceilings: dict[str, Any]) -> list[dict[str, Any]]:
-    """FLOP/s, or bytes a second, and their share of what a large matrix product, or a copy, reaches on this device."""
-    ceiling = ceilings.get("copy") if problem.is_step else ceilings.get("matmul", {}).get(problem.dtype)
-    name = "bandwidth" if problem.is_step else "flops"
-    for row in rows:
-        row |= {"flops": None, "bandwidth": None, "share": None}
-        if row["cost"]:
-            work = problem.cache_bytes if problem.is_step else flops(problem, row["direction"])
-            row[name] = work / row["cost"]
-            row["share"] = ceiling and row[name] / ceiling
-    return rows
+def rated(rows: list[dict[str, Any]], line: Line, quick: bool, ceilings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows with rates; those of the backward pass are for what it adds to the forward pass."""
+    problems: dict[str, Any] = {case.direction: case.problem for case in line.cases("gpu", quick)}
+    if BOTH in problems:
+        problems[BACKWARD] = Added(problems[BOTH], problems[FORWARD])
+    return [with_rates(row, problems[row["direction"]], ceilings) for row in rows]
 
 
-def flops(problem: Problem, direction: str) -> float:
-    forward, both = (replace(problem, gradients=gradients).flops for gradients in (False, True))
-    return {"forward": forward, "backward": both - forward, "forward+backward": both}[direction]
+class Added:
+    """What one problem needs beyond another."""
+
+    def __init__(self, whole: Any, part: Any) -> None:
+        self.flops, self.bytes, self.dtype = whole.flops - part.flops, whole.bytes - part.bytes, whole.dtype
 
 
 # -- the processes that run on the GPU --------------------------------------------------------------------------------
@@ -257,13 +218,11 @@ def nothing(name: str, quick: bool, message: str) -> Any:
     """What is found where nothing is."""
     if name == "ceilings":
         return {"error": message}
-    problem = str(problem_of(name, quick))
-    rows = [Row(name, problem, "ms", peer, "raised", None, None, None, message) for peer in peers_of(PROBLEMS[name])]
-    return [{**asdict(row), "direction": direction} for direction in directions_of(PROBLEMS[name]) for row in rows]
-
-
-def directions_of(problem: Problem) -> tuple[str, ...]:
-    return DIRECTIONS[:1] if problem.is_step else DIRECTIONS
+    cases = lines_of("gpu")[name].cases("gpu", quick)
+    rows = {
+        case.direction: [row_of(case, peer, status="raised", message=message) for peer in case.peers] for case in cases
+    }
+    return as_dicts(rows)
 
 
 def work_here() -> None:
@@ -271,7 +230,7 @@ def work_here() -> None:
     order = json.loads(sys.argv[1])
     quick, settings = order["quick"], Settings(**order["settings"])
     for name in order["names"]:
-        found = ceilings(quick, settings) if name == "ceilings" else measure_problem(name, quick, settings)
+        found = measure_ceilings(settings, quick) if name == "ceilings" else measure_line(name, quick, settings)
         print(f"{MARK}{json.dumps(found)}", flush=True)
         if not works():
             os._exit(WORN_OUT)  # no farewell to the driver, which may not answer
@@ -289,74 +248,46 @@ def works() -> bool:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def ceilings(quick: bool, settings: Settings) -> dict[str, Any]:
-    """What the device does at best: FLOP/s of a large matrix product, bytes a second, read and written, of a copy."""
-    size = 256 if quick else 8192
-    numbers = jax.random.normal(jax.random.key(0), (2, size, size))  # zeros would need less power, and so be faster
-    products = {}
-    for dtype in ("bfloat16", "float16", "float32"):
-        with precision_of(dtype):
-            products[dtype] = 2 * size**3 / least_seconds(jnp.matmul, numbers.astype(dtype), settings)
-    array = jnp.zeros((1, 1 << (20 if quick else 28)), jnp.float32)
-    return {"matmul": products, "copy": 2 * array.nbytes / least_seconds(lambda x: x + 1, array, settings)}
-
-
-def least_seconds(function: Callable[..., Array], arguments: Array, settings: Settings) -> float:
-    program = jax.jit(function)
-    run = functools.partial(program, *arguments)
-    turns = range(settings.turns)
-    return min(timing.seconds_per_call(run, settings.turn_seconds, jax.block_until_ready) for _ in turns)
-
-
-def problem_of(name: str, quick: bool) -> Problem:
-    return PROBLEMS[name].small() if quick else PROBLEMS[name]
-
-
-def measure_problem(name: str, quick: bool, settings: Settings) -> list[dict[str, Any]]:
+def measure_line(name: str, quick: bool, settings: Settings) -> list[dict[str, Any]]:
     """Rows of every direction and peer."""
-    problem = problem_of(name, quick)
-    checked = None if quick else problem.at_length(CHECKED_LENGTH)
-    directions = directions_of(problem)
-    timed = [direction for direction in directions if direction != "backward"]
-    cases = {direction: case_of(name, problem, checked, direction != "forward") for direction in timed}
-    compile_ahead(*cases.values())
-    rows = {direction: measure(case, settings) for direction, case in cases.items()}
-    if "backward" in directions:
-        rows["backward"] = differences(rows["forward"], rows["forward+backward"])
-    gpu_peers.compiled.cache_clear()
-    return [{**asdict(row), "direction": direction} for direction in directions for row in rows[direction]]
+    cases = lines_of("gpu")[name].cases("gpu", quick)
+    compile_ahead([case for case in cases if isinstance(case.problem, Problem)])
+    rows = {case.direction: measure(case, settings) for case in cases}
+    jax_peers.compiled.cache_clear()
+    return as_dicts(rows)
 
 
-def case_of(name: str, problem: Problem, checked: Problem | None, gradients: bool) -> Case:
-    return Case(
-        name,
-        "ms",
-        replace(problem, gradients=gradients),
-        peers_of(problem),
-        reference=gpu_peers.exact,
-        checked=checked and replace(checked, gradients=gradients),
-        allowed=gpu_peers.allowed,
-    )
+def as_dicts(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
+    """With those of the backward pass, where there are both to take it from."""
+    if BOTH in rows:
+        rows = {FORWARD: rows[FORWARD], BACKWARD: differences(rows[FORWARD], rows[BOTH]), BOTH: rows[BOTH]}
+    return [asdict(row) for found in rows.values() for row in found]
 
 
-def compile_ahead(*cases: Case) -> None:
+def compile_ahead(cases: Sequence[Case]) -> None:
     """All programs at once, in threads, and the numbers that they get. What fails does so again, as a row."""
-    programs = {(peer, x) for case in cases for x in (case.problem, case.checked) if x for peer in JAX_PEERS}
+    if not cases:
+        return
+    problems = dict.fromkeys(x for case in cases for x in (case.problem, case.checked) if x)
     with ThreadPoolExecutor(min(16, environment.usable_cores())) as pool:
-        pool.submit(gpu_peers.on_device, gpu_peers.without_gradients(cases[0].problem))
-        pool.submit(gpu_peers.allowed, "ours", cases[0].checked or cases[0].problem)
-        for program in programs:
-            pool.submit(gpu_peers.compiled, *program)
+        pool.submit(jax_peers.on_device, jax_peers.without_gradients(cases[0].problem))
+        pool.submit(judge.allowed, "ours", cases[0].checked or cases[0].problem)
+        for problem in problems:
+            for name in jax_peers.names_for(problem, "gpu"):
+                pool.submit(jax_peers.runnable, jax_peers.program_name(name, "gpu"), problem)
 
 
 def differences(forward: Sequence[Row], both: Sequence[Row]) -> list[Row]:
-    """Rows of the backward pass."""
+    """Rows of the backward pass. How it is compiled, and what memory it takes, is not known."""
     costs = [less(x.cost, y.cost) for x, y in zip(both, forward)]
     return [
         replace(
             first if first.status != "measured" else second,
+            direction=BACKWARD,
             cost=cost,
             ratio=cost / costs[0] if cost and costs[0] and number else None,
+            compile_seconds=None,
+            temporaries=None,
         )
         for number, (first, second, cost) in enumerate(zip(forward, both, costs))
     ]

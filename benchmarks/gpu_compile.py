@@ -18,9 +18,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import mqa_jax
 from benchmarks import environment
 from benchmarks.measure import LOCATION
-from benchmarks.model_shapes import MODEL_SHAPES, ModelShape
+from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, ModelShape, shape_of
 from mqa_jax.kernels import tile_config
 
 # -- what is compiled, and for what -----------------------------------------------------------------------------------
@@ -166,15 +167,9 @@ STEP = "key_value_seq_lengths", "query_offset"  # how long each row is, and wher
 SCALES = "key_scale", "value_scale"
 
 DIRECTIONS = ("forward", "backward")
-MULTI_QUERY = ModelShape("multi-query", heads=32, kv_heads=1, head_dim=128)
-
-
-def decode_shape(heads: int, kv_heads: int, head_dim: int) -> ModelShape:
-    return ModelShape(f"{heads}/{kv_heads} heads of {head_dim}", heads, kv_heads, head_dim)
-
 
 DECODE_SHAPES = tuple(
-    decode_shape(heads, kv_heads, head_dim)
+    shape_of(heads, kv_heads, head_dim)
     for heads, kv_heads in ((8, 8), (32, 8), (32, 1), (71, 1))
     for head_dim in (64, 128, 256)
 )
@@ -315,26 +310,32 @@ def missing() -> str | None:
 
 def compile_cases(target: str, cases: Sequence[Case]) -> Iterator[Result]:
     """A result for each case, in their order. A case that ends the compiler's process is one result, too."""
-    remaining = list(cases)
+    for fields, found in results_of(WORKER, target, [asdict(case) for case in cases]):
+        if isinstance(found, str):
+            yield Result(target, str(case_of(fields)), error=found)
+        else:
+            yield Result(**{**found, "kernels": tuple(Kernel(**kernel) for kernel in found["kernels"])})
+
+
+def results_of(worker: str, target: str, orders: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any] | str]]:
+    """Each order with what a process of this program prints for it: JSON, or, if that is its end, how it ended."""
+    remaining = list(orders)
     while remaining:
-        command = [sys.executable, "-c", WORKER, target, json.dumps([asdict(case) for case in remaining])]
+        command = [sys.executable, "-c", worker, target, json.dumps(remaining)]
         with (
             tempfile.TemporaryFile("w+", errors="replace") as log,
             subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=worker_environment()
-            ) as worker,
+            ) as process,
         ):
-            assert worker.stdout is not None  # for mypy: it is a pipe
-            for line in worker.stdout:
-                remaining.pop(0)
-                fields = json.loads(line)
-                yield Result(**{**fields, "kernels": tuple(Kernel(**kernel) for kernel in fields["kernels"])})
-            status = worker.wait()
+            assert process.stdout is not None  # for mypy: it is a pipe
+            for line in process.stdout:
+                yield remaining.pop(0), json.loads(line)
+            status = process.wait()
             log.seek(0)
             last_words = log.read().strip().rpartition("\n")[2]
         if remaining:
-            error = LOCATION.sub("", f"the compiler ended with status {status}: {last_words}")
-            yield Result(target, str(remaining.pop(0)), error=error)
+            yield remaining.pop(0), LOCATION.sub("", f"the compiler ended with status {status}: {last_words}")
 
 
 def worker_environment() -> dict[str, str]:
@@ -354,7 +355,7 @@ def work() -> None:
     """The worker: prints a result as a line of JSON for each case. Its arguments are a target and the cases."""
     target, cases = sys.argv[1], json.loads(sys.argv[2])
     for fields in cases:
-        case = Case(**{**fields, "shape": ModelShape(**fields["shape"])})
+        case = case_of(fields)
         try:
             result = compile_case(target, case)
         except Exception as error:  # whatever a compiler raises is the result
@@ -363,22 +364,41 @@ def work() -> None:
         print(json.dumps(asdict(result)), flush=True)
 
 
+def case_of(fields: dict[str, Any]) -> Case:
+    return Case(**{**fields, "shape": ModelShape(**fields["shape"])})
+
+
 def compile_case(name: str, case: Case) -> Result:
-    target = TARGETS[name]
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target.config(), topology="1x1x1")
-    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
-    arguments = {name: x.update(sharding=sharding) for name, x in case.arguments().items()}
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arguments.values())
-    if size > target.memory << 30:
-        raise ValueError(f"its arguments take {size / 2**30:.0f} GiB; the GPU has {target.memory}.")
-    with tile_config.assuming(target.architecture), lowering_for(target), tempfile.TemporaryDirectory() as folder:
-        traced = jax.jit(case.program()).trace(**arguments)
+    with tempfile.TemporaryDirectory() as folder:
         # "ptx" is all of Triton's that has to be dumped: its passes take twenty times as long as compiling.
-        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", "xla_gpu_autotune_level": 0}
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        compiled = compile_program(name, case.program(), (), case.arguments(), options)
         prefix = "mqa_" if case.implementation == "triton" else ""  # else XLA's own kernels are what is asked about
         kernels = tuple(dumped_kernels(Path(folder), prefix))
     return Result(name, str(case), compiled.memory_analysis().temp_size_in_bytes, kernels)
+
+
+def compile_program(
+    name: str,
+    function: Callable[..., Any],
+    arguments: Sequence[Any] = (),
+    named: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:  # a compiled program, as JAX has it
+    """For a GPU that is not there, for arguments of these shapes."""
+    target = TARGETS[name]
+    sharding = NamedSharding(topologies.make_mesh(topology_of(name), (1,), ("x",)), PartitionSpec())
+    arguments, named = jax.tree.map(lambda x: x.update(sharding=sharding), (arguments, dict(named)))
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((arguments, named)))
+    if size > target.memory << 30:
+        raise ValueError(f"its arguments take {size / 2**30:.0f} GiB; the GPU has {target.memory}.")
+    with tile_config.assuming(target.architecture), lowering_for(target):
+        lowered = jax.jit(function).trace(*arguments, **named).lower(lowering_platforms=("cuda",))
+        return lowered.compile(compiler_options={**options, "xla_gpu_autotune_level": 0})
+
+
+def topology_of(name: str) -> topologies.TopologyDescription:
+    return topologies.get_topology_desc(platform="cuda", target_config=TARGETS[name].config(), topology="1x1x1")
 
 
 def dumped_kernels(folder: Path, prefix: str) -> Iterator[Kernel]:

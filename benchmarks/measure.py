@@ -6,15 +6,17 @@ import itertools
 import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.cases import Case
-from benchmarks.peers import Candidate, NotApplicable
 from benchmarks.progress import progress_bar
-from benchmarks.timing import Settings
+from benchmarks.timing import LEAST_TURNS, PATIENCE, Settings
 
 TOLERANCE = 1e-4  # absolute, in float32; a wrong mask or head is off by more than 0.1
 LOCATION = re.compile(r"(https?:/)?(?<!\w)(/[^\s/'\"]+)+/")  # all of a path but its last name
@@ -25,21 +27,29 @@ class Row:
     """What became of one peer.
 
     Attributes:
+      batch, length: of the problem, for plots; the length is that of the keys. None where it has none.
+      direction: whether gradients are computed, too; "" where that is no question.
       status: "measured", "wrong" (and not measured), "raised", "absent": not installed, or "not applicable".
       cost: median over the turns, in seconds, bytes or seconds a token.
       ratio: median over the turns of the peer's cost / our cost: how many times better we are.
       error: largest absolute difference from the reference; of tokens their numbers differ.
+      compile_seconds, temporaries: see `candidate.Candidate`.
     """
 
     case: str
     problem: str
+    batch: int | None
+    length: int | None
     unit: str
     peer: str
+    direction: str
     status: str
-    cost: float | None
-    ratio: float | None
-    error: float | None
-    message: str
+    cost: float | None = None
+    ratio: float | None = None
+    error: float | None = None
+    compile_seconds: float | None = None
+    temporaries: int | None = None
+    message: str = ""
 
 
 @dataclass
@@ -52,17 +62,23 @@ class Attempt:
     error: float | None = None
     candidate: Candidate | None = None
     costs: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # that its turns took
 
     @contextlib.contextmanager
     def noting_failure(self) -> Iterator[None]:
         try:
             yield
-        except ImportError as error:
-            self.status, self.message = "absent", _message(error)
-        except NotApplicable as error:
-            self.status, self.message = "not applicable", str(error)
         except Exception as error:  # whatever a peer raises is its result
-            self.status, self.message = "raised", f"{type(error).__name__}: {_message(error)}"
+            self.status, self.message = failure_of(error).values()
+
+
+def failure_of(error: Exception) -> dict[str, str]:
+    """Status and message of a row."""
+    if isinstance(error, ImportError):
+        return {"status": "absent", "message": _message(error)}
+    if isinstance(error, NotApplicable):
+        return {"status": "not applicable", "message": str(error)}
+    return {"status": "raised", "message": f"{type(error).__name__}: {_message(error)}"}
 
 
 def measure(case: Case, settings: Settings) -> list[Row]:
@@ -96,27 +112,46 @@ def _check(attempt: Attempt, case: Case, reference: Callable[[], list[np.ndarray
 
 
 def _take_turn(attempt: Attempt, settings: Settings) -> None:
-    if attempt.status == "measured" and attempt.candidate is not None:
+    if attempt.status == "measured" and attempt.candidate is not None and not _had_enough(attempt, settings):
+        start = time.perf_counter()
         with attempt.noting_failure():
             attempt.costs.append(attempt.candidate.cost(settings.turn_seconds))
+        attempt.seconds += time.perf_counter() - start
+
+
+def _had_enough(attempt: Attempt, settings: Settings) -> bool:
+    turns = len(attempt.costs)
+    return turns > 0 and attempt.seconds > settings.peer_seconds * (1 if turns >= LEAST_TURNS else PATIENCE)
+
+
+def row_of(case: Case, peer: str, **fields: Any) -> Row:
+    """Of a peer of a case, with what is known of it."""
+    problem = case.problem
+    length = getattr(problem, "keys", getattr(problem, "length", None))
+    batch = getattr(problem, "batch", None)
+    return Row(case.name, str(problem), batch, length, case.unit, peer, case.direction, **fields)
 
 
 def _row(case: Case, attempt: Attempt, ours: Attempt) -> Row:
     measured = attempt.status == "measured"
     compared = measured and ours.status == "measured" and attempt is not ours
-    return Row(
-        case=case.name,
-        problem=str(case.problem),
-        unit=case.unit,
-        peer=attempt.peer,
+    candidate = attempt.candidate or NOBODY
+    return row_of(
+        case,
+        attempt.peer,
         status=attempt.status,
         cost=statistics.median(attempt.costs) if measured else None,
         ratio=statistics.median(theirs / our for theirs, our in zip(attempt.costs, ours.costs)) if compared else None,
         error=attempt.error,
+        compile_seconds=candidate.compile_seconds,
+        temporaries=candidate.temporaries,
         message=attempt.message,
     )
 
 
-def _message(error: Exception) -> str:
+NOBODY = Candidate(list, lambda least: math.nan)
+
+
+def _message(error: BaseException) -> str:
     """Its first line, without the places of files, which are those of one machine."""
     return LOCATION.sub("", str(error).partition("\n")[0])

@@ -41,3 +41,10 @@ MODEL_SHAPES = (
     # Every second layer; the others have a window of 4096 as well.
     ModelShape("Gemma-2-9B", heads=16, kv_heads=8, head_dim=256, soft_cap=50.0),
 )
+SHAPES = {shape.name: shape for shape in MODEL_SHAPES}
+MULTI_QUERY = ModelShape("multi-query", heads=32, kv_heads=1, head_dim=128)
+
+
+def shape_of(heads: int, kv_heads: int, head_dim: int) -> ModelShape:
+    """Of no model in particular."""
+    return ModelShape(f"{heads}/{kv_heads} heads of {head_dim}", heads, kv_heads, head_dim)

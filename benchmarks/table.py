@@ -1,20 +1,24 @@
-"""Results as a table: aligned on a terminal, or in Markdown.
+"""Results as tables: aligned on a terminal, and in Markdown, where `python -m benchmarks.table --write` puts them.
 
-python -m benchmarks.table benchmarks/results/cpu.json
+The README has a line for each case, between marks; results/DEVICE.md has a line for each peer.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-TITLES = ("case", "problem", "peer", "measured", "ours is better by", "largest error")
+from benchmarks import reasons
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+README = ROOT / "README.md"
 
 
 def figures(number: float) -> str:
     """Three of them, or all before the point."""
-    return f"{number:,.0f}" if number >= 99.95 else f"{number:#.3g}"
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:#.3g}".removesuffix(".")
 
 
 UNITS: dict[str, Callable[[float], str]] = {  # a cost in seconds, bytes, or seconds a token
@@ -23,44 +27,48 @@ UNITS: dict[str, Callable[[float], str]] = {  # a cost in seconds, bytes, or sec
     "tokens/s": lambda seconds: f"{figures(1 / seconds)} tokens/s",
 }
 
-
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """One row of `measure.Row`, in the order of TITLES. What was not measured says why."""
-    measured = f"{row['status']}: {row['message']}" if row["cost"] is None else UNITS[row["unit"]](row["cost"])
-    ratio = "" if row["ratio"] is None else f"{figures(row['ratio'])}x"
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    return row["case"], row["problem"], row["peer"], measured, ratio, error
-
-
-def table(rows: Sequence[dict[str, Any]], leading: Sequence[str] = TITLES[:3]) -> list[tuple[str, ...]]:
-    """Titles and lines. What was measured on a GPU has directions, not everything all: those of a peer share a line."""
-    if not any("direction" in row for row in rows):
-        return [TITLES, *map(cells, rows)]
-    lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(tuple(row[name] for name in leading), {})[row["direction"]] = row
-    directions = list(dict.fromkeys(row["direction"] for row in rows))
-    rates = lambda found: (rate(found[direction]) if direction in found else "" for direction in directions)
-    return [
-        (*leading, *directions, "largest error, or why nothing was measured"),
-        *((*line, *rates(found), remarks(list(found.values()))) for line, found in lines.items()),
-    ]
+Row = dict[str, Any]
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: row["case"],
+    "problem": lambda row: row["problem"],
+    "direction": lambda row: row["direction"],
+    "peer": lambda row: row["peer"],
+    "measured": lambda row: cost(row),
+    "ours is better by": lambda row: known(row["ratio"], lambda x: f"{figures(x)}x"),
+    "TFLOP/s": lambda row: known(row["flops"], lambda x: figures(x / 1e12)),
+    "of a product": lambda row: known(row["matmul_share"], lambda x: f"{x:.0%}"),
+    "GB/s": lambda row: known(row["bandwidth"], lambda x: figures(x / 1e9)),
+    "of a copy": lambda row: known(row["copy_share"], lambda x: f"{x:.0%}"),
+    "temporaries": lambda row: known(row["temporaries"], UNITS["MiB"]),
+    "compiled in": lambda row: known(row["compile_seconds"], lambda x: f"{x:.1f} s"),
+    "largest error": lambda row: known(row["error"], lambda x: f"{x:.1e}"),
+}
 
 
-def rate(row: dict[str, Any]) -> str:
-    """Time, FLOP/s or bytes a second, their share of the most there is, and how many times as long as ours it takes."""
-    if row["cost"] is None:
-        return "in the noise" if row["status"] == "measured" else row["status"]
-    share = "" if row["share"] is None else f" {row['share']:.0%}"
-    ratio = "" if row["ratio"] is None else f" {figures(row['ratio'])}x"
-    speed, unit = (row["flops"], "TFLOP/s") if row["flops"] else (row["bandwidth"], "TB/s")
-    return f"{UNITS[row['unit']](row['cost'])} {figures(speed / 1e12)} {unit}{share}{ratio}"
+def known(value: float | None, text: Callable[[float], str]) -> str:
+    return "" if value is None else text(value)
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> str:
-    errors = [row["error"] for row in rows if row["error"] is not None]
-    reasons = dict.fromkeys(row["message"] for row in rows if row["message"])  # each once
-    return "; ".join([*([f"{max(errors):.1e}"] if errors else []), *reasons])
+def cost(row: Row) -> str:
+    """What was not measured says why."""
+    if row["cost"] is not None:
+        return UNITS[row["unit"]](row["cost"])
+    return "in the noise" if row["status"] == "measured" else f"{row['status']}: {row['message']}"
+
+
+def table(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """Titles and lines."""
+    return [tuple(COLUMNS), *(tuple(column(row) for column in COLUMNS.values()) for row in rows)]
+
+
+def aligned(rows: Iterable[Row]) -> str:
+    """Of those to which the case applies."""
+    return in_columns(table(row for row in rows if row["status"] != "not applicable"))
+
+
+def in_columns(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def describe_ceilings(ceilings: dict[str, Any]) -> str:
@@ -70,31 +78,137 @@ def describe_ceilings(ceilings: dict[str, Any]) -> str:
     return f"matrix product {products}; copy {figures(ceilings['copy'] / 1e9)} GB/s"
 
 
-def aligned(rows: Sequence[dict[str, Any]], leading: Sequence[str] = TITLES[:3]) -> str:
-    return in_columns(table(rows, leading))
+# -- Markdown ----------------------------------------------------------------------------------------------------------
 
 
-def in_columns(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def in_markdown(lines: Sequence[Sequence[str]]) -> str:
+    titles, *others = lines
+    escaped = lambda line: " | ".join(cell.replace("|", "\\|") for cell in line)
+    return "\n".join(f"| {escaped(line)} |" for line in [titles, ["---"] * len(titles), *others])
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The table, and under it where it comes from."""
-    titles, *lines = table(results["rows"])
-    lines = [titles, ("---",) * len(titles), *lines]
-    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+def source(results: dict[str, Any]) -> str:
+    """Where numbers come from."""
     machine, versions = results["machine"], results["versions"]
-    gpu = ""
-    if "ceilings" in results:
-        gpu = f"{machine['device']}, driver {machine['driver']}; {describe_ceilings(results['ceilings'])}; "
     return (
-        f"{text}\n\n`{results['command']}`, {results['date']}, {gpu}{machine['cpu']}, {machine['cores']} cores, "
-        f"load {machine['load']}; {', '.join(f'{name} {number}' for name, number in versions.items())}."
+        f"`{results['command']}`, {results['date']}, JAX on {machine['device']}; {machine['cpu']}, {machine['cores']} "
+        f"cores, load {machine['load']}; {describe_ceilings(results['ceilings'])}; "
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}."
     )
+
+
+def whole(results: dict[str, Any]) -> str:
+    """A line for each peer; those to which a case does not apply are named under it."""
+    others: dict[tuple[str, str], list[str]] = {}
+    for row in results["rows"]:
+        if row["status"] == "not applicable":
+            others.setdefault((row["peer"], row["message"]), []).append(
+                " ".join([row["case"], row["direction"]]).strip()
+            )
+    notes = [f"- {peer}: {message} ({', '.join(cases)})" for (peer, message), cases in others.items()]
+    return "\n\n".join(
+        [
+            f"# Measured on {results['machine']['device']}",
+            in_markdown(table(row for row in results["rows"] if row["status"] != "not applicable")),
+            source(results),
+            *(["Not applicable:", "\n".join(notes)] if notes else []),
+            *memory(results),
+        ]
+    )
+
+
+def memory(results: dict[str, Any]) -> list[str]:
+    """Peak temporary memory on GPUs, as compiled without one."""
+    found = results.get("gpu_memory")
+    if found is None:
+        return []
+    if found["missing"]:
+        return [f"Memory on GPUs is absent: {found['missing']}."]
+    from benchmarks import gpu_memory
+
+    return [
+        "Temporary memory at its peak, as XLA's compiler for these GPUs has it:",
+        in_markdown(gpu_memory.lines(found)),
+    ]
+
+
+def compact(results: dict[str, Any]) -> str:
+    """A line for each case: ours, and how many times as much each peer takes that was measured for some."""
+    rows = results["rows"]
+    peers = list(
+        dict.fromkeys(row["peer"] for row in rows if row["status"] != "not applicable" and row["peer"] != "ours")
+    )
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row["case"], row["problem"], row["direction"]), {})[row["peer"]] = row
+    lines = [
+        (*key, cost(found["ours"]), *(ratio(found[peer]) if peer in found else "" for peer in peers))
+        for key, found in cases.items()
+    ]
+    return in_markdown([("case", "problem", "direction", "ours", *peers), *lines])
+
+
+def ratio(row: Row) -> str:
+    if row["status"] != "measured":
+        return "" if row["status"] == "not applicable" else row["status"]
+    return known(row["ratio"], lambda x: f"{figures(x)}x")
+
+
+def losses(rows: Iterable[Row]) -> list[Row]:
+    """Where a peer is faster, or takes less memory, than we."""
+    return [row for row in rows if row["ratio"] is not None and row["ratio"] < 1]
+
+
+def where_we_lose(results: dict[str, Any]) -> str:
+    """A line for each peer and reason, with all cases, the worst first."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in sorted(losses(results["rows"]), key=lambda row: row["ratio"]):
+        case = " ".join([row["case"], row["direction"]]).strip()
+        key = (row["peer"], *(reasons.reason_for(row) or reasons.UNKNOWN))
+        found.setdefault(key, []).append(f"{case} {figures(row['ratio'])}x")
+    if not found:
+        return "No peer was faster in any case."
+    lines = [(peer, ", ".join(cases), why, fix) for (peer, why, fix), cases in found.items()]
+    return in_markdown([("peer", "cases, with how much better ours is", "why", "what would fix it"), *lines])
+
+
+def measured_section(results: dict[str, Any]) -> str:
+    """What stands in the README between the marks."""
+    return "\n\n".join(
+        [compact(results), source(results), "### Where we lose", where_we_lose(results), *memory(results)]
+    )
+
+
+BEGIN, END = "<!-- from benchmarks/results/cpu.json: begin -->", "<!-- end -->"
+
+
+def readme_with(results: dict[str, Any], text: str) -> str:
+    before, rest = text.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    return f"{before}{BEGIN}\n\n{measured_section(results)}\n\n{END}{after}"
+
+
+def write() -> list[Path]:
+    """The README, and the whole table of each device whose results there are."""
+    files = []
+    for file in result_files():
+        files.append(file.with_suffix(".md"))
+        files[-1].write_text(whole(json.loads(file.read_text())) + "\n")
+    README.write_text(readme_with(json.loads((RESULTS / "cpu.json").read_text()), README.read_text()))
+    return [*files, README]
+
+
+def result_files() -> list[Path]:
+    """Those of `python -m benchmarks`, one for each kind of device."""
+    return [path for path in sorted(RESULTS.glob("*.json")) if "ceilings" in json.loads(path.read_text())]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what `python -m benchmarks` wrote")
-    print(markdown(json.loads(parser.parse_args().results.read_text())))
+    parser.add_argument("--write", action="store_true", help="into README.md and benchmarks/results/*.md")
+    parser.add_argument("results", type=Path, nargs="?", help="what `python -m benchmarks` wrote, to be printed")
+    options = parser.parse_args()
+    if options.results is not None:
+        print(whole(json.loads(options.results.read_text())))
+    if options.write:
+        print("\n".join(path.name for path in write()))

@@ -25,10 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import environment, timing
+from benchmarks import environment, jax_peers, timing
+from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.cases import Case
 from benchmarks.measure import Row, measure
-from benchmarks.peers import Candidate, NotApplicable
+from benchmarks.model_shapes import SHAPES, ModelShape, shape_of
+from benchmarks.problems import Problem, attention_of
 from benchmarks.progress import progress_bar
 from benchmarks.table import figures, in_columns
 from benchmarks.timing import QUICK, Settings
@@ -47,6 +49,7 @@ KERNELS: dict[str, Kernel] = {
     "dscore": triton_score_gradient.d_bias,
 }
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "dscore": 2}  # of matrices, in each tile
+MODELS = {64: "SmolLM2-135M", 128: "Llama-3-8B", 256: "Gemma-2B"}  # by head size, whose layers are timed
 DTYPES = {"16-bit": "bfloat16", "float32": "float32"}
 ROUNDING = {"16-bit": 2, "float32": 64}  # units in the last place of the largest number, by which results may differ
 FIRST, FINAL = Settings(turns=1, turn_seconds=0.02), Settings(turns=7, turn_seconds=0.05)
@@ -55,17 +58,25 @@ FINALISTS = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """What is looked for: the tiles of one entry of the table, for causal self-attention."""
+    """What is looked for: the tiles of one entry of the table, for the layer of a model.
+
+    Attributes: shape, the layer's; that of MODELS if None.
+    """
 
     direction: str
     dtype: str
     head_dim: int
     batch: int = 4
     length: int = 4096
-    heads: int = 16
+    shape: ModelShape | None = None
 
     def __str__(self) -> str:
-        return f"B={self.batch} T={self.length} {self.heads}/{self.heads} heads causal"
+        return str(self.problem)
+
+    @property
+    def problem(self) -> Problem:
+        shape = self.shape or SHAPES[MODELS[self.head_dim]]
+        return attention_of(shape, self.batch, self.length, dtype=DTYPES[self.dtype])
 
     @property
     def key(self) -> dict[str, Any]:
@@ -84,14 +95,12 @@ class Entry:
 
     @property
     def flops(self) -> float:
-        pairs = self.batch * self.heads * self.length**2 / 2
-        return 2 * PRODUCTS[self.direction] * pairs * self.head_dim
+        return self.problem.flops * PRODUCTS[self.direction] / PRODUCTS["forward"]
 
     def arguments(self, interpret: bool) -> tuple[Inputs, Saved]:
-        shape = self.batch, self.length, self.heads, self.head_dim
-        normal = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape).astype(DTYPES[self.dtype])
-        query, key, value, d_out = (normal(seed, shape) for seed in range(4))
-        bias = normal(4, (1, self.heads, self.length, self.length)) if self.direction == "dscore" else None
+        query, key, value, d_out = jax_peers.on_device(self.problem)
+        scores = (1, query.shape[2], self.length, self.length)
+        bias = jax.random.normal(jax.random.key(4), scores, query.dtype) if self.direction == "dscore" else None
         inputs = checked_inputs(query, key, value, bias, None, Options(is_causal=True))
         out, log_sum_exp = jax.jit(functools.partial(triton.forward, interpret=interpret))(inputs)
         delta = row_terms.delta(out, d_out, jnp.zeros_like(log_sum_exp))
@@ -293,7 +302,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--directions", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--head-dims", nargs="+", type=int, choices=(64, 128, 256), default=[64, 128, 256])
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=MODELS, default=list(MODELS))
     parser.add_argument(
         "--seconds", type=float, help="for compiling the tiles of one entry; by default as many as it takes"
     )
@@ -314,7 +323,11 @@ def main(arguments: list[str] | None = None) -> None:
         entry = Entry(direction, dtype, head_dim)
         configs, settings = candidates(entry), [FIRST, FINAL]
         if options.quick:
-            entry, configs, settings = replace(entry, batch=1, length=32, heads=1), TINY, [QUICK, QUICK]
+            entry, configs, settings = (
+                replace(entry, batch=1, length=32, shape=shape_of(1, 1, head_dim)),
+                TINY,
+                [QUICK, QUICK],
+            )
         rows, finalists = tune(entry, configs, not has_gpu, settings, options.seconds)
         print(report(entry, rows, finalists), flush=True)
         if finalists:  # after each: whatever ends this process, what is known stays

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_peers, table, tune
+from benchmarks import gpu, jax_peers, judge, table, torch_peers, tune
 from benchmarks.__main__ import main
-from benchmarks.cases import Case, Peers
-from benchmarks.gpu_peers import Problem
+from benchmarks.candidate import Candidate, NotApplicable
+from benchmarks.cases import Case, Peers, lines_of
 from benchmarks.measure import Row, measure
-from benchmarks.peers import Candidate, NotApplicable
+from benchmarks.problems import BACKWARD, BOTH, FORWARD, Problem
 from benchmarks.timing import QUICK
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import tile_config
@@ -23,7 +23,7 @@ from mqa_jax.options import Options
 
 pytestmark = pytest.mark.slow
 
-TINY = Problem(batch=1, queries=24, keys=24, heads=4, kv_heads=2, head_dim=8, is_causal=True)
+TINY = Problem(batch=1, queries=24, keys=24, heads=4, kv_heads=2, head_dim=8, is_causal=True, dtype="bfloat16")
 
 
 def never(least: float) -> float:
@@ -35,35 +35,38 @@ def never(least: float) -> float:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What a quick run of one case writes."""
+    """What a quick run of one line writes."""
     file = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    printed = main(["--gpu", "--quick", "--only", "head-80", "--repeats", "1", "--out", str(file)])
+    printed = main(["--gpu", "--quick", "--only", "Phi-2", "--repeats", "1", "--out", str(file)])
     written = json.loads(file.read_text())
     assert written == printed
     return written
 
 
+def peers_of(name: str) -> list[str]:
+    return list(lines_of("gpu")[name].cases("gpu", quick=True)[0].peers)
+
+
 def test_every_peer_has_a_row_for_every_direction(results):
-    peers = gpu_peers.peers_of(gpu.PROBLEMS["head-80"])
-    expected = [(direction, peer) for direction in gpu.DIRECTIONS for peer in peers]
+    expected = [(direction, peer) for direction in (FORWARD, BACKWARD, BOTH) for peer in peers_of("Phi-2")]
     assert [(row["direction"], row["peer"]) for row in results["rows"]] == expected
     for row in results["rows"]:
-        if row["direction"] != "backward" and row["peer"] in ("ours", "ours, xla", "jax.nn, xla", "pallas mha"):
+        if row["direction"] != BACKWARD and row["peer"] in ("ours", "ours, xla", "jax.nn", "pallas mha"):
             assert row["status"] == "measured", row
             assert row["flops"] > 0
             assert (row["ratio"] is None) == (row["peer"] == "ours")
 
 
 def test_results_say_how_they_were_measured(results):
-    assert results["command"] == "python -m benchmarks --gpu --only head-80 --repeats 1 --quick"
+    assert results["command"] == "python -m benchmarks --gpu --only Phi-2 --repeats 1 --quick"
     assert results["tests"] == "not run: not asked for"
     assert set(results["ceilings"]["matmul"]) == {"bfloat16", "float16", "float32"}
     assert results["machine"].keys() >= {"device", "driver"}
-    markdown = table.markdown(results)
-    assert table.describe_ceilings(results["ceilings"]) in markdown
-    assert len(table.aligned(results["rows"]).splitlines()) == 1 + len(gpu_peers.peers_of(gpu.PROBLEMS["head-80"]))
+    whole = table.whole(results)
+    assert table.describe_ceilings(results["ceilings"]) in whole
     for row in results["rows"]:
-        assert f"\n| {row['case']} | {row['problem']} | {row['peer']} | " in markdown
+        if row["status"] != "not applicable":
+            assert f"\n| {row['case']} | {row['problem']} | {row['direction']} | {row['peer']} | " in whole
 
 
 def test_flops():
@@ -75,7 +78,9 @@ def test_flops():
     assert replace(problem, is_causal=True, documents=4).flops == forward / 8
     assert replace(problem, is_causal=True, window=64).flops == forward / 2
     assert replace(problem, is_causal=True, window=16).flops == forward * (64 * 16 - 16 * 16 / 2) / 64**2
-    assert gpu.flops(problem, "backward") == 2.5 * forward
+    assert replace(problem, queries=16, is_causal=True).flops == forward / 4 - forward / 32
+    assert replace(problem, queries=16, is_causal=True, window=32).flops == forward / 8
+    assert gpu.Added(replace(problem, gradients=True), problem).flops == 2.5 * forward
 
 
 @pytest.fixture(scope="module")
@@ -86,47 +91,49 @@ def steps():
 
 
 @pytest.mark.parametrize(
-    ("name", "others", "reason"),
+    ("name", "others"),
     [
-        ("decode-one", {"jax.nn, xla"}, "it wants as many queries as keys"),
-        ("decode-window", {"jax.nn, xla"}, "it has no window"),
-        ("decode-int8", set(), "it has no key_dtype"),
+        ("decode-one", {"jax.nn", "pallas decode"}),
+        ("decode-window", {"jax.nn", "pallas decode"}),
+        ("decode-int8", set()),
     ],
 )
-def test_steps_of_decoding_are_measured_by_what_they_read(name, others, reason, steps):
-    problem = gpu.problem_of(name, quick=True)
-    rows = gpu.with_rates(steps[name], problem, {"copy": 1e12})
-    peers = gpu_peers.peers_of(problem)
-    assert [(row["direction"], row["peer"]) for row in rows] == [("forward", peer) for peer in peers]
+def test_steps_of_decoding_are_measured_by_what_they_read(name, others, steps):
+    line = lines_of("gpu")[name]
+    problem = line.problem("gpu", quick=True)
+    rows = gpu.rated(steps[name], line, True, {"copy": 1e12})
+    assert [(row["direction"], row["peer"]) for row in rows] == [(FORWARD, peer) for peer in peers_of(name)]
     measured = [row for row in rows if row["status"] == "measured"]
     assert {row["peer"] for row in measured} >= {"ours", "ours, xla", *others}, rows
     for row in measured:
-        assert row["bandwidth"] == problem.cache_bytes / row["cost"] == pytest.approx(1e12 * row["share"])
-    assert {row["peer"]: row["message"] for row in rows}["pallas mha"] == reason
-    assert " TB/s " in table.aligned(rows)
+        assert row["bandwidth"] == problem.bytes / row["cost"] == pytest.approx(1e12 * row["copy_share"])
+    if not others:
+        assert {row["peer"]: row["message"] for row in rows}["pallas decode"] == "it has no key_dtype"
 
 
 def test_bytes_of_a_cache():
-    problem = Problem(batch=2, queries=1, keys=64, heads=6, kv_heads=3, head_dim=8)
+    problem = Problem(batch=2, queries=1, keys=64, heads=6, kv_heads=3, head_dim=8, dtype="bfloat16")
+    query = 2 * 6 * 8 * 2
     assert problem.cache_bytes == 2 * 2 * 64 * 3 * 8 * 2
+    assert problem.bytes == problem.cache_bytes + 2 * query
+    assert replace(problem, gradients=True).bytes == 3 * problem.cache_bytes + 6 * query
     assert replace(problem, window=16).cache_bytes == problem.cache_bytes / 4
     assert replace(problem, key_dtype="int8").cache_bytes == problem.cache_bytes / 2 + 2 * 2 * 64 * 3 * 4
 
 
 def test_the_numbers_of_a_long_cache_repeat(monkeypatch):
     """In JAX and in PyTorch the same, with scales and without."""
-    monkeypatch.setattr(gpu_peers, "LONGEST_CACHE", 8)
-    problem = Problem(batch=3, queries=1, keys=32, heads=4, kv_heads=2, head_dim=8, dtype="float32")
-    arrays = gpu_peers.on_device(problem)
+    monkeypatch.setattr(jax_peers, "LONGEST_CACHE", 8)
+    problem = Problem(batch=3, queries=1, keys=32, heads=4, kv_heads=2, head_dim=8)
+    arrays = jax_peers.on_device(problem)
     assert [x.shape for x in arrays] == problem.shapes()
     np.testing.assert_array_equal(arrays[1][0, :8], arrays[1][2, 24:])
-    (key, scale), (value, _) = gpu_peers.on_device(replace(problem, key_dtype="int8"))[1:3]
+    (key, scale), (value, _) = jax_peers.on_device(replace(problem, key_dtype="int8"))[1:3]
     assert (key.shape, scale.shape, value.shape) == ((3, 32, 2, 8), (3, 32, 2), (3, 32, 2, 8))
-    np.testing.assert_allclose(
-        gpu_peers.plain_arrays(replace(problem, key_dtype="int8"), "float32")[1], arrays[1], atol=0.02
-    )
+    restored = jax_peers.plain_arrays(replace(problem, key_dtype="int8"), "float32")[1]
+    np.testing.assert_allclose(restored, arrays[1], atol=0.02)
     pytest.importorskip("torch")
-    for tensor, array in zip(gpu_peers.torch_tensors(problem, "cpu"), arrays):
+    for tensor, array in zip(torch_peers.tensors_of(problem, "cpu"), arrays):
         np.testing.assert_array_equal(tensor.transpose(1, 2), array)
 
 
@@ -134,7 +141,7 @@ def test_the_numbers_of_a_long_cache_repeat(monkeypatch):
 def test_wrong_numbers_are_not_timed(dtype):
     """One head, or one gradient, or everything by a little more than the rule allows."""
     problem = replace(TINY, dtype=dtype, gradients=True, window=9, alibi=True, documents=2)
-    right, allowed = gpu_peers.exact(problem), gpu_peers.allowed("theirs", problem)
+    right, allowed = judge.exact(problem), judge.allowed("theirs", problem)
     assert len(right) == len(allowed) == 4
     off = [
         [right[0] * np.array([1, 1, 1, 0])[:, None], *right[1:]],
@@ -142,35 +149,23 @@ def test_wrong_numbers_are_not_timed(dtype):
         [x + 1.01 * most for x, most in zip(right, allowed)],
     ]
     giving = lambda arrays: lambda problem: Candidate(lambda: arrays, never)
-    peers: Peers = {"ours, xla": functools.partial(gpu_peers.jax_peer, "ours, xla")}
+    peers: Peers = {"ours, xla": functools.partial(jax_peers.timed, "ours, xla")}
     peers = {**peers, **{f"wrong {number}": giving(arrays) for number, arrays in enumerate(off)}}
-    case = Case("tiny", "ms", problem, peers, gpu_peers.exact, allowed=gpu_peers.allowed)
+    case = Case("tiny", "ms", problem, peers, judge.exact, allowed=judge.allowed)
     assert [row.status for row in measure(case, QUICK)] == ["measured", "wrong", "wrong", "wrong"]
 
 
 def test_what_a_peer_does_not_do_is_said():
     with pytest.raises(NotApplicable, match="it has no window"):
-        gpu_peers.compiled("pallas mha", replace(TINY, window=4))
+        jax_peers.timed("pallas mha", replace(TINY, window=4))
     with pytest.raises(NotApplicable, match="one array of all scores would be 64 GiB"):
-        gpu_peers.compiled("jax.nn, xla", replace(TINY, queries=1 << 16, keys=1 << 16))
-
-
-def test_what_has_no_gradients_shares_a_table_with_what_has():
-    row = dict(
-        case="", problem="", unit="ms", status="measured", cost=1.0, ratio=None, error=None, message="", share=0.5
-    )
-    rows = [
-        {**row, "peer": "a", "direction": direction, "flops": 1e12, "bandwidth": None} for direction in gpu.DIRECTIONS
-    ]
-    rows.append({**row, "peer": "b", "direction": "forward", "flops": None, "bandwidth": 2e12})
-    title, first, second = table.table(rows, ["peer"])
-    assert len(title) == len(first) == len(second) == 5
-    assert first[1:4] == ("1,000 ms 1.00 TFLOP/s 50%",) * 3
-    assert second[1:4] == ("1,000 ms 2.00 TB/s 50%", "", "")
+        jax_peers.timed("jax.nn", replace(TINY, queries=1 << 16, keys=1 << 16))
 
 
 def test_the_backward_pass_is_a_difference():
-    row = functools.partial(Row, "tiny", "problem", "ms", status="measured", ratio=None, error=None, message="")
+    row = functools.partial(
+        Row, "tiny", "problem", 1, 8, "ms", direction=FORWARD, status="measured", compile_seconds=1.0
+    )
     forward = [row("ours", cost=1.0), row("theirs", cost=2.0), row("noisy", cost=2.0), row("broken", cost=1.0)]
     failed = replace(forward[3], status="raised", cost=None, message="out of luck")
     both = [row("ours", cost=3.0), row("theirs", cost=6.0), row("noisy", cost=1.0), failed]
@@ -182,6 +177,7 @@ def test_the_backward_pass_is_a_difference():
         ("raised", None, None),
     ]
     assert found[3].message == "out of luck"
+    assert {(x.direction, x.compile_seconds) for x in found} == {(BACKWARD, None)}
 
 
 def test_without_a_gpu_the_command_says_so():
@@ -189,12 +185,12 @@ def test_without_a_gpu_the_command_says_so():
         with pytest.raises(SystemExit, match="no GPU here that JAX can use"):
             command()
     with pytest.raises(SystemExit):
-        main(["--gpu", "--only", "decode-mqa"])  # a case of the other benchmarks
+        main(["--gpu", "--only", "demo"])  # a case of the other benchmarks
 
 
 # -- processes that end -----------------------------------------------------------------------------------------------
 
-NAMES = ["ceilings", "gqa", "mqa"]
+NAMES = ["ceilings", "Llama-3-8B", "decode-mqa"]
 
 
 def work(monkeypatch, program: str, seconds: float = 60.0) -> dict:
@@ -211,7 +207,7 @@ def messages(found: dict) -> list[str]:
 def test_a_process_that_ends_is_the_result_of_its_case_alone(monkeypatch):
     found = work(monkeypatch, "sys.exit('out of luck in /some/place/file.cu')")
     assert messages(found) == ["its process ended with status 1: out of luck in file.cu"] * 3
-    rows = gpu.with_rates(found["gqa"], gpu.problem_of("gqa", True), found["ceilings"])
+    rows = gpu.rated(found["Llama-3-8B"], lines_of("gpu")["Llama-3-8B"], True, found["ceilings"])
     assert {(row["status"], row["cost"], row["flops"]) for row in rows} == {("raised", None, None)}
     assert "out of luck in file.cu" in table.aligned(rows)
 
@@ -267,7 +263,7 @@ def test_a_quick_search_writes_an_entry_and_nothing_else(tmp_path, capsys):
     changed = [x for x in new if x not in old]
     assert [x.items() >= entry.key.items() for x in changed] == [True]
     assert tile_config.config_of(changed[0]) in tune.TINY
-    assert changed[0]["reason"].startswith("fastest of 2 at B=1 T=32 1/1 heads causal: ")
+    assert changed[0]["reason"].startswith("fastest of 2 at B=1 T=32 S=32 N=1 K=1 H=128 causal float32: ")
     assert "2 measured" in capsys.readouterr().out
 
 
@@ -318,7 +314,8 @@ def test_tiles_that_fail_or_differ_are_counted_and_not_chosen(monkeypatch):
     rows, best = tune.tune(entry, configs, True, [QUICK, QUICK], None)
     assert [row.status for row in rows] == ["measured", "wrong", "raised", "wrong", "measured"]
     assert {row.peer for row in best} == {tune.describe(configs[0]), tune.describe(configs[4])}
-    assert tune.reason_of(entry, best[0], rows).startswith("fastest of 2 at B=4 T=4096 16/16 heads causal: ")
+    reason = tune.reason_of(entry, best[0], rows)
+    assert reason.startswith("fastest of 2 at B=4 T=4096 S=4096 N=9 K=3 H=64 causal float32: ")
     assert "  1 raised: RuntimeError: shared memory: # KiB\n" in tune.report(entry, rows, best)
 
 

@@ -9,18 +9,16 @@ import pytest
 from benchmarks import gpu_compile
 from benchmarks.gpu_compile import (
     CASES,
-    MULTI_QUERY,
     TARGETS,
     Case,
     Kernel,
     Launch,
     Result,
-    decode_shape,
     launches,
     main,
     read_kernel,
 )
-from benchmarks.model_shapes import MODEL_SHAPES
+from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, shape_of
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import tile_config, triton_decode
 from mqa_jax.masks import Mask
@@ -35,12 +33,12 @@ COMPILED = [
     or (case.direction == "backward" and case.shape.name in DIFFERENT and case.dtype == "bfloat16")
     or (case.shape.name == "SmolLM2-135M" and (case.direction == "backward" or case.dtype == "bfloat16"))
 ]
-MANY_KEYS = Case(decode_shape(32, 1, 128), "decode", batch=1, queries=1, keys=32768)  # for one row of the batch
+MANY_KEYS = Case(shape_of(32, 1, 128), "decode", batch=1, queries=1, keys=32768)  # for one row of the batch
 DECODED = [
     MANY_KEYS,
     replace(MANY_KEYS, key_dtype="int8"),
     *(
-        Case(decode_shape(heads, kv_heads, head_dim), "decode", "bfloat16", batch, 1, keys, key_dtype=key_dtype)
+        Case(shape_of(heads, kv_heads, head_dim), "decode", "bfloat16", batch, 1, keys, key_dtype=key_dtype)
         for heads, kv_heads, head_dim, batch, keys, key_dtype in (
             (8, 8, 64, 64, 2048, None),  # enough programs without splits
             (32, 8, 128, 8, 131072, None),
