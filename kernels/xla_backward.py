@@ -4,6 +4,7 @@ With p the weights and D = sum(d_out * out) - d_log_sum_exp per row, the gradien
 dK and dV are summed over the G heads of a group by the matrix products themselves: the heads are rows of the tile.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -60,11 +61,9 @@ def backward(
         place = tiling.at_column_tile(place, index % tiling.column_tiles)
         key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
 
-        def query_tile(tile: Array, carry: tuple[Sums, Array, Array]) -> tuple[Sums, Array, Array]:
-            return differentiate(tiling, tiling.at_row_tile(place, tile), saved, key, value, carry)
-
         zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-        sums, d_key, d_value = lax.fori_loop(*tiling.row_tile_range(place), query_tile, (sums, *zeros))
+        step = functools.partial(differentiate, tiling, saved, key, value)
+        sums, d_key, d_value = tiling.over_row_tiles(place, step, (sums, *zeros))
         return sums._replace(
             key=tiling.add_keys(sums.key, d_key, place), value=tiling.add_keys(sums.value, d_value, place)
         )
@@ -75,33 +74,29 @@ def backward(
 
 def differentiate(
     tiling: Tiling,
-    place: Place,
     saved: Saved,
     key: Float[Array, "P bk H"],
     value: Float[Array, "P bk V"],
+    place: Place,
+    may_attend: Array | None,
     carry: tuple[Sums, Array, Array],
 ) -> tuple[Sums, Array, Array]:
     """Adds what one tile contributes to every gradient."""
-    inputs, may_attend = tiling.inputs, tiling.visible(place)
-
-    def step(carry: tuple[Sums, Array, Array]) -> tuple[Sums, Array, Array]:
-        sums, d_key, d_value = carry
-        query, d_out, log_sum_exp, delta = (tiling.queries(x, place) for x in saved)
-        score, tanh = tiling.scores(query, key, may_attend, place)
-        weight = jnp.exp(tiling.as_matrix(score) - online_softmax.finite(log_sum_exp))  # [P, R, bk]
-        d_weight = tiling.product("prv,pkv->prk", d_out, value)
-        d_value = d_value + tiling.product("prk,prv->pkv", tiling.drop(weight, place), d_out)
-        d_weight = tiling.drop(d_weight, place)
-        d_score = weight * (d_weight - delta)
-        sums = add_to_score_terms(tiling, place, tiling.as_tile(d_score), sums)
-        if tanh is not None:
-            d_score = d_score * (1 - tiling.as_matrix(tanh) ** 2)
-        d_score = d_score * inputs.scale
-        d_key = d_key + tiling.product("prk,prh->pkh", d_score, query)
-        d_query = tiling.product("prk,pkh->prh", d_score, key)
-        return sums._replace(query=tiling.add_queries(sums.query, d_query, place)), d_key, d_value
-
-    return tiling.unless_hidden(may_attend, step, carry)
+    sums, d_key, d_value = carry
+    query, d_out, log_sum_exp, delta = (tiling.queries(x, place) for x in saved)
+    score, tanh = tiling.scores(query, key, may_attend, place)
+    weight = jnp.exp(tiling.as_matrix(score) - online_softmax.finite(log_sum_exp))  # [P, R, bk]
+    d_weight = tiling.product("prv,pkv->prk", d_out, value)
+    d_value = d_value + tiling.product("prk,prv->pkv", tiling.drop(weight, place), d_out)
+    d_weight = tiling.drop(d_weight, place)
+    d_score = weight * (d_weight - delta)
+    sums = add_to_score_terms(tiling, place, tiling.as_tile(d_score), sums)
+    if tanh is not None:
+        d_score = d_score * (1 - tiling.as_matrix(tanh) ** 2)
+    d_score = d_score * tiling.inputs.scale
+    d_key = d_key + tiling.product("prk,prh->pkh", d_score, query)
+    d_query = tiling.product("prk,pkh->prh", d_score, key)
+    return sums._replace(query=tiling.add_queries(sums.query, d_query, place)), d_key, d_value
 
 
 def add_to_score_terms(tiling: Tiling, place: Place, d_score: Scores, sums: Sums) -> Sums:

@@ -1,5 +1,7 @@
 """The forward pass in plain XLA: FlashAttention-2 (arXiv 2307.08691), algorithm 1, with memory linear in T and S."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -19,9 +21,8 @@ def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, LogSumExp]:
         place = tiling.at_row_tile(place, index % tiling.row_tiles)
         place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, and stored alike
         query = tiling.queries(inputs.operands.query, place)
-        key_tile = lambda tile, state: attend(tiling, tiling.at_column_tile(place, tile), query, state)
         state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V)
-        state = lax.fori_loop(*tiling.column_tile_range(place), key_tile, state)
+        state = tiling.over_column_tiles(place, functools.partial(attend, tiling, query), state)
         out, log_sum_exp = online_softmax.finish(state, sinks_of_rows(tiling, place))
         return (
             tiling.store_queries(results[0], out, place),
@@ -35,28 +36,26 @@ def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, LogSumExp]:
 
 
 def attend(
-    tiling: Tiling, place: Place, query: Float[Array, "P R H"], state: online_softmax.State
+    tiling: Tiling,
+    query: Float[Array, "P R H"],
+    place: Place,
+    may_attend: Array | None,
+    state: online_softmax.State,
 ) -> online_softmax.State:
     """Adds one tile of keys to the running softmax."""
-    may_attend = tiling.visible(place)
-
-    def step(state: online_softmax.State) -> online_softmax.State:
-        operands = tiling.inputs.operands
-        key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
-        score, _ = tiling.scores(query, key, may_attend, place)
-        score = tiling.as_matrix(score)
-        highest = jnp.maximum(state.highest, jnp.max(score, axis=-1, keepdims=True))
-        shift = online_softmax.finite(highest)
-        weight, rescale = jnp.exp(score - shift), jnp.exp(state.highest - shift)
-        total = state.total * rescale + jnp.sum(weight, axis=-1, keepdims=True)
-        weight = tiling.drop(weight, place)
-        if operands.value_scale is not None:
-            weight = weight * tiling.scales(operands.value_scale, place)[:, 0]
-        weighted = tiling.product("prk,pkv->prv", weight, value, tiling.inputs.weight_dtype)
-        weighted = state.weighted * rescale + weighted
-        return online_softmax.State(highest, total, weighted)
-
-    return tiling.unless_hidden(may_attend, step, state)
+    operands = tiling.inputs.operands
+    key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
+    score, _ = tiling.scores(query, key, may_attend, place)
+    score = tiling.as_matrix(score)
+    highest = jnp.maximum(state.highest, jnp.max(score, axis=-1, keepdims=True))
+    shift = online_softmax.finite(highest)
+    weight, rescale = jnp.exp(score - shift), jnp.exp(state.highest - shift)
+    total = state.total * rescale + jnp.sum(weight, axis=-1, keepdims=True)
+    weight = tiling.drop(weight, place)
+    if operands.value_scale is not None:
+        weight = weight * tiling.scales(operands.value_scale, place)[:, 0]
+    weighted = tiling.product("prk,pkv->prv", weight, value, tiling.inputs.weight_dtype)
+    return online_softmax.State(highest, total, state.weighted * rescale + weighted)
 
 
 def sinks_of_rows(tiling: Tiling, place: Place) -> Float[Array, "P R 1"] | None:

@@ -5,6 +5,7 @@ packed into the rows (R = bq * G), so K/V are never repeated and every matrix pr
 multiple of the tile, the last tile is moved back inside the array, and what it covers a second time is masked.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ from mqa_jax.shapes import positions
 
 Scores = Float[Array, "P bq G bk"]
 Carry = TypeVar("Carry")
+Range = tuple[tiles.Index, tiles.Index]
 ZERO: Any = np.int32(0)  # as an index beside int32 arrays: a Python 0 may be 64 bits wide
 
 
@@ -55,6 +57,10 @@ class Place(NamedTuple):
     column: Array
     owned_row: Array
     owned_column: Array
+
+
+# Of one tile: where it lies, what of it may be attended to (None: everything), and what has been computed so far.
+Step = Callable[[Place, Array | None, Carry], Carry]
 
 
 @dataclass(frozen=True)
@@ -96,17 +102,20 @@ class Tiling:
         owned = tile.astype(jnp.int32) * self.shape.columns
         return place._replace(column=jnp.minimum(owned, self.sizes.S - self.shape.columns), owned_column=owned)
 
-    def column_tile_range(self, place: Place) -> tuple[Array, Array]:
-        """Tiles of keys that the tile of queries here can see."""
-        mask = self._mask_of_row(place)
-        start, stop = tiles.key_range(mask, place.row, place.row + self.shape.rows, self.sizes.S)
-        return tiles.tile_range(start, stop, self.shape.columns, self.column_tiles)
+    def over_column_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
+        """Steps through the tiles of keys that the tile of queries here can see."""
+        mask, rows = self._mask_of_row(place), (place.row, place.row + self.shape.rows)
+        some, every = (f(mask, *rows, self.sizes.S) for f in (tiles.key_range, tiles.full_key_range))
+        ranges = self._ranges(some, every, self.shape.columns, self.column_tiles)
+        return self._over(ranges, functools.partial(self.at_column_tile, place), step, carry)
 
-    def row_tile_range(self, place: Place) -> tuple[Array, Array]:
-        """Tiles of queries that can see the tile of keys here."""
-        mask = self._mask_of_row(place)
-        start, stop = tiles.row_range(mask, place.column, place.column + self.shape.columns, self.sizes.T)
-        return tiles.tile_range(start, stop, self.shape.rows, self.row_tiles)
+    def over_row_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
+        """Steps through the tiles of queries that can see the tile of keys here."""
+        mask, columns = self._mask_of_row(place), (place.column, place.column + self.shape.columns)
+        some, (start, stop) = (f(mask, *columns, self.sizes.T) for f in (tiles.row_range, tiles.full_row_range))
+        every = start, jnp.where(place.column == place.owned_column, stop, 0)  # else the mask says what is its own
+        ranges = self._ranges(some, every, self.shape.rows, self.row_tiles)
+        return self._over(ranges, functools.partial(self.at_row_tile, place), step, carry)
 
     # -- slices ---------------------------------------------------------------------------------------------------
 
@@ -210,13 +219,6 @@ class Tiling:
             may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, :])
         return may_attend
 
-    def unless_hidden(self, may_attend: Array | None, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
-        """Runs `step`, but skips it where a boolean mask or segments hide the whole tile."""
-        mask = self.inputs.mask
-        if may_attend is None or (mask.allowed is None and mask.query_segments is None):
-            return step(carry)
-        return lax.cond(jnp.any(may_attend), step, lambda carry: carry, carry)
-
     def drop(self, weight: Float[Array, "P R bk"], place: Place) -> Float[Array, "P R bk"]:
         """Dropout, of the weights or of their gradients."""
         spec, shape = self.inputs.dropout, self.shape
@@ -232,6 +234,45 @@ class Tiling:
 
     def as_matrix(self, x: Shaped[Array, "P bq G bk"]) -> Shaped[Array, "P R bk"]:
         return x.reshape(self.shape.heads, -1, self.shape.columns)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _ranges(self, some: Range, every: Range, tile: int, count: int) -> tuple[Range, Range]:
+        """Numbers of the tiles that are seen at all, and of those among them of which everything is seen."""
+        start, stop = tiles.tile_range(*some, tile, count)
+        full_start = jnp.clip(-(-every[0] // tile), start, stop)
+        return (start, stop), (full_start, jnp.clip(every[1] // tile, full_start, stop))
+
+    def _over(self, ranges: tuple[Range, Range], at: Callable[[Array], Place], step: Step, carry: Carry) -> Carry:
+        """First the tiles that need no mask, which costs as much as a sixth of a step, then the others."""
+        (start, stop), (full_start, full_stop) = ranges
+        masked = lambda tile, carry: self._masked_step(at(tile), step, carry)
+        if self._needs_mask:
+            return lax.fori_loop(start, stop, masked, carry)
+        carry = lax.fori_loop(full_start, full_stop, lambda tile, carry: step(at(tile), None, carry), carry)
+        skipped = full_stop - full_start
+        others = lambda tile, carry: masked(jnp.where(tile < full_start, tile, tile + skipped), carry)
+        return lax.fori_loop(start, stop - skipped, others, carry)
+
+    @property
+    def _needs_mask(self) -> bool:
+        """In every tile, or in the only one there is; or no tile has any."""
+        mask = self.inputs.mask
+        anywhere = mask.allowed, mask.query_segments, mask.query_lengths, mask.ring
+        one = self.row_tiles == self.column_tiles == 1
+        return one or self._hides_nothing or any(x is not None for x in anywhere)
+
+    @property
+    def _hides_nothing(self) -> bool:
+        mask, ragged = self.inputs.mask, self.sizes.T % self.shape.rows or self.sizes.S % self.shape.columns
+        return not (mask.hides_pairs or mask.key_lengths is not None or ragged)
+
+    def _masked_step(self, place: Place, step: Step, carry: Carry) -> Carry:
+        """Skips a tile that a boolean mask or segments hide as a whole."""
+        may_attend, mask = self.visible(place), self.inputs.mask
+        if may_attend is None or (mask.allowed is None and mask.query_segments is None):
+            return step(place, may_attend, carry)
+        return lax.cond(jnp.any(may_attend), lambda: step(place, may_attend, carry), lambda: carry)
 
     # -- details --------------------------------------------------------------------------------------------------
 
