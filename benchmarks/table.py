@@ -174,9 +174,7 @@ def where_we_lose(results: dict[str, Any]) -> str:
 
 def measured_section(results: dict[str, Any]) -> str:
     """What stands in the README between the marks."""
-    return "\n\n".join(
-        [compact(results), source(results), "### Where we lose", where_we_lose(results), *memory(results)]
-    )
+    return "\n\n".join([compact(results), source(results), "### Where we lose", where_we_lose(results)])
 
 
 BEGIN, END = "<!-- from benchmarks/results/cpu.json: begin -->", "<!-- end -->"

@@ -27,10 +27,11 @@ def tiles_for_cpu(size: Sizes) -> TileShape:
     2**19. A causal mask wastes half a tile of each row: heads fill a tile better than rows do, where there are heads.
     """
     few = 512 if size.G <= 2 else 256
-    columns = min(size.S, few)
-    rows = min(size.T, max(16, min(few, 2048 // size.G // 8 * 8)))
+    rows = min(size.T, max(64, min(few, 2048 // size.G // 8 * 8)))
+    columns = 128 if rows * size.G > 2048 else few
     if rows * size.G < 128:  # few rows: wider, so that the work of a step still outweighs its start
-        columns = min(size.S, 512)
+        columns = 512
+    columns = min(size.S, columns)
     return TileShape(rows, columns, _heads(size, rows, columns, 3 << 18), upcast=True)
 
 
