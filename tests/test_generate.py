@@ -17,6 +17,8 @@ from tokens import Stream, load_text
 
 import mqa_jax
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):

@@ -5,12 +5,15 @@ from dataclasses import replace
 import hypothesis
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from mqa_jax import masks
 from mqa_jax.inputs import Sizes
 from mqa_jax.kernels import tile_bounds
 from mqa_jax.masks import Mask, Ring
+
+pytestmark = pytest.mark.slow
 
 T, S, TILE = 37, 53, 8  # neither is a multiple of the tile
 SIZES = Sizes(B=2, T=T, S=S, N=1, K=1, G=1, H=8, V=8)

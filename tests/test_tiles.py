@@ -3,11 +3,14 @@
 import hypothesis
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from mqa_jax import masks
 from mqa_jax.kernels import tiles
 from mqa_jax.masks import Mask
+
+pytestmark = pytest.mark.slow
 
 scalars = lambda low, high: st.none() | st.integers(low, high).map(lambda n: jnp.array([n], jnp.int32))
 SIZES = 9, 13
