@@ -31,7 +31,7 @@ class Settings:
 
 
 QUICK = Settings(turns=2, turn_seconds=0.0)
-LEAST_TURNS, PATIENCE = 3, 3
+LEAST_TURNS, PATIENCE = 3, 2
 LONG = 0.4  # seconds of a call
 
 
