@@ -247,7 +247,7 @@ class Tiling:
         """First the tiles that need no mask, which costs as much as a sixth of a step, then the others."""
         (start, stop), (full_start, full_stop) = ranges
         masked = lambda tile, carry: self._masked_step(at(tile), step, carry)
-        if self._needs_mask:
+        if self._is_uniform:
             return lax.fori_loop(start, stop, masked, carry)
         carry = lax.fori_loop(full_start, full_stop, lambda tile, carry: step(at(tile), None, carry), carry)
         skipped = full_stop - full_start
@@ -255,8 +255,8 @@ class Tiling:
         return lax.fori_loop(start, stop - skipped, others, carry)
 
     @property
-    def _needs_mask(self) -> bool:
-        """In every tile, or in the only one there is; or no tile has any."""
+    def _is_uniform(self) -> bool:
+        """Whether one loop does for all tiles: each may need the mask, or none has any, or there is just one."""
         mask = self.inputs.mask
         anywhere = mask.allowed, mask.query_segments, mask.query_lengths, mask.ring
         one = self.row_tiles == self.column_tiles == 1

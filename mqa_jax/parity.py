@@ -151,9 +151,8 @@ def compare(
         found["decoded"] = theirs.decoded(x, prompt) if call is None else found["output"]
         exact["decoded"] = exact["output"]
     sizes = {name: float(np.abs(x).max(initial=0.0)) for name, x in exact.items() if name.startswith("d_")}
-    least = {
-        name: max(sizes.values()) * (1 if size < ZERO * max(sizes.values()) else 0.01) for name, size in sizes.items()
-    }
+    most = max(sizes.values())
+    least = {name: most if size < ZERO * most else most / 100 for name, size in sizes.items()}
     differences = tuple(
         _difference(name, ours[name], found[name], exact[name], limit, least.get(name, 0.0)) for name in found
     )
