@@ -113,9 +113,14 @@ class Tiling:
         """Steps through the tiles of queries that can see the tile of keys here."""
         mask, columns = self._mask_of_row(place), (place.column, place.column + self.shape.columns)
         some, (start, stop) = (f(mask, *columns, self.sizes.T) for f in (tiles.row_range, tiles.full_row_range))
-        every = start, jnp.where(place.column == place.owned_column, stop, 0)  # else the mask says what is its own
+        every = start, jnp.where(self._owns_every_key(place), stop, 0)
         ranges = self._ranges(some, every, self.shape.rows, self.row_tiles)
         return self._over(ranges, functools.partial(self.at_row_tile, place), step, carry)
+
+    def _owns_every_key(self, place: Place) -> Bool[Array, ""]:
+        """Whether no key of the tile is padding or another tile's; else only the mask knows which are to count."""
+        lengths, owned = self.inputs.mask.key_lengths, place.column == place.owned_column
+        return owned if lengths is None else owned & (place.column + self.shape.columns <= lengths[place.batch])
 
     # -- slices ---------------------------------------------------------------------------------------------------
 
