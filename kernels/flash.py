@@ -1,7 +1,8 @@
 """Start reading here: joins the forward and the backward pass of a fused kernel into one differentiable function.
 
 Whatever computes them, they agree on this: `forward(inputs)` returns the output and the log-sum-exp of every row
-(float32, -inf in empty rows), and these two are all that is saved for `backward`. No size is 0 where they are called.
+(float32; in rows that see no key that of the sink, and without one -inf), and these two are all that is saved for
+`backward`. No size is 0 where they are called.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mqa_jax import reference
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import refusals
 from mqa_jax.shapes import LogSumExp, Output
@@ -93,7 +95,8 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _empty(inputs: Inputs) -> tuple[Output, LogSumExp]:
-    """No query, or no key: every row is empty."""
-    size = inputs.sizes
+    """No query, or no key: at most a sink is seen."""
+    size, sinks = inputs.sizes, reference.sinks_of_rows(inputs)
     rows = size.B, size.T, size.N
-    return jnp.zeros((*rows, size.V), inputs.dtype), jnp.full(rows, -jnp.inf, jnp.float32)
+    seen = -jnp.inf if sinks is None else sinks[..., 0].swapaxes(1, 2)
+    return jnp.zeros((*rows, size.V), inputs.dtype), jnp.broadcast_to(jnp.float32(seen), rows)

@@ -30,12 +30,16 @@ def finite(highest: Array) -> Array:
 def finish(
     state: State, sink: Float[Array, "*#R 1"] | None = None
 ) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
-    """Output and log-sum-exp; 0 and -inf where no key was seen. A sink is one more score, with a value of 0."""
+    """Output and log-sum-exp; 0 and -inf where nothing was seen.
+
+    A sink is one more score, with a value of 0; a sink of -inf is none.
+    """
     highest, total, weighted = state
-    empty = highest == -jnp.inf
     if sink is not None:
         with_sink = jnp.maximum(highest, sink)
-        rescale = jnp.exp(highest - with_sink)
-        highest, total, weighted = with_sink, total * rescale + jnp.exp(sink - with_sink), weighted * rescale
+        shift = finite(with_sink)
+        rescale = jnp.exp(highest - shift)
+        highest, total, weighted = with_sink, total * rescale + jnp.exp(sink - shift), weighted * rescale
+    empty = highest == -jnp.inf
     total = jnp.where(empty, 1.0, total)
     return weighted / total, jnp.where(empty, -jnp.inf, highest + jnp.log(total))

@@ -13,9 +13,9 @@ def delta(out: Output, d_out: Output, d_log_sum_exp: LogSumExp) -> Float[Array, 
 
 
 def d_sinks(sinks: Array | None, log_sum_exp: LogSumExp, delta: Float[Array, "B T N"]) -> Array | None:
-    """A sink is a score whose value is 0: its gradient is -weight * delta, where rows without keys have weight 0."""
+    """A sink is a score whose value is 0: its gradient is -weight * delta. Rows that do not exist have no sink."""
     if sinks is None:
         return None
-    empty = log_sum_exp == -jnp.inf
-    weight = jnp.where(empty, 0.0, jnp.exp(sinks.astype(jnp.float32) - online_softmax.finite(log_sum_exp)))
-    return -jnp.sum(weight * delta, axis=(0, 1))
+    without = log_sum_exp == -jnp.inf
+    weight = jnp.where(without, 0.0, jnp.exp(sinks.astype(jnp.float32) - online_softmax.finite(log_sum_exp)))
+    return -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)

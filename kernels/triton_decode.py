@@ -32,7 +32,7 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
     size, row_tiles = inputs.sizes, row_tiles_of(inputs.sizes, config)
     splits = splits_of(size, row_tiles)
     alone = splits == 1
-    packed = pack(inputs, sinks=inputs.operands.sinks if alone else None)
+    packed = pack(inputs)
     rows = packed.sizes.T
 
     def kernel(inputs: Inputs, bounds: Any, out: Any, log_sum_exp: Any) -> None:
@@ -75,7 +75,7 @@ def partial_bytes(size: Sizes, splits: int) -> int:
     return 4 * splits * size.B * size.T * size.N * (size.V + 1) if splits > 1 else 0
 
 
-def pack(inputs: Inputs, sinks: Float[Array, " N"] | None) -> Inputs:
+def pack(inputs: Inputs) -> Inputs:
     """The same with `[B, T * G, K, H]` queries, the heads of a group side by side, and whatever belongs to them."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     query = operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(2, 3)
@@ -86,7 +86,7 @@ def pack(inputs: Inputs, sinks: Float[Array, " N"] | None) -> Inputs:
             query=query.reshape(size.B, size.T * size.G, size.K, size.H),
             bias=_pack_pairs(operands.bias, size),
             alibi_slopes=_pack_heads(operands.alibi_slopes, size),
-            sinks=_pack_heads(sinks, size),
+            sinks=_pack_heads(operands.sinks, size),
         ),
         mask=replace(
             mask,

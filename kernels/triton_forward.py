@@ -101,15 +101,18 @@ def empty(program: Program) -> State:
 
 
 def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: Any, *leading: Array) -> None:
-    """Divides, lets the sink take its share, and writes; 0 and -inf in rows that saw no key."""
+    """Divides, lets the sink take its share, and writes; 0 and -inf in rows that saw nothing, or are padding."""
     highest, sink = (state.highest * program.unit)[:, None], program.inputs.operands.sinks
     seen = highest > -jnp.inf
-    if program.inputs.mask.query_lengths is not None:
-        seen = seen & (program.rows(Place(row, row)) < program.row_limit())
     if sink is not None:
         sink = jnp.broadcast_to(program.of_heads(sink, row), highest.shape)
+        for part in leading:  # of the keys: the first one has the sink
+            sink = jnp.where(part == 0, sink, -jnp.inf)
     # Of one number for each row instead of all features: what these have to be multiplied by.
     one = online_softmax.State(highest, state.total[:, None], jnp.ones_like(highest))
     factor, result = online_softmax.finish(one, sink)
+    if program.inputs.mask.query_lengths is not None:
+        exists = program.rows(Place(row, row)) < program.row_limit()
+        seen, result = seen & exists, jnp.where(exists, result, -jnp.inf)
     program.store_rows(out, tuple(jnp.where(seen, x * factor, 0.0) for x in state.weighted), row, *leading)
-    program.store_row_numbers(log_sum_exp, jnp.where(seen, result, -jnp.inf)[:, 0], row, *leading)
+    program.store_row_numbers(log_sum_exp, result[:, 0], row, *leading)

@@ -23,11 +23,11 @@ NUMBERS = 4096  # of a program, 32 for each thread: many small programs, as one 
 def merge(
     inputs: Inputs, outs: Float[Array, "P B TG K V"], log_sum_exps: Float[Array, "P B K TG"], interpret: bool
 ) -> tuple[Output, LogSumExp]:
-    """P parts, packed as in `triton_decode`; sinks take their share here."""
+    """P parts, packed as in `triton_decode`."""
     size, parts = inputs.sizes, outs.shape[0]
     tile = tile_of(parts, size.V)
 
-    def kernel(sinks: Any, outs: Any, log_sum_exps: Any, out: Any, log_sum_exp: Any) -> None:
+    def kernel(outs: Any, log_sum_exps: Any, out: Any, log_sum_exp: Any) -> None:
         batch, kv_head = divided(program_id(2), size.K)
         row, feature = program_id(1), program_id(0) * tile.columns
         position, member = divided(row, size.G)
@@ -43,8 +43,7 @@ def merge(
         weights = jnp.exp(each - online_softmax.finite(highest))
         found = load(outs, every, batch, row, kv_head, features, where=both_exist)
         total, weighted = jnp.sum(weights, axis=0, keepdims=True), jnp.sum(weights[:, None] * found, axis=0)
-        sink = None if sinks is None else load(sinks, span(head, 1)).astype(jnp.float32)
-        merged, result = online_softmax.finish(online_softmax.State(highest, total, weighted), sink)
+        merged, result = online_softmax.finish(online_softmax.State(highest, total, weighted))
         store(out, merged, batch, position, head, features, where=feature_exists)
         store(log_sum_exp, result, batch, position, span(head, 1), where=jnp.broadcast_to(feature == 0, (1,)))
 
@@ -54,7 +53,7 @@ def merge(
     )
     grid = -(-size.V // tile.columns), size.T * size.G, size.B * size.K
     run = triton_call.call("mqa_merge", kernel, grid, tile, shapes, interpret)
-    return run(inputs.operands.sinks, outs, log_sum_exps)
+    return run(outs, log_sum_exps)
 
 
 def tile_of(parts: int, features: int) -> TileConfig:

@@ -111,6 +111,9 @@ class Program:
         """Numbers of the keys, across `rows`."""
         return place.column + _axis(self.config.columns, 0 if self.transposed else 1)
 
+    def query_positions(self, place: Place) -> Array:
+        return self.queries_of_rows(place) + self.query_offset()
+
     def key_positions(self, place: Place) -> Array:
         columns, ring = self.columns(place), self.inputs.mask.ring
         return columns if ring is None else masks.ring_positions(columns, load(ring.lengths, self.batch), ring.slots)
@@ -253,21 +256,15 @@ class Program:
 
     def distance(self, place: Place) -> Float[Array, "..."]:
         """|query position - key position|"""
-        query_positions = self.queries_of_rows(place) + self.query_offset()
-        return jnp.abs(self.key_positions(place) - query_positions).astype(jnp.float32)
+        return masks.apart(self.query_positions(place), self.key_positions(place)).astype(jnp.float32)
 
     def visible(self, place: Place) -> Bool[Array, "..."] | None:
         """True where a pair exists and the mask leaves it (`mqa_jax.masks`). Padded queries are left to the caller."""
-        mask, rows, columns = self.inputs.mask, self.queries_of_rows(place), self.columns(place)
-        conditions = []
+        mask, conditions = self.inputs.mask, []
         if mask.is_causal or mask.window is not None:
-            distance = self.key_positions(place) - (rows + self.query_offset())
-            left, right = mask.window or (None, None)
-            right = 0 if mask.is_causal else right  # the nearer of the two ends
-            conditions += [distance <= right]
-            conditions += [] if left is None else [distance >= -left]
+            conditions += masks.in_reach(mask, self.query_positions(place), self.key_positions(place))
         if self.ragged_columns():
-            conditions.append(columns < self.column_limit())
+            conditions.append(self.columns(place) < self.column_limit())
         if mask.query_segments is not None:
             conditions.append(self._row_ids(place) == self._column_ids(place))
         if mask.allowed is not None:

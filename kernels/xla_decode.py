@@ -65,7 +65,7 @@ class Block:
 
 
 def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
-    size, sinks = inputs.sizes, inputs.operands.sinks
+    size = inputs.sizes
     query = inputs.operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(1, 2)
     of_block = lambda inputs: (
         lambda index, state: attend(inputs, steps, Block.number(index, steps.columns, size), query, state)
@@ -81,7 +81,7 @@ def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
             step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
         state = lax.fori_loop(blocks.start, blocks.stop, step, state)
     state = state._replace(weighted=jnp.sum(state.weighted, axis=1))
-    out, log_sum_exp = online_softmax.finish(state, None if sinks is None else _of_heads(sinks, size)[..., None])
+    out, log_sum_exp = online_softmax.finish(state, _sinks_of_rows(inputs))
     return _ungroup(out, size).astype(inputs.dtype), _ungroup(log_sum_exp, size)[..., 0]
 
 
@@ -144,7 +144,7 @@ def _masked(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
     if operands.bias is not None:
         score = score + _as_scores(block.cut(operands.bias, 3), size).astype(jnp.float32)
     if operands.alibi_slopes is not None:
-        distance = jnp.abs(masks.key_minus_query_position(inputs.mask, positions(size.T), block.columns))
+        distance = masks.distance(inputs.mask, positions(size.T), block.columns)
         score = score - _of_heads(operands.alibi_slopes, size) * _as_scores(distance, size).astype(jnp.float32)
     may_attend = _visible(inputs, block)
     return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
@@ -189,6 +189,16 @@ def _as_scores(x: Shaped[Array, "#B #N #T #c"], size: Sizes) -> Shaped[Array, "#
 
 def _of_heads(x: Float[Array, " N"], size: Sizes) -> Float[Array, "K 1 G"]:
     return x.astype(jnp.float32).reshape(size.K, 1, size.G)
+
+
+def _sinks_of_rows(inputs: Inputs) -> Float[Array, "#B K #T G 1"] | None:
+    """-inf, which is no sink, in queries that are padding."""
+    sinks, size = inputs.operands.sinks, inputs.sizes
+    if sinks is None:
+        return None
+    sinks = _of_heads(sinks, size)[None, ..., None]
+    exist = masks.exist(inputs.mask.query_lengths, positions(size.T))
+    return sinks if exist is None else jnp.where(exist[:, None, :, None, None], sinks, -jnp.inf)
 
 
 def _ungroup(x: Float[Array, "B K T G X"], size: Sizes) -> Float[Array, "B T N X"]:

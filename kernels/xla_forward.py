@@ -59,8 +59,12 @@ def attend(
 
 
 def sinks_of_rows(tiling: Tiling, place: Place) -> Float[Array, "P R 1"] | None:
-    sinks = tiling.inputs.operands.sinks
+    """-inf, which is no sink, in queries that are padding."""
+    sinks, lengths = tiling.inputs.operands.sinks, tiling.inputs.mask.query_lengths
     if sinks is None:
         return None
+    sinks = tiling.heads(sinks, place)
+    if lengths is not None:
+        sinks = jnp.where((tiling.rows(place) < lengths[place.batch])[:, None, None], sinks, -jnp.inf)
     shape = tiling.shape.heads, tiling.shape.rows, tiling.sizes.G, 1
-    return jnp.broadcast_to(tiling.heads(sinks, place), shape).reshape(tiling.shape.heads, -1, 1)
+    return jnp.broadcast_to(sinks, shape).reshape(tiling.shape.heads, -1, 1)

@@ -210,8 +210,8 @@ class Tiling:
 
     def distance(self, place: Place) -> Float[Array, "1 bq 1 bk"]:
         """|query position - key position|."""
-        difference = masks.key_minus_query_position(self._mask_of_row(place), self.rows(place), self.columns(place))
-        return jnp.abs(self._split_heads(difference)).astype(jnp.float32)
+        distance = masks.distance(self._mask_of_row(place), self.rows(place), self.columns(place))
+        return self._split_heads(distance).astype(jnp.float32)
 
     def visible(self, place: Place) -> Bool[Array, "#P #bq #G #bk"] | None:
         """True where a query may attend to a key and the tile owns both; None if nothing is removed."""

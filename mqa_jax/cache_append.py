@@ -67,7 +67,7 @@ def append(
     value: Float[Array, "B T K H"],
     lengths: Int[Array, " B"] | None,
     *,
-    window: tuple[int, int] | None = None,
+    window: tuple[int | None, int | None] | None = None,
     pair_columns: int | None = None,
     traced_check: bool = True,
 ) -> tuple[Contents, Keys]:
@@ -208,11 +208,11 @@ def _check_shape(cache: Mapping[str, Array], key: Array) -> None:
         )
 
 
-def _window_left(cache: Mapping[str, Array], window: tuple[int, int] | None) -> int:
-    slots = cache[KEY].shape[1]
-    if window is None or kv_cache.ring_slots(window[0]) > slots:
+def _window_left(cache: Mapping[str, Array], window: tuple[int | None, int | None] | None) -> int:
+    slots, left = cache[KEY].shape[1], None if window is None else window[0]
+    if left is None or kv_cache.ring_slots(left) > slots:
         raise ValueError(
             "A ring buffer holds one window; this module's is not in it: "
             f"local_window_size={window}, slots={slots}. Make the cache with this module's init_cache."
         )
-    return window[0]
+    return left

@@ -46,7 +46,7 @@ def forward(inputs: Inputs) -> tuple[Output, None]:
             is_causal=mask.is_causal,
             query_seq_lengths=mask.query_lengths,
             key_value_seq_lengths=mask.key_lengths,
-            local_window_size=None if mask.window is None else (mask.window[0], 0),
+            local_window_size=None if mask.reach[0] is None else (mask.reach[0], 0),
             implementation="cudnn",
         )
     except (RuntimeError, NotImplementedError) as error:

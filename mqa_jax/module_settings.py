@@ -4,6 +4,7 @@ from typing import Any
 
 from mqa_jax import kv_cache
 from mqa_jax.attention import IMPLEMENTATIONS
+from mqa_jax.checks import checked_window
 from mqa_jax.norms import check_norm_type
 
 # Upstream's names for the way attention is computed: "torch" was plain PyTorch, the other two fused GPU kernels. Models
@@ -34,7 +35,8 @@ def _check_cache(module: Any) -> None:
         raise ValueError(f"Unknown cache_layout={module.cache_layout!r}: use one of {kv_cache.LAYOUTS}.")
     if module.cache_dtype is not None:
         kv_cache.check_dtype(module.cache_dtype)
-    if module.cache_layout == "ring" and module.local_window_size is None:
+    left, _ = checked_window(module.local_window_size) or (None, None)
+    if module.cache_layout == "ring" and left is None:
         raise ValueError(
             "A ring buffer holds a window and forgets what came before: cache_layout='ring' needs local_window_size, "
             f"local_window_size={module.local_window_size}. Or use cache_layout='static'."

@@ -208,8 +208,9 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         dtype = dtype or self.cache_dtype or self.dtype or self.param_dtype
         length, index = max_length, kv_cache.INDEX
         if self.cache_layout == "ring":
-            assert self._window is not None  # see check_settings
-            length, index = kv_cache.ring_slots(self._window[0]), kv_cache.RING_INDEX
+            left, _ = self._window or (None, None)
+            assert left is not None  # see check_settings
+            length, index = kv_cache.ring_slots(left), kv_cache.RING_INDEX
         cache = kv_cache.new_cache(batch, length, self._kv_heads, self._head_dim, dtype, index)
         if self.scope is not None and self.is_mutable_collection("cache"):
             for name, array in cache.items():
@@ -285,7 +286,7 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         return Keys(key, value, lengths=None if lengths is None else offset + lengths, query_offset=offset)
 
     @property
-    def _window(self) -> tuple[int, int] | None:
+    def _window(self) -> tuple[int | None, int | None] | None:
         return checked_window(self.local_window_size)
 
     def _cache(self) -> dict[str, Array]:

@@ -13,7 +13,10 @@ from mqa_jax.shapes import LogSumExp, Output, positions
 
 
 def forward(inputs: Inputs) -> tuple[Output, LogSumExp]:
-    """Returns the output, in the dtype of the query, and the log-sum-exp of the scores, float32, -inf in empty rows."""
+    """Returns the output, in the dtype of the query, and the log-sum-exp of the scores and the sink, float32.
+
+    Without any of both, as in a query that is padding, they are 0 and -inf.
+    """
     out, log_sum_exp, _ = forward_with_weights(inputs)
     return out, log_sum_exp
 
@@ -22,16 +25,16 @@ def forward_with_weights(inputs: Inputs) -> tuple[Output, LogSumExp, Float[Array
     """As `forward`, and the weights that multiply the values (after dropout), float32 `[B, N, T, S]`."""
     value = _without_padding(_scaled(inputs.operands.value, inputs.operands.value_scale), inputs.mask.key_lengths)
     score = scores(inputs)  # [B, N, T, S]
-    sink = inputs.operands.sinks
     highest = jnp.max(score, axis=-1, initial=-jnp.inf, keepdims=True)  # [B, N, T, 1]
-    empty = highest == -jnp.inf
+    sink = sinks_of_rows(inputs)
     if sink is not None:
-        highest = jnp.maximum(highest, sink.astype(jnp.float32)[:, None, None])
+        highest = jnp.maximum(highest, sink)
+    empty = highest == -jnp.inf
     highest = jax.lax.stop_gradient(jnp.where(empty, 0.0, highest))
     weight = jnp.exp(score - highest)
     total = jnp.sum(weight, axis=-1, keepdims=True)
     if sink is not None:
-        total = total + jnp.exp(sink.astype(jnp.float32)[:, None, None] - highest)
+        total = total + jnp.exp(sink - highest)
     total = jnp.where(empty, 1.0, total)
     log_sum_exp = jnp.where(empty, -jnp.inf, highest + jnp.log(total))[..., 0]  # [B, N, T]
     weight = _drop(weight / total, inputs)
@@ -55,10 +58,19 @@ def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
     if operands.bias is not None:
         score = score + operands.bias.astype(jnp.float32)
     if operands.alibi_slopes is not None:
-        distance = jnp.abs(masks.key_minus_query_position(inputs.mask, rows, columns)).astype(jnp.float32)
+        distance = masks.distance(inputs.mask, rows, columns).astype(jnp.float32)
         score = score - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
     may_attend = masks.visible(inputs.mask, rows, columns)
     return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
+
+
+def sinks_of_rows(inputs: Inputs) -> Float[Array, "#B N #T 1"] | None:
+    """float32; -inf, which is no sink, in queries that are padding."""
+    if inputs.operands.sinks is None:
+        return None
+    sinks = inputs.operands.sinks.astype(jnp.float32)[:, None, None]
+    exist = masks.exist(inputs.mask.query_lengths, positions(inputs.sizes.T))
+    return sinks[None] if exist is None else jnp.where(exist[:, None, :, None], sinks, -jnp.inf)
 
 
 def _scaled(x: Real[Array, "B S K Z"], scale: Float[Array, "B S K"] | None) -> Float[Array, "B S K Z"]:
