@@ -222,7 +222,7 @@ def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
 
 
 def checked_window(size: int | tuple[int, int] | None) -> tuple[int | None, int | None] | None:
-    """(left, right), in which None is no limit: -1, and all that two positions of 32 bits cannot be apart."""
+    """(left, right), in which None is no limit: -1, or any number from MOST on."""
     if size is None:
         return None
     numbers = [whole_number(n) for n in (size if isinstance(size, tuple | list) else (size, size))]

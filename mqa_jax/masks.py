@@ -53,7 +53,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Int, Integer, UInt32
 
 from mqa_jax.shapes import BoolMask, Positions
 
@@ -83,7 +83,7 @@ class Mask:
       query_offset: position of the first query, int32 `[#B]`; None is 0 in every row.
       allowed: the caller's boolean mask `[#B, #N, #T, #S]`, True = may attend.
       query_lengths, key_lengths: int32 `[B]`; positions of the array from there on are padding.
-      query_segments, key_segments: int `[B, T]`, `[B, S]`; only equal ids attend to each other.
+      query_segments, key_segments: integers of one dtype `[B, T]`, `[B, S]`; only equal ids attend to each other.
       ring: None where a key's position is its index. With a ring, `key_lengths` are the slots that were written.
       is_causal: static.
       window: static `(left, right)`, each less than MOST, or None where there is no limit.
@@ -93,8 +93,8 @@ class Mask:
     allowed: BoolMask | None = None
     query_lengths: Int[Array, " B"] | None = None
     key_lengths: Int[Array, " B"] | None = None
-    query_segments: Int[Array, "B T"] | None = None
-    key_segments: Int[Array, "B S"] | None = None
+    query_segments: Integer[Array, "B T"] | None = None
+    key_segments: Integer[Array, "B S"] | None = None
     ring: Ring | None = None
     is_causal: bool = field(default=False, metadata={"static": True})
     window: tuple[int | None, int | None] | None = field(default=None, metadata={"static": True})

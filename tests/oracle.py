@@ -128,9 +128,18 @@ def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[An
         score = options["logits_soft_cap"] * jnp.tanh(score / options["logits_soft_cap"])
     if "bias" in arrays:
         score = score + reverse(arrays["bias"], -1).astype(jnp.float32)
+    if "alibi_slopes" in arrays:
+        rows, columns = (jnp.arange(n, dtype=jnp.float32) for n in score.shape[-2:])
+        distance = jnp.abs(columns[::-1] - rows[:, None] - options.get("query_offset", 0))
+        score = score - arrays["alibi_slopes"].astype(jnp.float32)[:, None, None] * distance
     if options.get("is_causal"):
         rows, columns = score.shape[-2:]
-        score = jnp.where(jnp.flip(jnp.tri(rows, columns, dtype=bool), 1), score, -jnp.inf)
+        visible = jnp.tri(rows, columns, options.get("query_offset", 0), dtype=bool)
+        score = jnp.where(jnp.flip(visible, 1), score, -jnp.inf)
+    if "sinks" in arrays:  # one more score, whose value is 0
+        sinks = jnp.broadcast_to(arrays["sinks"].astype(jnp.float32)[:, None, None], (*score.shape[:-1], 1))
+        score = jnp.concatenate([sinks, score], axis=-1)
+        value = jnp.concatenate([jnp.zeros_like(value[..., :1, :, :]), value], axis=-3)
     weight = jax.nn.softmax(score, axis=-1).astype(value.dtype)
     return jnp.einsum("...nts,...snv->...tnv", weight, value), jnp.moveaxis(jax.nn.logsumexp(score, axis=-1), -1, -2)
 
@@ -158,6 +167,7 @@ def judge(fast: dict[str, Any], plain: dict[str, Any], reference: dict[str, Any]
     """Fails with the worst coordinate of the first result that breaks the rule."""
     assert set(fast) == set(reference)
     for name, expected in reference.items():
+        assert fast[name].dtype == plain[name].dtype, f"{name}: {fast[name].dtype=!s}, {plain[name].dtype=!s}"
         _judge_one(name, np.float64(fast[name]), np.float64(plain[name]), np.float64(expected), fast[name].dtype.name)
 
 
