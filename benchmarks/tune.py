@@ -102,9 +102,9 @@ class Entry:
         scores = (1, query.shape[2], self.length, self.length)
         bias = jax.random.normal(jax.random.key(4), scores, query.dtype) if self.direction == "dscore" else None
         inputs = checked_inputs(query, key, value, bias, None, Options(is_causal=True))
-        out, log_sum_exp = jax.jit(functools.partial(triton.forward, interpret=interpret))(inputs)
-        delta = row_terms.delta(out, d_out, jnp.zeros_like(log_sum_exp))
-        return inputs, Saved(d_out, log_sum_exp.swapaxes(1, 2), delta.swapaxes(1, 2))
+        out, normalizer = jax.jit(functools.partial(triton.forward, interpret=interpret))(inputs)
+        delta = row_terms.delta(out, d_out, jnp.zeros_like(normalizer.highest))
+        return inputs, Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))
 
 
 # -- which tiles ------------------------------------------------------------------------------------------------------

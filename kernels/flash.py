@@ -1,8 +1,8 @@
 """Start reading here: joins the forward and the backward pass of a fused kernel into one differentiable function.
 
-Whatever computes them, they agree on this: `forward(inputs)` returns the output and the log-sum-exp of every row
-(float32; in rows that see no key that of the sink, and without one -inf), and these two are all that is saved for
-`backward`. No size is 0 where they are called.
+Whatever computes them, they agree on this: `forward(inputs)` returns the output and, of every row, the logarithm of what
+its softmax divides by in two parts (`online_softmax.Normalizer`, float32 `[B, T, N]`; in rows that see no key that of the
+sink, and without one -inf). These are all that is saved for `backward`. No size is 0 where they are called.
 """
 
 import functools
@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mqa_jax import reference
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import refusals
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.shapes import LogSumExp, Output
 
 # What the backward pass needs, under names for the policies of `jax.checkpoint` (save_only_these_names).
@@ -27,8 +28,8 @@ OUT_NAME, LOG_SUM_EXP_NAME = "mqa_jax_out", "mqa_jax_log_sum_exp"
 class Kernels:
     """A fused implementation: two plain functions, no derivative rules of their own."""
 
-    forward: Callable[[Inputs], tuple[Output, LogSumExp]]
-    backward: Callable[[Inputs, Output, LogSumExp, Output, LogSumExp], Operands]
+    forward: Callable[[Inputs], tuple[Output, Normalizer]]
+    backward: Callable[[Inputs, Output, Normalizer, Output, LogSumExp], Operands]
 
 
 def attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
@@ -73,21 +74,22 @@ def _attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
-    return kernels.forward(inputs)
+    out, normalizer = kernels.forward(inputs)
+    return out, normalizer.log_sum_exp
 
 
 def _forward(kernels: Kernels, inputs: Inputs):
     if inputs.operands.key_scale is not None:
         raise NotImplementedError(refusals.QUANTIZED)
     inputs = refusals.first_derivative_only(inputs)
-    out, log_sum_exp = kernels.forward(inputs)
-    out, log_sum_exp = checkpoint_name(out, OUT_NAME), checkpoint_name(log_sum_exp, LOG_SUM_EXP_NAME)
-    return (out, log_sum_exp), (inputs, out, log_sum_exp)
+    out, normalizer = kernels.forward(inputs)
+    out, normalizer = checkpoint_name(out, OUT_NAME), checkpoint_name(normalizer, LOG_SUM_EXP_NAME)
+    return (out, normalizer.log_sum_exp), (inputs, out, normalizer)
 
 
 def _backward(kernels: Kernels, saved, cotangents):
-    (inputs, out, log_sum_exp), cotangents = refusals.first_derivative_only((saved, cotangents))
-    gradients = kernels.backward(inputs, out, log_sum_exp, *cotangents)
+    (inputs, out, normalizer), cotangents = refusals.first_derivative_only((saved, cotangents))
+    gradients = kernels.backward(inputs, out, normalizer, *cotangents)
     return (replace(inputs, operands=gradients, mask=None, dropout=None),)
 
 

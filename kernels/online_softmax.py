@@ -22,15 +22,32 @@ class State(NamedTuple):
         return cls(full(1, -jnp.inf), full(1, 0.0), full(features, 0.0))
 
 
+class Normalizer(NamedTuple):
+    """What the weights of a row are divided by, exp(highest) * exp(log_total), as two numbers; (-inf, 0) of nothing.
+
+    Their sum, the log-sum-exp, loses log_total where |highest| is large: a bias of finfo.min everywhere would give the
+    backward pass weights of 1 instead of 1 / S, and scores of some hundreds weights with the error of such numbers.
+    """
+
+    highest: Float[Array, "..."]
+    log_total: Float[Array, "..."]
+
+    @property
+    def log_sum_exp(self) -> Float[Array, "..."]:
+        return self.highest + self.log_total
+
+    def weight(self, score: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The weight of a score; 0 in rows that saw nothing, whose scores are all -inf."""
+        return jnp.exp(score - finite(self.highest) - self.log_total)
+
+
 def finite(highest: Array) -> Array:
     """A shift for exp that is harmless where nothing has been seen: -inf - (-inf) would be NaN."""
     return jnp.where(highest == -jnp.inf, 0.0, highest)
 
 
-def finish(
-    state: State, sink: Float[Array, "*#R 1"] | None = None
-) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
-    """Output and log-sum-exp; 0 and -inf where nothing was seen.
+def finish(state: State, sink: Float[Array, "*#R 1"] | None = None) -> tuple[Float[Array, "*R V"], Normalizer]:
+    """Output, 0 where nothing was seen, and what it was divided by, `[*R, 1]`.
 
     A sink is one more score, with a value of 0; a sink of -inf is none.
     """
@@ -40,6 +57,5 @@ def finish(
         shift = finite(with_sink)
         rescale = jnp.exp(highest - shift)
         highest, total, weighted = with_sink, total * rescale + jnp.exp(sink - shift), weighted * rescale
-    empty = highest == -jnp.inf
-    total = jnp.where(empty, 1.0, total)
-    return weighted / total, jnp.where(empty, -jnp.inf, highest + jnp.log(total))
+    total = jnp.where(highest == -jnp.inf, 1.0, total)
+    return weighted / total, Normalizer(highest, jnp.log(total))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mqa_jax.kernels import online_softmax
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.shapes import LogSumExp, Output
 
 
@@ -12,10 +12,10 @@ def delta(out: Output, d_out: Output, d_log_sum_exp: LogSumExp) -> Float[Array, 
     return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_log_sum_exp
 
 
-def d_sinks(sinks: Array | None, log_sum_exp: LogSumExp, delta: Float[Array, "B T N"]) -> Array | None:
+def d_sinks(sinks: Array | None, normalizer: Normalizer, delta: Float[Array, "B T N"]) -> Array | None:
     """A sink is a score whose value is 0: its gradient is -weight * delta. Rows that do not exist have no sink."""
     if sinks is None:
         return None
-    without = log_sum_exp == -jnp.inf
-    weight = jnp.where(without, 0.0, jnp.exp(sinks.astype(jnp.float32) - online_softmax.finite(log_sum_exp)))
+    without = normalizer.highest == -jnp.inf
+    weight = jnp.where(without, 0.0, normalizer.weight(sinks.astype(jnp.float32)))
     return -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)

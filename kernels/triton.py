@@ -13,6 +13,7 @@ from mqa_jax.kernels import (
     triton_forward,
     triton_score_gradient,
 )
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.triton_backward import Saved
 from mqa_jax.shapes import LogSumExp, Output
 
@@ -50,7 +51,7 @@ def in_reach() -> bool:
     return tile_config.is_assumed() or tile_config.capability_at_hand() is not None
 
 
-def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, LogSumExp]:
+def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     if size.T <= triton_decode.MOST_QUERIES:
         tiles = tile_config.choose("decode", inputs, rows=size.T * size.G)
@@ -61,14 +62,14 @@ def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, LogSumExp]
 def backward(
     inputs: Inputs,
     out: Output,
-    log_sum_exp: LogSumExp,
+    normalizer: Normalizer,
     d_out: Output,
     d_log_sum_exp: LogSumExp,
     interpret: bool = False,
 ) -> Operands:
     operands = inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
-    saved = Saved(d_out, log_sum_exp.swapaxes(1, 2), delta.swapaxes(1, 2))
+    saved = Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))
     run = lambda kernel, direction: kernel(inputs, saved, tile_config.choose(direction, inputs), interpret)
     d_key, d_value = run(triton_backward.d_key_and_value, "dkv")
     return Operands(
@@ -77,5 +78,5 @@ def backward(
         value=d_value,
         bias=None if operands.bias is None else run(triton_score_gradient.d_bias, "dscore"),
         alibi_slopes=None if operands.alibi_slopes is None else run(triton_score_gradient.d_slopes, "dscore"),
-        sinks=row_terms.d_sinks(operands.sinks, log_sum_exp, delta),
+        sinks=row_terms.d_sinks(operands.sinks, normalizer, delta),
     )

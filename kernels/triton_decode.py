@@ -15,19 +15,20 @@ from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import tile_bounds, triton_call, triton_merge
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.triton_call import divided, program_id
 from mqa_jax.kernels.triton_forward import attend, finish
 from mqa_jax.kernels.triton_grid import KeyTiles, Share
 from mqa_jax.kernels.triton_tile import Program
-from mqa_jax.shapes import LogSumExp, Output
+from mqa_jax.shapes import Output
 
 MOST_QUERIES = 16  # beyond, a tile of one head is well filled
 ENOUGH_PROGRAMS = 384  # three for each of an H100's 132 multiprocessors: about as many as it holds at once
 LEAST_KEYS = 128  # of a split
 
 
-def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, LogSumExp]:
+def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, Normalizer]:
     """T is at most MOST_QUERIES."""
     size, row_tiles = inputs.sizes, row_tiles_of(inputs.sizes, config)
     splits = splits_of(size, row_tiles)
@@ -35,25 +36,25 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
     packed = pack(inputs)
     rows = packed.sizes.T
 
-    def kernel(inputs: Inputs, bounds: Any, out: Any, log_sum_exp: Any) -> None:
+    def kernel(inputs: Inputs, bounds: Any, out: Any, normalizer: Any) -> None:
         batch, kv_head = divided(program_id(2), size.K)
         program = Program(inputs, config, interpret, batch, kv_head, group=size.G)
         key_tiles = KeyTiles.load(program, bounds, program_id(1))
         split, row = Share(program_id(0), splits), program_id(1) * config.rows
         state = attend(program, row, key_tiles, (split.range(key_tiles.full), split.range(key_tiles.masked)))
-        finish(program, state, row, out, log_sum_exp, split.number)
+        finish(program, state, row, out, normalizer, split.number)
 
-    shapes = (
-        jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), inputs.dtype if alone else jnp.float32),
-        jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32),
-    )
+    number = jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32)
+    out = jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), inputs.dtype if alone else jnp.float32)
+    shapes = out, Normalizer(number, number)
     mask = replace(inputs.mask, query_segments=packed.mask.query_segments)
     bounds = tile_bounds.key_tiles(mask, size, config.rows, config.columns, size.G)
     grid = splits, row_tiles, size.B * size.K
-    outs, log_sum_exps = triton_call.call("mqa_decode", kernel, grid, config, shapes, interpret)(packed, bounds)
+    outs, normalizers = triton_call.call("mqa_decode", kernel, grid, config, shapes, interpret)(packed, bounds)
     if not alone:
-        return triton_merge.merge(inputs, outs, log_sum_exps, interpret)
-    return unpack(outs[0], size), unpack(log_sum_exps[0].swapaxes(1, 2)[..., None], size)[..., 0]
+        return triton_merge.merge(inputs, outs, normalizers, interpret)
+    of_rows = lambda x: unpack(x[0].swapaxes(1, 2)[..., None], size)[..., 0]
+    return unpack(outs[0], size), jax.tree.map(of_rows, normalizers)
 
 
 def row_tiles_of(size: Sizes, config: TileConfig) -> int:
@@ -67,12 +68,12 @@ def splits_of(size: Sizes, row_tiles: int) -> int:
 
 
 def partial_bytes(size: Sizes, splits: int) -> int:
-    """Of the outputs and log-sum-exps of all parts, float32: all that a step takes beside its arguments and results.
+    """Of the outputs and normalizers of all parts, float32: all that a step takes beside its arguments and results.
 
     (But for four numbers for each tile of rows, `tile_bounds`, and copies of query and output where heads of a group
     have to be brought together.) No more than ENOUGH_PROGRAMS tiles of rows, whatever the length of the cache.
     """
-    return 4 * splits * size.B * size.T * size.N * (size.V + 1) if splits > 1 else 0
+    return 4 * splits * size.B * size.T * size.N * (size.V + 2) if splits > 1 else 0
 
 
 def pack(inputs: Inputs) -> Inputs:

@@ -274,19 +274,25 @@ class Program:
             visible = condition if visible is None else visible & condition
         return visible
 
-    def weights(self, scores: Scores, shift: Float[Array, "..."]) -> Float[Array, "..."]:
-        """exp(score - shift), both / `unit`; the shift broadcasts."""
+    def weights(
+        self, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """exp(score - shift - log_total), the first two / `unit`; the last two broadcast."""
         if not self.bare or self.inputs.dtype == jnp.float32:
-            return self.exp_of_difference(scores, shift)
+            return self.exp_of_difference(scores, shift, log_total)
         slope = self.unit * LOG2_E  # one instruction less, and an error that 16-bit weights do not show
-        return exp2_of_line(scores, slope, shift * -slope, self.interpret)
+        total = 0.0 if log_total is None else log_total * LOG2_E
+        return exp2_of_line(scores, slope, shift * -slope - total, self.interpret)
 
-    def exp_of_difference(self, scores: Scores, shift: Float[Array, "..."]) -> Float[Array, "..."]:
+    def exp_of_difference(
+        self, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
         """The same, and exactly 1 where both are equal, so that rescaling a sum many times by 1 leaves it as it is.
 
         Subtracting first also keeps finfo.min, the usual bias of a pair that is not wanted, from overflowing.
         """
-        return exp2_of_line(scores - shift, self.unit * LOG2_E, jnp.zeros_like(shift), self.interpret)
+        total = jnp.zeros_like(shift) if log_total is None else log_total * -LOG2_E
+        return exp2_of_line(scores - shift, self.unit * LOG2_E, total, self.interpret)
 
     def drop(self, weights: Float[Array, "..."], place: Place) -> Float[Array, "..."]:
         """Dropout, of the weights or of their gradients."""

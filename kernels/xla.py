@@ -6,16 +6,17 @@ from jax import lax
 
 from mqa_jax.inputs import Inputs, Operands, Sizes
 from mqa_jax.kernels import xla_backward, xla_decode, xla_forward
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.xla_tile import TileShape
 from mqa_jax.shapes import LogSumExp, Output
 
 
-def forward(inputs: Inputs) -> tuple[Output, LogSumExp]:
+def forward(inputs: Inputs) -> tuple[Output, Normalizer]:
     return lax.platform_dependent(inputs, cpu=_forward_on_cpu, default=_forward_on_accelerator)
 
 
-def backward(inputs: Inputs, out: Output, log_sum_exp: LogSumExp, d_out: Output, d_log_sum_exp: LogSumExp) -> Operands:
-    arguments = inputs, out, log_sum_exp, d_out, d_log_sum_exp
+def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp) -> Operands:
+    arguments = inputs, out, normalizer, d_out, d_log_sum_exp
     with_tiles = lambda tiles: functools.partial(xla_backward.backward, shape=tiles(inputs.sizes))
     return lax.platform_dependent(*arguments, cpu=with_tiles(tiles_for_cpu), default=with_tiles(tiles_for_accelerator))
 
@@ -61,7 +62,7 @@ def steps_for_accelerator(size: Sizes) -> xla_decode.Steps:
     return xla_decode.Steps(size.S, xla_decode.plain_scores, xla_decode.plain_values)
 
 
-def _forward_on_cpu(inputs: Inputs) -> tuple[Output, LogSumExp]:
+def _forward_on_cpu(inputs: Inputs) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     # Measured on 2 AVX2 cores: beyond 16 rows, transposing a tile of keys costs less than multiplying by hand; and a
     # step of up to 3 heads has too little to do.
@@ -70,7 +71,7 @@ def _forward_on_cpu(inputs: Inputs) -> tuple[Output, LogSumExp]:
     return xla_forward.forward(inputs, tiles_for_cpu(size))
 
 
-def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, LogSumExp]:
+def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     if size.T == 1 and inputs.operands.key_scale is None:  # in one block all of 8-bit keys would be converted
         return xla_decode.forward(inputs, steps_for_accelerator(size))

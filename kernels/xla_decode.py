@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import online_softmax, tile_bounds
-from mqa_jax.shapes import Key, LogSumExp, Output, Value, positions
+from mqa_jax.kernels.online_softmax import Normalizer
+from mqa_jax.shapes import Key, Output, Value, positions
 
 GroupedQuery = Float[Array, "B K T G H"]
 BlockScores = Float[Array, "B c K T G"]
@@ -64,7 +65,7 @@ class Block:
         return lax.dynamic_slice_in_dim(x, start, len(self.columns), axis)
 
 
-def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
+def forward(inputs: Inputs, steps: Steps) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     query = inputs.operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(1, 2)
     of_block = lambda inputs: (
@@ -81,8 +82,8 @@ def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
             step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
         state = lax.fori_loop(blocks.start, blocks.stop, step, state)
     state = state._replace(weighted=jnp.sum(state.weighted, axis=1))
-    out, log_sum_exp = online_softmax.finish(state, _sinks_of_rows(inputs))
-    return _ungroup(out, size).astype(inputs.dtype), _ungroup(log_sum_exp, size)[..., 0]
+    out, normalizer = online_softmax.finish(state, _sinks_of_rows(inputs))
+    return _ungroup(out, size).astype(inputs.dtype), jax.tree.map(lambda x: _ungroup(x, size)[..., 0], normalizer)
 
 
 def attend(

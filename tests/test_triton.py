@@ -210,8 +210,8 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     cotangents = problem.cotangents
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
-        out, log_sum_exp = triton.forward(inputs, interpret=True)
-        gradients = triton.backward(inputs, out, log_sum_exp, *cotangents, interpret=True)
+        out, normalizer = triton.forward(inputs, interpret=True)
+        gradients = triton.backward(inputs, out, normalizer, *cotangents, interpret=True)
     score_terms = [x for x in (bias, options.get("alibi_slopes")) if x is not None]
     assert ran == ["mqa_forward", "mqa_dkv", "mqa_dq", *["mqa_dscore"] * len(score_terms)]
     monkeypatch.undo()
@@ -248,12 +248,12 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
     inputs = checked_inputs(**problem.arrays, bias=bias, mask=mask, options=Options(**options))
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
-        out, log_sum_exp = triton.forward(inputs, interpret=True)
+        out, normalizer = triton.forward(inputs, interpret=True)
     assert ran == kernels
     monkeypatch.undo()
     expected = mqa_jax.reference.forward(inputs)
     np.testing.assert_allclose(out, expected[0], atol=1e-5)
-    np.testing.assert_allclose(log_sum_exp, expected[1], atol=1e-5)
+    np.testing.assert_allclose(normalizer.log_sum_exp, expected[1], atol=1e-5)
 
 
 def test_the_strict_memory_is_strict(monkeypatch):
