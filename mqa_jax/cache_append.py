@@ -58,7 +58,7 @@ class Keys(NamedTuple):
 class Lengths(NamedTuple):
     """How many of the T tokens of each row count, and in which rows that was no possible number."""
 
-    count: Int[Array, "..."]
+    tokens: Int[Array, "..."]
     wrong: Bool[Array, "..."]
 
 
@@ -95,7 +95,7 @@ def append(
     start, spoiled = within(kv_cache.index_of(cache), 0, LARGEST, SPOILED)
     count = jnp.full(key.shape[0], key.shape[1], jnp.int32)
     if lengths is not None:
-        count, spoiled = lengths.count, spoiled | lengths.wrong
+        count, spoiled = lengths.tokens, spoiled | lengths.wrong
     start, count = jnp.where(spoiled, 0, start), jnp.where(spoiled, 0, count)
     in_ring = RING_INDEX in cache
     length = cache[KEY].shape[1]

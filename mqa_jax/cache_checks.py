@@ -46,14 +46,15 @@ def within(x: Int[ArrayLike, "*X"], low: int, high: int, message: str) -> tuple[
     Args:
       message: with the fields `{value}`, and `{high}` if it likes.
     """
+    checked: Array
     if isinstance(x, jax.core.Tracer):
-        x = _within_p.bind(x.astype(jnp.int32), low=low, high=high, message=message)
+        checked = _within_p.bind(x.astype(jnp.int32), low=low, high=high, message=message)
     else:
         values = np.asarray(x)  # before 32 bits cut anything off
         if np.any((values < low) | (values > high)):
             raise ValueError(message.format(value=values, high=high))
-        x = jnp.asarray(values, jnp.int32)
-    return x, (x < low) | (x > high)
+        checked = jnp.asarray(values, jnp.int32)
+    return checked, (checked < low) | (checked > high)
 
 
 def _checked(x: Int[Array, "*X"], low: int, high: int, message: str) -> Int[Array, "*X"]:

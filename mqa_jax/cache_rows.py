@@ -44,8 +44,10 @@ def reorder_cache(cache: Any, rows: Int[ArrayLike, " B"], *, batch_axis: int | N
         scans are nested. Caches that are not stacked have one axis and need none.
     """
     caches = _Caches.of(cache, batch_axis)
-    rows = rows if hasattr(rows, "dtype") else jnp.asarray(rows)
-    _check_rows(rows, caches.batch, jnp.issubdtype(rows.dtype, jnp.integer), "integer [batch], where each comes from")
+    rows = jnp.asarray(rows) if isinstance(rows, list | tuple) else rows
+    _check_rows(
+        rows, caches.batch, jnp.issubdtype(jnp.result_type(rows), jnp.integer), "integer [batch], where each comes from"
+    )
     rows, outside = within(rows, 0, caches.batch - 1, "rows must be rows of the cache, 0 to {high}: rows={value}.")
 
     def reorder(leaf: Leaf) -> Array:
@@ -117,7 +119,7 @@ class _Caches:
     leaves: list[Leaf]
     structure: Any
     batch_axis: int | None
-    ranks: dict[str | None, int]  # of the index of each attention module: 1, or more where layers are stacked
+    ranks: dict[str, int]  # of the index of each attention module: 1, or more where layers are stacked
     batch: int
 
     @classmethod
@@ -179,10 +181,11 @@ def _leaves(cache: Any) -> tuple[list[Leaf], Any]:
     return leaves, structure
 
 
-def _check_rows(rows: Array, batch: int | None, right_dtype: bool, rule: str) -> None:
-    if not right_dtype or rows.ndim != 1 or batch not in (None, rows.shape[0]):
+def _check_rows(rows: Any, batch: int | None, right_dtype: bool, rule: str) -> None:
+    shape = jnp.shape(rows)
+    if not right_dtype or len(shape) != 1 or batch not in (None, shape[0]):
         raise ValueError(
-            f"rows must be {rule}: rows.dtype={rows.dtype!s}, rows.shape={rows.shape}, "
+            f"rows must be {rule}: rows.dtype={jnp.result_type(rows)!s}, rows.shape={shape}, "
             f"batch={'any' if batch is None else batch}."
         )
 

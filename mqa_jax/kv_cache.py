@@ -139,7 +139,8 @@ def init_cache(
 
     def traced(arrays: list[Array]) -> Any:
         given = iter(arrays)
-        args, kwargs = structure.unflatten([next(given) if array else x for array, x in zip(is_array, leaves)])
+        filled = [next(given) if array else x for array, x in zip(is_array, leaves)]
+        args, kwargs = jax.tree.unflatten(structure, filled)
         with _wanted(Wanted(batch, max_length, None if dtype is None else jnp.dtype(dtype))):
             return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *args, **kwargs)
 

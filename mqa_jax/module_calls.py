@@ -140,14 +140,14 @@ def check_flags(**flags: Any) -> None:
             raise ValueError(f"{name} must be True or False: {name}={x!r}.")
 
 
-def integers(name: str, x: ArrayLike, shape: tuple[int, ...], what: str, remedy: str = "") -> Int[Array, "..."]:
-    x = x if hasattr(x, "dtype") else jnp.asarray(x)
-    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):  # type: ignore[union-attr]
+def integers(name: str, x: ArrayLike, shape: tuple[int, ...], what: str, remedy: str = "") -> ArrayLike:
+    x = jnp.asarray(x) if isinstance(x, list | tuple) else x
+    found, dtype = jnp.shape(x), jnp.result_type(x)
+    if found != shape or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"{name} must be integers, {what}: {name}.shape={x.shape}, expected {shape}, "  # type: ignore[union-attr]
-            f"{name}.dtype={x.dtype!s}.{remedy}"  # type: ignore[union-attr]
+            f"{name} must be integers, {what}: {name}.shape={found}, expected {shape}, {name}.dtype={dtype!s}.{remedy}"
         )
-    return x  # type: ignore[return-value]
+    return x  # not yet an array of JAX, which would cut it down to 32 bits
 
 
 def checked_lengths(seq_lengths: ArrayLike | None, x: Array) -> Lengths | None:

@@ -294,7 +294,7 @@ class GroupedQueryAttention(nn.Module):
             key, value = (jnp.concatenate(pair, axis=-3) for pair in zip(past, (key, value)))
         if lengths is None:
             return Keys(key, value, query_offset=offset)
-        return Keys(key, value, lengths=offset + lengths.count, query_offset=offset, spoiled=lengths.wrong)
+        return Keys(key, value, lengths=offset + lengths.tokens, query_offset=offset, spoiled=lengths.wrong)
 
     @property
     def _window(self) -> tuple[int, int] | None:

@@ -31,7 +31,7 @@ def is_number(x: Any) -> bool:
 
 def is_floating(x: DTypeLike) -> bool:
     try:
-        return bool(jnp.issubdtype(jnp.dtype(x), jnp.floating))
+        return x is not None and bool(jnp.issubdtype(jnp.dtype(x), jnp.floating))
     except TypeError:
         return False
 
