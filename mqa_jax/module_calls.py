@@ -170,7 +170,7 @@ def checked_positions(positions: ArrayLike, x: Array) -> Int[Array, "..."]:
     return jnp.asarray(integers("positions", positions, shape if broadcasts else x.shape[:-1], what))
 
 
-def pair_mask(mask: ArrayLike | None, attention_mask: ArrayLike | None, leading_axes: int) -> Array | None:
+def pair_mask(mask: ArrayLike | None, attention_mask: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
     """`[..., S]` (keys), `[..., T, S]` or `[..., N, T, S]`, bool, as `[..., N, T, S]`; the two are one argument."""
     if mask is not None and attention_mask is not None:
         raise ValueError("mask and attention_mask are two names of one argument: pass one.")
@@ -186,24 +186,21 @@ def pair_mask(mask: ArrayLike | None, attention_mask: ArrayLike | None, leading_
             + ("One that is added to the scores goes to bias=, " if floating else "")
             + f"{'one' if floating else 'One'} of 0 and 1, such as a tokenizer's, is {name}.astype(bool)."
         )
-    extra = mask.ndim - leading_axes
-    if extra == 1:
-        return mask[..., None, None, :]
-    if extra == 2:
-        return mask[..., None, :, :]
-    if extra == 3:
-        return mask
-    raise ValueError(
-        f"mask must be [..., S], [..., T, S] or [..., N, T, S], where ... is {leading_axes} axes of x: "
-        f"mask.shape={mask.shape}."
-    )
+    extra = mask.ndim - len(batch)
+    if extra not in (1, 2, 3) or any(n not in (1, whole) for n, whole in zip(mask.shape, batch)):
+        raise ValueError(
+            f"{name} must be [..., S], [..., T, S] or [..., N, T, S], where ... are the leading axes of x or 1: "
+            f"{name}.shape={mask.shape}, leading axes of x={batch}."
+        )
+    return mask.reshape(mask.shape[: len(batch)] + (1,) * (3 - extra) + mask.shape[len(batch) :])
 
 
-def pair_bias(bias: ArrayLike | None, leading_axes: int) -> Array | None:
+def pair_bias(bias: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
     if bias is None:
         return None
     bias = jnp.asarray(bias)
-    if not 2 <= bias.ndim <= leading_axes + 3:
+    axes = zip(bias.shape[:-3][::-1], batch[::-1])
+    if not 2 <= bias.ndim <= len(batch) + 3 or any(n not in (1, whole) for n, whole in axes):
         raise ValueError(f"bias must be [..., N, T, S]: bias.shape={bias.shape}. Give axes that are shared size 1.")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(f"bias must be floating: bias.dtype={bias.dtype!s}. A boolean mask goes to mask=.")

@@ -176,8 +176,8 @@ class GroupedQueryAttention(nn.Module):
         query = self._project("query", x, self.heads)
         cache = self._cache() if cached else None
         offset = call.query_offset if cache is None else kv_cache.index_of(cache)
-        bias = module_calls.pair_bias(bias, leading_axes=x.ndim - 2)
-        mask = module_calls.pair_mask(mask, attention_mask, leading_axes=x.ndim - 2)
+        bias = module_calls.pair_bias(bias, batch=x.shape[:-2])
+        mask = module_calls.pair_mask(mask, attention_mask, batch=x.shape[:-2])
         positions = self._positions(x, offset) if positions is None else module_calls.checked_positions(positions, x)
         if prev_layer_key_value is None:
             key, value = self._project_keys(x, inputs_k, inputs_v, positions)

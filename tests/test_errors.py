@@ -164,6 +164,11 @@ MODULES = {
         lambda: call(layer(), attention_mask=ones((2, 5), int)),
         r"attention_mask must be bool.*attention_mask.dtype=int32. One of 0 and 1.*is attention_mask.astype\(bool\)",
     ),
+    "mask of all rows": (
+        lambda: call(layer(), mask=ones((5, 5), bool)),
+        r"where ... are the leading axes of x or 1: mask.shape=\(5, 5\), leading axes of x=\(2,\)",
+    ),
+    "bias of other rows": (lambda: call(layer(), bias=ones((3, 4, 5, 5))), r"bias.shape=\(3, 4, 5, 5\).*size 1"),
     "float mask": (lambda: call(layer(), mask=ones((2, 5))), r"mask.dtype=float32. One that is added.*goes to bias="),
     "bool bias": (lambda: call(layer(), bias=ones((5, 5), bool)), r"bias must be floating: bias.dtype=bool.*mask="),
     "bias of too many axes": (lambda: call(layer(), bias=ones((1, 1, 1, 5, 5))), r"bias.shape=\(1, 1, 1, 5, 5\)"),
@@ -553,6 +558,10 @@ KERNELS: dict[str, Any] = {
     ),
 }
 
+MODULES["adapter: added mask"] = (
+    lambda: mqa_jax.attention_fn(QUERY, QUERY, QUERY, mask=-1e9 * ones((5, 5))),
+    r"bool, or 0 and 1, 0 hides: mask.dtype=float32.*goes to bias=",
+)
 VALUE_ERRORS = {**{f"function: {k}": v for k, v in FUNCTION.items()}, **{f"module: {k}": v for k, v in MODULES.items()}}
 VALUE_ERRORS |= {**{f"cache: {k}": v for k, v in CACHE.items()}, **{f"torch: {k}": v for k, v in TORCH.items()}}
 VALUE_ERRORS |= {f"kernels: {k}": v for k, v in KERNELS.items()}

@@ -479,7 +479,9 @@ def test_caches_are_found_wherever_they_are(around):
 def test_layers_beside_stacked_layers():
     """Each keeps its own batch axis, and arrays of other modules go along."""
     first, cache = new_cache(make()[0]), mqa_jax.init_cache(Scanned(), 3, MAX_LENGTH, X)
-    fill = lambda tree: jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape).astype(x.dtype), tree)
+    fill = lambda tree: jax.tree.map(
+        lambda x: jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape).astype(x.dtype), tree
+    )
     mixed = fill({"first": first, **cache, "other": {"state": jnp.zeros((4, 3, 2))}})
     taken = mqa_jax.reorder_cache(mixed, [2, 0, 0], batch_axis=1)
     order = np.array([2, 0, 0])
@@ -517,9 +519,13 @@ def test_a_module_that_a_step_calls_several_times(kind, layout):
     params = model.init(RNG, X)["params"]
     cache = mqa_jax.init_cache(model, 3, MAX_LENGTH, X)
     assert [len(cache[f"layers_{i}"]["other_calls"]) for i in range(2)] == [2, 1]
-    assert mqa_jax.cache_bytes(cache) == 5 * mqa_jax.cache_bytes({k: v for k, v in cache["layers_0"].items() if k != "other_calls"})
+    assert mqa_jax.cache_bytes(cache) == 5 * mqa_jax.cache_bytes(
+        {k: v for k, v in cache["layers_0"].items() if k != "other_calls"}
+    )
     apply = jax.jit(
-        lambda cache, x, method=None: model.apply({"params": params, "cache": cache}, x, mutable=["cache"], method=method),
+        lambda cache, x, method=None: model.apply(
+            {"params": params, "cache": cache}, x, mutable=["cache"], method=method
+        ),
         static_argnames="method",
     )
     full = model.apply({"params": params}, X)
@@ -564,11 +570,12 @@ def test_cross_attention_gets_no_cache():
 
 
 def test_a_model_of_which_a_layer_has_no_cache_is_refused():
-    model = Model()
+    model = Shared("plain")
     params = model.init(RNG, X)["params"]
     cache = mqa_jax.init_cache(model, 3, MAX_LENGTH, X)
-    with pytest.raises(ValueError, match=r"no cache for this module: path=\('a_1',\), the collection has \['a_0'\]"):
-        model.apply({"params": params, "cache": {"a_0": cache["a_0"]}}, X, mutable=["cache"])
+    message = r"no cache for this module: path=\('layers_1',\), the collection has \['layers_0'\]"
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params, "cache": {"layers_0": cache["layers_0"]}}, X, mutable=["cache"])
 
 
 def test_a_bound_module_goes_on_from_call_to_call():
