@@ -87,7 +87,7 @@ def test_masks_and_biases_of_a_ring_are_by_position(name):
 
 
 TABLES: dict[str, Any] = {
-    "mask": dict(mask=jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool)), causal=False),
+    "mask": dict(mask=jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))),
     "mask of each row": dict(mask=PAIRS["mask"]),
     "bias": dict(bias=PAIRS["bias"]),
     "bias of queries": dict(bias=PAIRS["bias of queries"]),
@@ -99,7 +99,7 @@ TABLES: dict[str, Any] = {
 @pytest.mark.parametrize("name", TABLES)
 def test_one_table_of_all_pairs_serves_every_call(name, layout):
     """Rows of the batch at different positions, in steps, chunks, and more than a ring takes at once."""
-    module, params = make(cache_layout=layout, local_window_size=WINDOW)
+    module, params = make(cache_layout=layout, local_window_size=WINDOW, causal=name != "mask")
     lengths = np.array([7, 3, 0])
     cache = new_cache(module, max_length=LENGTH - 2)  # the table may be longer than the cache
     first, cache = step(module, params, cache, TEXT[:, :7], seq_lengths=jnp.asarray(lengths), **TABLES[name])

@@ -419,40 +419,45 @@ CACHE = {
     "rows of a table": (
         lambda: (
             cached(layer(cache_layout="ring", local_window_size=3), x=ones((2, 3, 16)), bias=ones((1, 4, 5, 9)))[1]
-            and cached(cache=changed(cache_index=np.int32([4, 0])), x=ones((2, 3, 16)), bias=ones((1, 4, 5, 9)))
+            and cached(
+                cache=changed(cache_index=np.array([4, 0], np.int32)), x=ones((2, 3, 16)), bias=ones((1, 4, 5, 9))
+            )
         ),
         r"one for each position.*positions=\[7 3\] after this call, rows=5. Make it longer",
     ),
     "stacked": (
-        lambda: mqa_jax.reorder_cache(STACKED, [1, 0]),
+        lambda: mqa_jax.reorder_cache(STACKED, np.array([1, 0])),
         r"Layers are stacked .*cache_index'\]\": \(3, 2\).*batch_axis=None. It is 1 where nn.scan has",
     ),
     "stacked, another axis": (lambda: mqa_jax.reset_cache(STACKED, ones(2, bool), batch_axis=2), r"batch_axis=2"),
     "stacked, the layers": (
-        lambda: mqa_jax.reorder_cache(STACKED, [1, 0], batch_axis=0),
+        lambda: mqa_jax.reorder_cache(STACKED, np.array([1, 0]), batch_axis=0),
         r"rows must be integer \[batch\].*rows.shape=\(2,\), batch=3",
     ),
-    "reorder: outside": (lambda: mqa_jax.reorder_cache(changed(), [0, 2]), r"rows of the cache, 0 to 1: rows=\[0 2\]"),
-    "reorder: negative": (lambda: mqa_jax.reorder_cache(changed(), [0, -1]), r"rows=\[ 0 -1\]"),
+    "reorder: outside": (
+        lambda: mqa_jax.reorder_cache(changed(), np.array([0, 2])),
+        r"rows of the cache, 0 to 1: rows=\[0 2\]",
+    ),
+    "reorder: negative": (lambda: mqa_jax.reorder_cache(changed(), np.array([0, -1])), r"rows=\[ 0 -1\]"),
     "reorder: bool": (lambda: mqa_jax.reorder_cache(changed(), ones(2, bool)), r"rows must be integer .*dtype=bool"),
     "reorder: axes": (lambda: mqa_jax.reorder_cache(changed(), ones((2, 1), int)), r"rows.shape=\(2, 1\), batch=2"),
-    "reorder: length": (lambda: mqa_jax.reorder_cache(changed(), [0, 1, 1]), r"rows.shape=\(3,\), batch=2"),
+    "reorder: length": (lambda: mqa_jax.reorder_cache(changed(), np.array([0, 1, 1])), r"rows.shape=\(3,\), batch=2"),
     "reset: length": (lambda: mqa_jax.reset_cache(changed(), ones(1, bool)), r"rows.shape=\(1,\), batch=2"),
     "reset: others": (
         lambda: mqa_jax.reset_cache({"a": changed(), "b": {"state": ones((2, 3))}}, ones(2, bool)),
         r"How \['b'\]\['state'\] starts anew is not known here.*shape=\(2, 3\)",
     ),
     "reorder: others": (
-        lambda: mqa_jax.reorder_cache({"a": changed(), "step": jnp.int32(1)}, [1, 0]),
+        lambda: mqa_jax.reorder_cache({"a": changed(), "step": jnp.int32(1)}, np.array([1, 0])),
         r"\['step'\] is no array of an attention module, and its batch axis is not found: shape=\(\), batch=2",
     ),
     "two batches": (
-        lambda: mqa_jax.reorder_cache([changed(), layer().init_cache(3, 8)], [1, 0]),
+        lambda: mqa_jax.reorder_cache([changed(), layer().init_cache(3, 8)], np.array([1, 0])),
         r"caches of one batch have the same rows: rows=.*: 2.*: 3",
     ),
     "no cache in it": (lambda: mqa_jax.cache_bytes({"params": ones(3)}), r"no cache of an attention module.*params"),
     "check": (
-        lambda: mqa_jax.check_cache([changed(cache_index=np.int32([0, 9]))]),
+        lambda: mqa_jax.check_cache([changed(cache_index=np.array([0, 9], np.int32))]),
         r"cache_index=\[0 9\].*max_length=8",
     ),
     "reset": (lambda: mqa_jax.reset_cache({}, np.array([0, 1])), r"rows must be bool \[batch\].*rows.dtype=int"),
