@@ -483,7 +483,7 @@ def test_layers_beside_stacked_layers():
         lambda x: jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape).astype(x.dtype), tree
     )
     mixed = fill({"first": first, **cache, "other": {"state": jnp.zeros((4, 3, 2))}})
-    taken = mqa_jax.reorder_cache(mixed, [2, 0, 0], batch_axis=1)
+    taken = mqa_jax.reorder_cache(mixed, np.array([2, 0, 0]), batch_axis=1)
     order = np.array([2, 0, 0])
     chex.assert_trees_all_equal(taken["first"], jax.tree.map(lambda x: x[order], mixed["first"]))
     for name in ("layers", "other"):
@@ -500,7 +500,8 @@ class Shared(nn.Module):
     layout: str = "static"
 
     def setup(self):
-        make = {"remat": nn.remat, "jit": nn.jit, "plain": lambda kind: kind}[self.kind](mqa_jax.GroupedQueryAttention)
+        makers: dict[str, Any] = {"remat": nn.remat, "jit": nn.jit, "plain": lambda kind: kind}
+        make = makers[self.kind](mqa_jax.GroupedQueryAttention)
         settings = dict(kv_heads=2, rope=mqa_jax.Rope(), cache_layout=self.layout, local_window_size=(6, 0))
         self.layers = [make(24, 6, **settings) for _ in range(2)]
 
