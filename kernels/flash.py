@@ -1,8 +1,8 @@
 """Start reading here: joins the forward and the backward pass of a fused kernel into one differentiable function.
 
-Whatever computes them, they agree on this: `forward(inputs)` returns the output and, of every row, the logarithm of what
-its softmax divides by in two parts (`online_softmax.Normalizer`, float32 `[B, T, N]`; in rows that see no key that of the
-sink, and without one -inf). These are all that is saved for `backward`. No size is 0 where they are called.
+Whatever computes them, they agree on this: `forward(inputs)` returns the output and, for every row, what its softmax
+divides by, as two numbers (`online_softmax.Normalizer`, float32 `[B, T, N]`; in rows that see no key that of the sink,
+and without one -inf). These are all that is saved for `backward`. No size is 0 where they are called.
 """
 
 import functools

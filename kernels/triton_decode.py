@@ -44,7 +44,7 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
         state = attend(program, row, key_tiles, (split.range(key_tiles.full), split.range(key_tiles.masked)))
         finish(program, state, row, out, normalizer, split.number)
 
-    number = jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32)
+    number: Any = jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32)
     out = jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), inputs.dtype if alone else jnp.float32)
     shapes = out, Normalizer(number, number)
     mask = replace(inputs.mask, query_segments=packed.mask.query_segments)

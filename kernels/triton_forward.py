@@ -32,7 +32,7 @@ def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output
         state = attend(program, row, key_tiles, ((0, key_tiles.full), (0, key_tiles.masked)))
         finish(program, state, row, out, normalizer)
 
-    number = jax.ShapeDtypeStruct((size.B, size.N, size.T), jnp.float32)
+    number: Any = jax.ShapeDtypeStruct((size.B, size.N, size.T), jnp.float32)
     shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
     bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
     run = triton_call.call("mqa_forward", kernel, grid, config, shapes, interpret)

@@ -50,7 +50,7 @@ def merge(
         for into, number in zip(normalizer, result):
             store(into, number, batch, position, span(head, 1), where=first)
 
-    number = jax.ShapeDtypeStruct((size.B, size.T, size.N), jnp.float32)
+    number: Any = jax.ShapeDtypeStruct((size.B, size.T, size.N), jnp.float32)
     shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
     grid = -(-size.V // tile.columns), size.T * size.G, size.B * size.K
     run = triton_call.call("mqa_merge", kernel, grid, tile, shapes, interpret)

@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mqa_jax.setting_types import check_types, is_integer, is_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
     """Positions divided by `factor` (Chen et al. 2023, arXiv 2306.15595)."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         return frequencies / self.factor
@@ -31,6 +36,14 @@ class Llama3Scaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                "Slow rotations come before fast ones: "
+                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}."
+            )
 
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
@@ -53,6 +66,9 @@ class Rope:
     theta: float = 10_000.0
     interleaved: bool = False
     scaling: LinearScaling | Llama3Scaling | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def frequencies(self, features: int) -> np.ndarray:
         """Angle per position of each pair, float32 `[H / 2]`."""
@@ -80,6 +96,9 @@ class TemperatureTuning:
     attn_scale: float = 0.1
     floor_scale: float = 8192
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def __call__(self, query: Float[Array, "... T N H"], positions: Int[Array, "... T"]) -> Float[Array, "... T N H"]:
         steps = jnp.floor((positions + 1).astype(jnp.float32) / self.floor_scale)
         return query * (1 + self.attn_scale * jnp.log(steps + 1))[..., None, None].astype(query.dtype)
@@ -91,8 +110,11 @@ def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:
     2 ** (-alibi_bias_max * i / n) for i = 1 .. n, where n is `heads` rounded up to a power of two; if that is more than
     `heads`, every second slope comes first and the rest is cut off.
     """
-    if heads < 1:
-        raise ValueError(f"alibi_slopes needs at least one head: heads={heads}.")
+    if not (is_integer(heads) and heads >= 1 and is_number(alibi_bias_max) and alibi_bias_max > 0):
+        raise ValueError(
+            "alibi_slopes needs at least one head and slopes that fall: "
+            f"heads={heads!r}, alibi_bias_max={alibi_bias_max!r}."
+        )
     count = 2 ** math.ceil(math.log2(heads))
     slopes = 2.0 ** (-alibi_bias_max * np.arange(1, count + 1) / count)
     if count != heads:

@@ -11,6 +11,7 @@ import pytest
 import mqa_jax
 from mqa_jax import attention
 from mqa_jax.kernels import flash
+from mqa_jax.kernels.online_softmax import Normalizer
 
 HALF = [jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, n, 8)), jnp.bfloat16) for n in (4, 2, 2)]
 
@@ -54,7 +55,8 @@ def _answer(number: float) -> flash.Kernels:
     """Kernels that say who they are."""
 
     def forward(inputs):
-        return jnp.full_like(inputs.operands.query, number), jnp.zeros(inputs.operands.query.shape[:3], jnp.float32)
+        rows = jnp.zeros(inputs.operands.query.shape[:3], jnp.float32)
+        return jnp.full_like(inputs.operands.query, number), Normalizer(rows, rows)
 
     return flash.Kernels(forward, lambda inputs, *_: jax.tree.map(lambda x: jnp.full_like(x, number), inputs.operands))
 
@@ -64,7 +66,7 @@ def test_none_takes_the_first_that_can_on_this_platform(monkeypatch):
         "of Tuesday": attention.Implementation(_answer(1), cannot=lambda inputs: "it is Wednesday"),
         "elsewhere": attention.Implementation(_answer(2), platform="tpu"),
         "out of reach": attention.Implementation(_answer(7), platform="cpu", in_reach=lambda: False),
-        "function": attention.Implementation(lambda inputs: _answer(3).forward(inputs)),
+        "function": attention.Implementation(lambda inputs: (_answer(3).forward(inputs)[0], None)),
         "here": attention.Implementation(_answer(4), platform="cpu"),
         "later": attention.Implementation(_answer(5), platform="cpu"),
         "anywhere": attention.Implementation(_answer(6)),

@@ -3,6 +3,7 @@
 import ast
 import functools
 import math
+import re
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -267,7 +268,93 @@ PAST = ones((2, 3, 4, 4)), ones((2, 3, 4, 4))
 MODULES = {
     "no dim": (lambda: layer("GroupedQueryAttention", 0, 4), r"needs dim .*and heads: dim=0, d_model=None, heads=4"),
     "no heads": (lambda: layer("MultiHeadAttention", 16, 0), r"MultiHeadAttention needs dim .* heads=0"),
-    "two dims": (lambda: layer("GroupedQueryAttention", 16, 4, d_model=8), r"dim=16, d_model=8"),
+    "two dims": (
+        lambda: layer("GroupedQueryAttention", 16, 4, d_model=8),
+        r"two names of one setting: dim=16, d_model=8. Give one; to clone a module that has both, change both",
+    ),
+    "no output": (
+        lambda: layer(output_projection=False, out_features=3),
+        r"output projection that is left out: output_projection=False, out_features=3, use_out_bias=None",
+    ),
+    "frequencies": (
+        lambda: mqa_jax.Llama3Scaling(low_freq_factor=4.0),
+        r"Slow rotations come before fast ones: low_freq_factor=4.0, high_freq_factor=4.0",
+    ),
+    "integer mask": (
+        lambda: call(layer(), attention_mask=ones((2, 5), int)),
+        r"attention_mask must be bool.*attention_mask.dtype=int32. One of 0 and 1.*is attention_mask.astype\(bool\)",
+    ),
+    "mask of all rows": (
+        lambda: call(layer(), mask=ones((5, 5), bool)),
+        r"where ... are the leading axes of x or 1: mask.shape=\(5, 5\), leading axes of x=\(2,\)",
+    ),
+    "bias of other rows": (lambda: call(layer(), bias=ones((3, 4, 5, 5))), r"bias.shape=\(3, 4, 5, 5\).*size 1"),
+    "float mask": (lambda: call(layer(), mask=ones((2, 5))), r"mask.dtype=float32. One that is added.*goes to bias="),
+    "bool bias": (lambda: call(layer(), bias=ones((5, 5), bool)), r"bias must be floating: bias.dtype=bool.*mask="),
+    "bias of too many axes": (lambda: call(layer(), bias=ones((1, 1, 1, 5, 5))), r"bias.shape=\(1, 1, 1, 5, 5\)"),
+    "tokens": (lambda: call(layer(), ones((2, 16), int)), r"x must be floating: x.dtype=int32. Embed tokens first"),
+    "features of x": (
+        lambda: call(layer(), ones((2, 5, 12))),
+        r"x must be \[..., T, D\]: x.shape=\(2, 5, 12\), dim=16",
+    ),
+    "a flag of a call": (lambda: call(layer(), causal="no"), r"causal must be True or False: causal='no'"),
+    "a mask as past": (
+        lambda: call(layer(), ones((2, 5, 16)), ones((2, 5), bool)),
+        r"past_key_value must be \(key, value\).*shapes=\(2, 5\)",
+    ),
+    "heads of the past": (
+        lambda: call(layer(kv_heads=2), ones((2, 5, 16)), PAST),
+        r"past_key_value must be .*shapes=\[\(2, 3, 4, 4\), .*kv_heads=2, head_dim=4",
+    ),
+    "dtype of the past": (
+        lambda: call(layer(), ones((2, 5, 16)), tuple(x.astype(int) for x in PAST)),
+        r"floating: shapes=.*dtypes=\['int32', 'int32'\]",
+    ),
+    "too few earlier keys": (
+        lambda: call(layer(), prev_layer_key_value=PAST),
+        r"last T positions of prev_layer_key_value, which has fewer: x.shape=\(2, 5, 16\), shapes=\[\(2, 3, 4, 4\)",
+    ),
+    "earlier values twice": (
+        lambda: call(layer(), prev_layer_key_value=(ones((2, 5, 4, 4)),) * 2, inputs_v=ones((2, 5, 3))),
+        r"are keys and values already, so there is no place for inputs_v",
+    ),
+    "rank of inputs_k": (
+        lambda: call(layer(causal=False), inputs_k=ones((5, 16))),
+        r"inputs_k must be floating \[..., S, features\].*inputs_k.shape=\(5, 16\)",
+    ),
+    "length of inputs_v": (
+        lambda: call(layer(causal=False), inputs_k=ones((2, 7, 16)), inputs_v=ones((2, 6, 16))),
+        r"inputs_v.shape=\(2, 6, 16\).*keys from \(2, 7, 16\)",
+    ),
+    "positions": (
+        lambda: call(layer(), positions=ones((2, 1), int)),
+        r"positions must be integers, one for each token.*positions.shape=\(2, 1\), expected \(2, 5\)",
+    ),
+    "positions dtype": (lambda: call(layer(), positions=ones(5)), r"positions must be integers.*dtype=float32"),
+    "segments": (
+        lambda: call(layer(), segment_ids=ones((2, 4), int)),
+        r"segment_ids must be integers, one id .*segment_ids.shape=\(2, 4\), expected \(2, 5\)",
+    ),
+    "seq_lengths": (
+        lambda: call(layer(), seq_lengths=np.array([7, 3])),
+        r"between 0 and the tokens of the call: seq_lengths=\[7 3\], tokens=5",
+    ),
+    "seq_lengths of 64 bits": (lambda: call(layer(), seq_lengths=np.array([2**32 + 1, 3])), r"=\[4294967297 +3\]"),
+    "negative seq_lengths": (lambda: call(layer(), seq_lengths=[-1, 3]), r"seq_lengths=\[-1  3\], tokens=5"),
+    "seq_lengths as a mask": (
+        lambda: call(layer(), seq_lengths=ones((2, 5), bool)),
+        r"how many of the T tokens.*shape=\(2, 5\), expected \(2,\), .*dtype=bool. A mask of the tokens goes",
+    ),
+    "seq_lengths dtype": (lambda: call(layer(), seq_lengths=ones(2)), r"seq_lengths must be integers.*dtype=float32"),
+    "seq_lengths of all rows": (lambda: call(layer(), seq_lengths=3), r"seq_lengths.shape=\(\), expected \(2,\)"),
+    "seq_lengths and the past": (
+        lambda: call(layer(), ones((2, 5, 16)), (), seq_lengths=np.array([3, 5])),
+        r"past_key_value has keys of which they say nothing.*pass a mask .* or use the cache collection",
+    ),
+    "seq_lengths and inputs_k": (
+        lambda: call(layer(causal=False), inputs_k=ones((2, 7, 16)), seq_lengths=np.array([3, 5])),
+        r"inputs_k has keys of which they say nothing",
+    ),
     "dim and heads": (lambda: layer("GroupedQueryAttention", 16, 3), r"multiple of heads: dim=16, heads=3.*head_dim"),
     "kv_heads": (lambda: layer(kv_heads=3), r"heads must be a multiple of kv_heads: heads=4, kv_heads=3"),
     "kv_heads of MQA": (
@@ -278,7 +365,7 @@ MODULES = {
     "attn_impl": (lambda: layer(attn_impl="fast"), r"Unknown attn_impl='fast': use one of \[None, 'torch', 'flash'"),
     "fc_type": (lambda: layer(fc_type="te"), r"Unknown fc_type='te': 'torch', a plain dense layer"),
     "norm_type": (lambda: layer(norm_type="batchnorm"), r"Unknown norm_type='batchnorm': use one of layernorm, low_"),
-    "alibi": (lambda: layer(alibi="bloom"), r"Unknown alibi='bloom': use True, False or 'falcon'"),
+    "alibi": (lambda: layer(alibi="bloom"), r"alibi must be True, False or 'falcon': alibi='bloom'"),
     "two norms": (lambda: layer(qk_ln=True, qk_gn=True), r"qk_ln=True, qk_gn=True. Choose one"),
     "x": (lambda: call(layer(), ones(16)), r"x must be \[..., T, D\]: x.shape=\(16,\)"),
     "past and inputs_k": (
@@ -308,12 +395,67 @@ MODULES = {
         r"\"deterministic\" must be passed to the constructor or at call time",
     ),
     "odd head_dim": (lambda: call(layer(head_dim=3, rope=mqa_jax.Rope())), r"head_dim must be even: head_dim=3"),
-    "slopes": (lambda: mqa_jax.alibi_slopes(0), r"alibi_slopes needs at least one head: heads=0"),
+    "slopes": (lambda: mqa_jax.alibi_slopes(0), r"alibi_slopes needs at least one head .*: heads=0"),
+    "slopes that rise": (lambda: mqa_jax.alibi_slopes(4, -8), r"slopes that fall: heads=4, alibi_bias_max=-8"),
     "FlashAttention": (
         lambda: mqa_jax.FlashAttention().apply({}, *(ones((5, 8)),) * 3),
         r"FlashAttention takes q \[B, N, T, H\].*q.shape=\(5, 8\)",
     ),
 }
+
+
+SETTINGS: list[tuple[str, Any, str]] = [
+    ("heads", "4", "an integer"),
+    ("heads", True, "an integer"),
+    ("dim", 16.0, "an integer"),
+    ("head_dim", 0, "an integer from 1 on, or None"),
+    ("head_dim", -8, "an integer from 1 on, or None"),
+    ("kv_heads", 1.0, "an integer from 1 on, or None"),
+    ("out_features", 0, "an integer from 1 on, or None"),
+    ("clip_qkv", -1.0, "a finite number from 0 on, or None"),
+    ("softmax_scale", float("nan"), "a finite number, or None"),
+    ("softmax_scale", "0.1", "a finite number, or None"),
+    ("attn_pdrop", 1.5, "a number from 0 to 1"),
+    ("norm_eps", -1e-5, "a finite number from 0 on"),
+    ("logits_soft_cap", 0.0, "a finite number above 0, or None"),
+    ("alibi_bias_max", 0, "a finite number above 0"),
+    ("alibi", 1, "True, False or 'falcon'"),
+    ("causal", "no", "True or False"),
+    ("qk_ln", 1, "True or False"),
+    ("use_bias", None, "True or False"),
+    ("deterministic", 0, "True or False, or None"),
+    ("verbose", "very", "a number or a flag"),
+    ("rope", True, "positions such as mqa_jax.Rope(), or None"),
+    ("rope", mqa_jax.Rope, "positions such as mqa_jax.Rope(), or None"),
+    ("attn_temperature_tuning", 2.0, "such as mqa_jax.TemperatureTuning(), or None"),
+    ("dtype", "int32", "a floating dtype, or None"),
+    ("dtype", "float31", "a floating dtype, or None"),
+    ("param_dtype", None, "a floating dtype"),
+    ("kernel_init", 0.02, "a function"),
+]
+OTHERS: list[tuple[Callable, dict[str, Any], str]] = [
+    (mqa_jax.FlashAttention, dict(dropout=-0.1), "dropout must be a number from 0 to 1"),
+    (mqa_jax.FlashAttention, dict(causal="yes"), "causal must be True or False"),
+    (mqa_jax.FlashMHA, dict(embed_dim=16, num_heads="4"), "num_heads must be an integer from 1 on"),
+    (mqa_jax.FlashMHA, dict(embed_dim=0, num_heads=4), "embed_dim must be an integer from 1 on"),
+    (mqa_jax.FlashMHA, dict(embed_dim=16, num_heads=4, dtype="int8"), "dtype must be a floating dtype, or None"),
+    (mqa_jax.Rope, dict(theta=0.0), "theta must be a finite number above 0"),
+    (mqa_jax.Rope, dict(scaling=2.0), "scaling must be such as mqa_jax.LinearScaling"),
+    (mqa_jax.LinearScaling, dict(factor=0), "factor must be a finite number above 0"),
+    (mqa_jax.TemperatureTuning, dict(floor_scale=0), "floor_scale must be a finite number above 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), SETTINGS, ids=str)
+def test_each_setting_by_itself(name, value, rule):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be {rule}: {name}={value!r}")):
+        mqa_jax.GroupedQueryAttention(**{"dim": 16, "heads": 4, name: value})
+
+
+@pytest.mark.parametrize(("make", "settings", "rule"), OTHERS, ids=str)
+def test_each_setting_of_the_others(make, settings, rule):
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        make(**settings)
 
 
 def cached(module=None, max_length=8, **options):
@@ -322,9 +464,17 @@ def cached(module=None, max_length=8, **options):
     x = ones((2, 5, 16))
     params = module.init(RNG, x)["params"]
     cache = options.pop("cache", None) or mqa_jax.init_cache(module, 2, max_length, x)
-    return module.apply({"params": params, "cache": cache}, options.pop("x", x), mutable=["cache"], **options)
+    mutable = options.pop("mutable", ["cache"])
+    return module.apply({"params": params, "cache": cache}, options.pop("x", x), mutable=mutable, **options)
 
 
+def changed(**arrays):
+    """The cache of a module with other arrays, None for none."""
+    cache = {**layer().init_cache(2, 8), **arrays}
+    return {name: x for name, x in cache.items() if x is not None}
+
+
+STACKED = {"layers": jax.tree.map(lambda x: jnp.stack([x] * 3), layer().init_cache(2, 8))}
 CACHE = {
     "overflow": (
         lambda: cached(max_length=4),
@@ -333,7 +483,9 @@ CACHE = {
     "batch": (lambda: cached(x=ones((3, 5, 16))), r"New keys must fit the cache .*=\(2, 8, 4, 4\): key.shape=\(3, 5,"),
     "rank": (lambda: cached(x=ones((5, 16))), r"With a cache x must be \[batch, T, D\]: x.shape=\(5, 16\)"),
     "inputs_k too": (lambda: cached(inputs_k=ones((2, 5, 16))), r"got a cache collection and inputs_k"),
-    "empty": (lambda: layer().init_cache(0, 8), r"at least one row and one position: batch=0, max_length=8"),
+    "empty": (lambda: layer().init_cache(0, 8), r"one row and one position, both integers: batch=0, max_length=8"),
+    "batch of a float": (lambda: layer().init_cache(2.0, 8), r"both integers: batch=2.0, max_length=8"),
+    "length of a flag": (lambda: layer().init_cache(2, True), r"both integers: batch=2, max_length=True"),
     "no attention": (
         lambda: mqa_jax.init_cache(nn.Dense(3), 2, 8, ones((2, 5))),
         r"holds no attention module of mqa_jax: Dense",
@@ -357,6 +509,76 @@ CACHE = {
     "short mask for a ring": (
         lambda: cached(layer(cache_layout="ring", local_window_size=3), mask=ones((2, 4), bool)),
         r"column for each position.*positions=\[5 5\] after this call, columns=4. Make it longer",
+    ),
+    "not mutable": (lambda: cached(mutable=[]), r"cannot be written: pass mutable=\['cache'\] to apply"),
+    "another module's": (
+        lambda: cached(cache={"attention": layer().init_cache(2, 8)}),
+        r"no cache for this module: path=\(\), the collection has \['attention'\]. Make it with mqa_jax.init_cache",
+    ),
+    "no values": (lambda: cached(cache=changed(cached_value=None)), r"no cache of an attention module .*init_cache"),
+    "no scales": (
+        lambda: cached(cache={name: x for name, x in layer().init_cache(2, 8, "int8").items() if "scale" not in name}),
+        r"no cache of an attention module .*'cached_key': 'int8'",
+    ),
+    "two indices": (lambda: cached(cache=changed(ring_index=ones(2, int))), r"no cache .*'ring_index': \(2,\)"),
+    "one index": (lambda: cached(cache=changed(cache_index=jnp.int32(0))), r"no cache .*'cache_index': \(\)"),
+    "index dtype": (lambda: cached(cache=changed(cache_index=ones(2))), r"no cache .*'cache_index': 'float32'"),
+    "cached integers": (
+        lambda: cached(cache=changed(cached_key=ones((2, 8, 4, 4), int))),
+        r"cached as one of .*: dtype=int32",
+    ),
+    "spoiled": (
+        lambda: cached(cache=changed(cache_index=-ones(2, int))),
+        r"worthless: cache_index=\[-1 -1\].*reset_cache",
+    ),
+    "unknown dtype": (lambda: layer(cache_dtype="floaty"), r"cached as one of .*: dtype='floaty'"),
+    "columns of a mask": (
+        lambda: cached(mask=ones((2, 5), bool)),
+        r"static cache mask has a column for each of its positions: mask.shape=\(2, 1, 1, 5\), max_length=8. Pad it",
+    ),
+    "rows of a table": (
+        lambda: (
+            cached(layer(cache_layout="ring", local_window_size=3), x=ones((2, 3, 16)), bias=ones((1, 4, 5, 9)))[1]
+            and cached(
+                cache=changed(cache_index=np.array([4, 0], np.int32)), x=ones((2, 3, 16)), bias=ones((1, 4, 5, 9))
+            )
+        ),
+        r"one for each position.*positions=\[7 3\] after this call, rows=5. Make it longer",
+    ),
+    "stacked": (
+        lambda: mqa_jax.reorder_cache(STACKED, np.array([1, 0])),
+        r"Layers are stacked .*cache_index'\]\": \(3, 2\).*batch_axis=None. It is 1 where nn.scan has",
+    ),
+    "stacked, another axis": (lambda: mqa_jax.reset_cache(STACKED, ones(2, bool), batch_axis=2), r"batch_axis=2"),
+    "stacked, the layers": (
+        lambda: mqa_jax.reorder_cache(STACKED, np.array([1, 0]), batch_axis=0),
+        r"rows must be integer \[batch\].*rows.shape=\(2,\), batch=3",
+    ),
+    "reorder: outside": (
+        lambda: mqa_jax.reorder_cache(changed(), np.array([0, 2])),
+        r"rows of the cache, 0 to 1: rows=\[0 2\]",
+    ),
+    "reorder: negative": (lambda: mqa_jax.reorder_cache(changed(), np.array([0, -1])), r"rows=\[ 0 -1\]"),
+    "reorder: bool": (lambda: mqa_jax.reorder_cache(changed(), ones(2, bool)), r"rows must be integer .*dtype=bool"),
+    "reorder: axes": (lambda: mqa_jax.reorder_cache(changed(), ones((2, 1), int)), r"rows.shape=\(2, 1\), batch=2"),
+    "reorder: length": (lambda: mqa_jax.reorder_cache(changed(), np.array([0, 1, 1])), r"rows.shape=\(3,\), batch=2"),
+    "reset: length": (lambda: mqa_jax.reset_cache(changed(), ones(1, bool)), r"rows.shape=\(1,\), batch=2"),
+    "reset: others": (
+        lambda: mqa_jax.reset_cache({"a": changed(), "b": {"state": ones((2, 3))}}, ones(2, bool)),
+        r"How \['b'\]\['state'\] starts anew is not known here.*shape=\(2, 3\)",
+    ),
+    "reorder: others": (
+        lambda: mqa_jax.reorder_cache({"a": changed(), "step": jnp.int32(1)}, np.array([1, 0])),
+        r"\['step'\] is no array of an attention module, and its batch axis is not found: shape=\(\), batch=2",
+    ),
+    "two batches": (
+        lambda: mqa_jax.reorder_cache([changed(), layer().init_cache(3, 8)], np.array([1, 0])),
+        r"caches of one batch have the same rows: rows=.*: 2.*: 3",
+    ),
+    "no cache in it": (lambda: mqa_jax.cache_bytes({"params": ones(3)}), r"no cache of an attention module.*params"),
+    "check": (
+        lambda: mqa_jax.check_cache([changed(cache_index=np.array([0, 9], np.int32))]),
+        r"cache_index=\[0 9\].*max_length=8",
     ),
     "reset": (lambda: mqa_jax.reset_cache({}, np.array([0, 1])), r"rows must be bool \[batch\].*rows.dtype=int"),
 }
@@ -461,6 +683,10 @@ KERNELS: dict[str, Any] = {
     ),
 }
 
+MODULES["adapter: added mask"] = (
+    lambda: mqa_jax.attention_fn(QUERY, QUERY, QUERY, mask=-1e9 * ones((5, 5))),
+    r"bool, or 0 and 1, 0 hides: mask.dtype=float32.*goes to bias=",
+)
 VALUE_ERRORS = {**{f"function: {k}": v for k, v in FUNCTION.items()}, **{f"module: {k}": v for k, v in MODULES.items()}}
 VALUE_ERRORS |= {**{f"cache: {k}": v for k, v in CACHE.items()}, **{f"torch: {k}": v for k, v in TORCH.items()}}
 VALUE_ERRORS |= {f"kernels: {k}": v for k, v in KERNELS.items()}

@@ -1,12 +1,14 @@
 """Scores so large that one float32 cannot hold the log-sum-exp with enough digits: what is saved has two parts."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
-SHAPE = dict(batch=(1,), heads=4, kv_heads=2, features=80)
+SHAPE: dict[str, Any] = dict(batch=(1,), heads=4, kv_heads=2, features=80)
 
 
 @pytest.mark.usefixtures("kernels")
