@@ -42,7 +42,7 @@ TABLE: dict[str, dict[Wish, Products]] = {
     "bfloat16": dict.fromkeys((*_PRECISIONS, *_WIDER, *_OF_BFLOAT16), EXACT),
     "float16": dict.fromkeys((*_PRECISIONS, *_WIDER, _Preset.F16_F16_F32), EXACT),
 }
-KINDS = {FULL: "float32", TF32: "tf32", TF32_3X: "tf32", EXACT: "16-bit"}  # as `tile_table.json` calls them
+KINDS = {FULL: "float32", TF32: "tf32", TF32_3X: "tf32x3", EXACT: "16-bit"}  # as `tile_table.json` calls them
 
 
 def products_of(inputs: Inputs) -> Products:
@@ -70,14 +70,15 @@ def _found(inputs: Inputs) -> Products | None:
 def wishes(inputs: Inputs) -> list[Any]:
     """One for each side of a product, or one for both; without any, what JAX is configured for."""
     default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    wished = default if inputs.precision is None else inputs.precision
-    return [_wish(one) for one in (wished if isinstance(wished, tuple | list) else (wished,))]
+    wished: Any = default if inputs.precision is None else inputs.precision
+    is_pair = isinstance(wished, tuple | list) and not isinstance(wished, lax.DotAlgorithm)  # which is a tuple, too
+    return [_wish(one) for one in (wished if is_pair else (wished,))]
 
 
 def _wish(wished: Any) -> Any:
     if wished is None:
         return _Preset.DEFAULT
     if not isinstance(wished, str):
-        return wished  # a `lax.DotAlgorithm` is in no table
+        return wished  # a Precision or a preset; or a `lax.DotAlgorithm`, which is in no table
     presets = lax.DotAlgorithmPreset.__members__
     return presets[wished] if wished in presets else lax.Precision(wished)

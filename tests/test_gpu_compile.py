@@ -49,6 +49,8 @@ DECODED = [
         )
     ),
 ]
+IN_TF32 = [case for case in CASES if case.precision is not None and (case.added or case.direction == "decode")]
+MASKED = [case for case in CASES if case.added and case.dtype == "bfloat16"]
 # All of them for the two GPUs that most people have; for the others the largest tiles and the fewest programs.
 FULLY = "a100", "h100"
 LARGEST = [
@@ -79,8 +81,8 @@ def complaints(case: Case, result: Result) -> list[str]:
     most = TARGETS[result.target].block_shared_memory
     instruction = TENSOR_CORES.get(result.target)
     for kernel in result.kernels:
-        small = case.direction == "decode" or case.shape.head_dim in WITHOUT_SPILLS
-        if kernel.spills and case.dtype == "bfloat16" and small:
+        small = case.shape.head_dim in WITHOUT_SPILLS or (case.direction == "decode" and case.precision is None)
+        if kernel.spills and (case.dtype == "bfloat16" or case.precision is not None) and small:
             found.append(f"{kernel.name} spills {kernel.spills} bytes")
         if kernel.serialized:
             found.append(f"{kernel.name} waits for each wgmma before the next")
@@ -118,7 +120,9 @@ def most_temporaries(case: Case, target: str) -> int:
     These two are copied where heads of a group have to be brought together, and log-sum-exps are written in any case.
     """
     arguments: dict[str, Any] = dict(case.arguments())  # shapes, as good as arrays here
-    inputs = Inputs(Operands(arguments["query"], arguments["key"], arguments["value"]), Mask())
+    inputs = Inputs(
+        Operands(arguments["query"], arguments["key"], arguments["value"]), Mask(), precision=case.precision
+    )
     size = inputs.sizes
     with tile_config.assuming(TARGETS[target].architecture):
         row_tiles = triton_decode.row_tiles_of(size, tile_config.choose("decode", inputs, rows=size.T * size.G))
@@ -131,8 +135,8 @@ def most_temporaries(case: Case, target: str) -> int:
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_well_for(target):
     """One test for each GPU, since a compiler's process is started once for all programs."""
-    cases = [*COMPILED, *DECODED] if target in FULLY else LARGEST
-    cases = [case for case in cases if case.dtype != "float32" or target in FULL_FLOAT32]
+    cases = [*COMPILED, *DECODED, *MASKED] if target in FULLY else LARGEST
+    cases = [case for case in cases if case.dtype != "float32" or target in FULL_FLOAT32] + IN_TF32
     cases = [case for case in cases if case.key_dtype != "float8_e4m3fn" or target not in WITHOUT_FLOAT8]
     results = list(gpu_compile.compile_cases(target, cases))
     found = [f"{case}: {text}" for case, result in zip(cases, results) for text in complaints(case, result)]
