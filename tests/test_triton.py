@@ -246,7 +246,7 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
 
 
 @pytest.mark.parametrize("cache", ["static", "ring in 8 bits"])
-@pytest.mark.parametrize("shared", itertools.product((False, True), repeat=4), ids=str)
+@pytest.mark.parametrize("shared", list(itertools.product((False, True), repeat=4)), ids=str)
 def test_few_queries_with_pairs_shared_along_any_axes(shared, cache, monkeypatch):
     """Mask and bias `[#B, #N, #T, #S]`, of three queries of two groups of four heads, are read where they lie."""
     use_tiles(monkeypatch, **SMALL)

@@ -111,7 +111,7 @@ def test_an_algorithm_in_its_parts_is_refused():
 def test_none_takes_the_kernels_for_a_preset_that_means_them(dtype, precision):
     arrays = [jnp.ones((1, 20, heads, 16), dtype) for heads in (4, 2, 2)]
     attend = lambda *arrays: mqa_jax.dot_product_attention(*arrays, precision=precision)
-    gradient = jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum())
+    gradient = jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     with jax.default_matmul_precision("highest"):  # which the preset overrules
         assert kernels_in(lowered_for_cuda(gradient, *arrays).as_text()) == ["mqa_dkv", "mqa_dq", "mqa_forward"]
 
