@@ -10,6 +10,7 @@ from benchmarks import gpu_compile
 from benchmarks.gpu_compile import (
     CASES,
     TARGETS,
+    TF32,
     Case,
     Kernel,
     Launch,
@@ -65,6 +66,7 @@ KERNELS = {
 }
 TENSOR_CORES = {"h100": "wgmma", "b200": "tcgen05"}  # the instructions without which they run at half speed, or less
 WITHOUT_SPILLS = (64, 128)  # head sizes; in decoding all
+SPILLS_OF_3X = 128  # bytes, of three products of tf32 at once: L40S and H100 need a few where something is added
 TEMPORARY_MIB = {4096: 200, 32768: 340}  # by length; the output alone takes 128 and 256
 ROUNDING = 1024  # bytes, as each buffer begins at a multiple of 128 or 256
 
@@ -82,7 +84,8 @@ def complaints(case: Case, result: Result) -> list[str]:
     instruction = TENSOR_CORES.get(result.target)
     for kernel in result.kernels:
         small = case.shape.head_dim in WITHOUT_SPILLS or (case.direction == "decode" and case.precision is None)
-        if kernel.spills and (case.dtype == "bfloat16" or case.precision is not None) and small:
+        judged = case.dtype == "bfloat16" or case.precision is not None
+        if judged and small and kernel.spills > (SPILLS_OF_3X if case.precision == TF32[1] else 0):
             found.append(f"{kernel.name} spills {kernel.spills} bytes")
         if kernel.serialized:
             found.append(f"{kernel.name} waits for each wgmma before the next")
