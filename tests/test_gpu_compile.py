@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu_compile
@@ -21,7 +22,7 @@ from benchmarks.gpu_compile import (
 )
 from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, shape_of
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import tile_config, triton_decode
+from mqa_jax.kernels import tile_config, triton, triton_decode
 from mqa_jax.masks import Mask
 
 # Each program costs seconds, so: the sizes that differ most, other dtypes once, and the backward pass, which has the
@@ -145,6 +146,33 @@ def test_kernels_compile_well_for(target):
     found = [f"{case}: {text}" for case, result in zip(cases, results) for text in complaints(case, result)]
     assert not found, "\n".join(found)
     assert [result.case for result in results] == [str(case) for case in cases]
+
+
+DTYPES_OF_WHAT_IS_ADDED = """
+import json, sys
+import jax, jax.numpy as jnp
+import mqa_jax
+from benchmarks import gpu_compile
+
+jax.config.update("jax_enable_x64", True)
+for bias, of_heads in json.loads(sys.argv[2]):
+    array = jax.ShapeDtypeStruct((1, 20, 2, 64), jnp.bfloat16)
+    added = dict(bias=jax.ShapeDtypeStruct((1, 2, 20, 20), bias))
+    added |= dict.fromkeys(("alibi_slopes", "sinks"), jax.ShapeDtypeStruct((2,), of_heads))
+    attend = lambda x, added: mqa_jax.dot_product_attention(x, x, x, **added, implementation="triton")
+    gradient = jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum(), argnums=(0, 1))
+    gpu_compile.compile_program(sys.argv[1], gradient, (array, added))
+    print(json.dumps({}), flush=True)
+"""
+
+
+@pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
+@pytest.mark.parametrize("target", FULLY)
+def test_whatever_dtype_is_taken_compiles(target):
+    """Those that are refused would end the compiler's process for some GPU (`test_triton_limits.py`)."""
+    of_heads = ("float8_e4m3fn", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn")  # for each bias another one
+    orders = [(jnp.dtype(bias).name, other) for bias, other in zip(triton.BIAS_DTYPES, of_heads)]
+    assert [found for _, found in gpu_compile.results_of(DTYPES_OF_WHAT_IS_ADDED, target, orders)] == [{}] * len(orders)
 
 
 # -- reading, on texts as XLA and ptxas write them ---------------------------------------------------------------------
