@@ -77,7 +77,10 @@ def partial_bytes(size: Sizes, splits: int) -> int:
 
 
 def pack(inputs: Inputs) -> Inputs:
-    """The same with `[B, T * G, K, H]` queries, the heads of a group side by side, and whatever belongs to them."""
+    """The same with `[B, T * G, K, H]` queries, the heads of a group side by side, and whatever belongs to them.
+
+    Bias and mask, which may be as long as the cache, stay `[#B, #N, #T, #S]`: `Program.pairs` finds the rows in them.
+    """
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     query = operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(2, 3)
     return replace(
@@ -85,13 +88,11 @@ def pack(inputs: Inputs) -> Inputs:
         operands=replace(
             operands,
             query=query.reshape(size.B, size.T * size.G, size.K, size.H),
-            bias=_pack_pairs(operands.bias, size),
             alibi_slopes=_pack_heads(operands.alibi_slopes, size),
             sinks=_pack_heads(operands.sinks, size),
         ),
         mask=replace(
             mask,
-            allowed=_pack_pairs(mask.allowed, size),
             query_lengths=None if mask.query_lengths is None else mask.query_lengths * size.G,
             query_segments=None if mask.query_segments is None else jnp.repeat(mask.query_segments, size.G, axis=1),
         ),
@@ -100,15 +101,6 @@ def pack(inputs: Inputs) -> Inputs:
 
 def _pack_heads(x: Float[Array, " N"] | None, size: Sizes) -> Float[Array, "K TG"] | None:
     return None if x is None else jnp.tile(x.astype(jnp.float32).reshape(size.K, size.G), (1, size.T))
-
-
-def _pack_pairs(x: Array | None, size: Sizes) -> Array | None:
-    """`[#B, #N, #T, #S]` to `[#B, #K, #TG, #S]`. What all queries and heads share stays so."""
-    if x is None or (x.shape[1] == 1 and x.shape[2] == 1):
-        return x
-    batch, _, _, columns = x.shape
-    x = jnp.broadcast_to(x, (batch, size.N, size.T, columns)).reshape(batch, size.K, size.G, size.T, columns)
-    return x.swapaxes(2, 3).reshape(batch, size.K, size.T * size.G, columns)
 
 
 def unpack(x: Float[Array, "B TG K X"], size: Sizes) -> Float[Array, "B T N X"]:

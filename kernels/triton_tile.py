@@ -26,12 +26,12 @@ from mqa_jax.kernels.triton_call import (
     divided,
     exp2_of_line,
     load,
-    precision_of,
     product,
     product_transposed,
     span,
     store,
 )
+from mqa_jax.kernels.triton_precision import products_of
 
 Scores = Float[Array, "..."]  # [bq, bk], or transposed
 Pieces = tuple[Array, ...]  # of the features of a tile, each [tile, power of two]
@@ -198,19 +198,30 @@ class Program:
 
     def pairs(self, x: Any, place: Place, masked: bool) -> Array:
         """A tile of `[#B, #N, #T, #S]`, whose axes of size 1 stay; 0 where a pair does not exist."""
-        batch, head = (self.number(0) if n == 1 else i for n, i in zip(x.shape, (self.batch, self.head)))
-        each_row, each_column = x.shape[2] > 1, x.shape[3] > 1
-        rows = span(place.row, self.config.rows) if each_row else self.number(0)
-        columns = span(place.column, self.config.columns) if each_column else self.number(0)
+        each_row, each_column = x.shape[2] > 1 or self._mixes_heads(x), x.shape[3] > 1
         row_exists = column_exists = None
         if each_row and self._overhang(masked, self.sizes.T, self.config.rows, self.ragged_rows()):
             row_exists = place.row + _line(self.config.rows) < self.row_limit()
         if each_column and self._overhang(masked, self.sizes.S, self.config.columns, self.ragged_columns()):
             column_exists = place.column + _line(self.config.columns) < self.column_limit()
         where = _outer(row_exists, column_exists, (self.config.rows, self.config.columns), each_row, each_column)
-        tile = load(x, batch, head, rows, columns, where=where)
+        tile = load(x, *self._index_of_pairs(x, place), where=where)
         tile = tile.reshape(self.config.rows if each_row else 1, self.config.columns if each_column else 1)
         return tile.T if self.transposed else tile
+
+    def _mixes_heads(self, x: Any) -> bool:
+        """Whether rows of one tile lie in different heads of `[#B, #N, #T, #S]`."""
+        return self.group > 1 and x.shape[1] > 1
+
+    def _index_of_pairs(self, x: Any, place: Place) -> tuple[Any, ...]:
+        head, row, column = self.head, span(place.row, self.config.rows), span(place.column, self.config.columns)
+        if self.group > 1 and (x.shape[1] > 1 or x.shape[2] > 1):  # a query and a head for each row, not one span
+            row, member = divided(place.row + _line(self.config.rows), self.group)
+            head = head * self.group + member
+            if x.shape[3] > 1:
+                head, row = head[:, None], row[:, None]
+                column = (place.column + _line(self.config.columns))[None]
+        return tuple(self.number(0) if n == 1 else i for n, i in zip(x.shape, (self.batch, head, row, column)))
 
     # -- scores ---------------------------------------------------------------------------------------------------
 
@@ -309,11 +320,11 @@ class Program:
 
     def product(self, left: Array, right: Array) -> Array:
         """Left @ right, in the dtype of the left."""
-        return product(left, _widened(right, left.dtype), precision_of(self.inputs))
+        return product(left, _widened(right, left.dtype), products_of(self.inputs))
 
     def dot(self, left: Pieces, right: Pieces) -> Float[Array, "..."]:
         """Left @ right.T, summed over the pieces of the features, in the dtype of the left."""
-        precision = precision_of(self.inputs)
+        precision = products_of(self.inputs)
         products = [product_transposed(one, _widened(other, one.dtype), precision) for one, other in zip(left, right)]
         return functools.reduce(operator.add, products)
 

@@ -359,16 +359,19 @@ class GroupedQueryAttention(nn.Module):
             added = falcon_alibi(self.heads, self._head_dim, keys.key.shape[-3])
             bias = added if bias is None else bias.astype(jnp.float32) + added
         arrays = query, keys.key, keys.value, bias, mask
+        log_sum_exp: Array | None
         weights = None
         if needs_weights:
             module_calls.check_weights(keys)
             out, log_sum_exp, weights = attention_with_weights(*arrays, Options(**options))
         else:
             implementation = implementation_of(self.attn_impl)
-            out, log_sum_exp = dot_product_attention(
-                *arrays, **options, implementation=implementation, return_residual=True
+            found = dot_product_attention(
+                *arrays, **options, implementation=implementation, return_residual=self.add_bias_kv
             )
+            out, log_sum_exp = found if self.add_bias_kv else (found, None)  # which cuDNN does not have
         if self.add_bias_kv:
+            assert log_sum_exp is not None  # for mypy: it was asked for
             out, weights = self._attend_to_bias_kv(query, out, log_sum_exp, weights)
         if keys.spoiled is not None:
             spoiled = keys.spoiled[..., None, None, None]

@@ -1,5 +1,6 @@
 """Which implementation runs: proved by what ran, not by what came out."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_programs import lowered_for_cuda
 
 import mqa_jax
 from mqa_jax import attention
@@ -92,6 +94,37 @@ def test_attn_impl_of_the_modules(ran, attn_impl, name):
     mqa_jax.MultiQueryAttention(16, 4, attn_impl=attn_impl).init_with_output(jax.random.key(0), jnp.ones((2, 5, 16)))
     jax.effects_barrier()
     assert ran == [name]
+
+
+def test_cudnn_in_a_module(monkeypatch):
+    """A module asks for the log-sum-exp, which cuDNN does not have, only where it has a key to merge in."""
+    handed = []
+
+    def on_xla(query, *_, implementation, **settings):
+        handed.append(implementation)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    settings: dict[str, Any] = dict(attn_impl="cudnn", head_dim=8, dtype=jnp.bfloat16)
+    x = jnp.ones((2, 5, 16), jnp.bfloat16)
+    mqa_jax.MultiQueryAttention(16, 4, **settings).init_with_output(jax.random.key(0), x)
+    assert handed == ["cudnn"]
+    with pytest.raises(NotImplementedError, match="'cudnn' has no differentiable float32 log-sum-exp"):
+        mqa_jax.MultiQueryAttention(16, 4, add_bias_kv=True, **settings).init(jax.random.key(0), x)
+
+
+def test_cudnn_is_what_a_module_is_lowered_to(monkeypatch):
+    """As on a machine with cuDNN 9.12 and a Hopper GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo as of_jax
+
+    monkeypatch.setattr(of_jax, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(of_jax, "check_compute_capability", lambda _: True)
+    module = mqa_jax.GroupedQueryAttention(32, 4, kv_heads=2, attn_impl="cudnn", dtype=jnp.bfloat16)
+    x = jnp.ones((2, 16, 32), jnp.bfloat16)
+    variables = jax.eval_shape(module.clone(attn_impl="xla").init, jax.random.key(0), x)
+    loss = lambda variables, x: jnp.sum(module.apply(variables, x)[0].astype(jnp.float32))
+    text = lowered_for_cuda(jax.grad(loss), variables, x).as_text()
+    assert {*re.findall(r"@__cudnn[$](\w+)", text)} == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
 
 
 @pytest.mark.parametrize(("flash", "name"), [(True, "xla"), (False, "reference")])
