@@ -446,8 +446,8 @@ NOT_POSSIBLE: dict[str, Any] = {
         r"No known attention layer: model_type='gpt2', known are \['bert', 'falcon'",
     ),
     "config: rope": (
-        lambda: hf_attention.rope_of(dict(rope_scaling=dict(type="yarn", factor=2.0))),
-        r"RoPE scaling is 'default', 'linear' or 'llama3': rope_type='yarn'",
+        lambda: hf_attention.rope_of(dict(rope_scaling=dict(type="dynamic", factor=2.0))),
+        r"RoPE scaling is one of \['default', 'linear', 'llama3', 'yarn'\]: rope_type='dynamic'",
     ),
     "falcon's ALiBi": (
         lambda: layer(alibi="falcon", cache_layout="ring", local_window_size=3),
