@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mqa_jax import torch_arrays, torch_layouts, torch_state_dict
+from mqa_jax import torch_arrays, torch_layouts, torch_modules, torch_state_dict
 from mqa_jax.modules import GroupedQueryAttention
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class _Torch:
     def __init__(self, module: Any, call: Callable[..., Any], layout: str | None, ours: GroupedQueryAttention):
         self.module, self.call, self.ours = copy.deepcopy(module).eval(), call, ours
         heads, kv_heads = ours.heads, ours.kv_heads or ours.heads
+        layout = torch_modules.layout_of(module, layout)
         self.layout, self.known = torch_layouts.find(layout, module.state_dict(), heads, kv_heads)
         self.out_features = ours.out_features or (
             ours.dim if ours.output_projection else ours.heads * (ours.head_dim or 0)
