@@ -51,10 +51,7 @@ def attention_of(config: Config, layer: int = 0) -> tuple[GroupedQueryAttention,
       NotImplementedError: the model's type, or a value of one of its fields, is one that our module has not.
       ValueError: a field is missing, or there is no such layer.
     """
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise NotImplementedError(f"No known attention layer: model_type={model_type!r}, known are {sorted(FAMILIES)}.")
-    family = FAMILIES[model_type]
+    family, model_type = _family_of(config), config["model_type"]
     fields = Fields(config, family.aliases)
     count = fields.get(family.layers)
     if not 0 <= layer < (layer + 1 if count is None else count):
@@ -80,6 +77,22 @@ def attention_of(config: Config, layer: int = 0) -> tuple[GroupedQueryAttention,
             f"torch_interop.from_state_dict(..., layout={family.layout!r}); or drop fields that do nothing."
         )
     return GroupedQueryAttention(**{"use_bias": False, **settings}), family
+
+
+def layers_of(config: Config) -> int:
+    """How many layers a model has."""
+    family = _family_of(config)
+    count = Fields(config, family.aliases).get(family.layers)
+    if count is None:
+        raise ValueError(f"The config does not say how many layers there are: {family.layers}=None.")
+    return count
+
+
+def _family_of(config: Config) -> Family:
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise NotImplementedError(f"No known attention layer: model_type={model_type!r}, known are {sorted(FAMILIES)}.")
+    return FAMILIES[model_type]
 
 
 # -- families ---------------------------------------------------------------------------------------------------------

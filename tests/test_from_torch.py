@@ -1,5 +1,6 @@
 """examples/from_torch.py: on a small model, where nothing may change, and on SmolLM2."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ def test_each_layer_takes_its_place(folder, capsys):
 def test_a_wrong_layer_is_named(folder, capsys, monkeypatch):
     import from_torch
 
-    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", lambda config: mqa_jax.Rope(interleaved=True))
+    really = mqa_jax.hf_attention.rope_of
+    wrong = lambda config: dataclasses.replace(really(config), interleaved=True)
+    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", wrong)
     with pytest.raises(SystemExit, match=r"These layers differ: \[0\]. python -m mqa_jax.parity"):
         from_torch.main(["--model", str(folder), "--text", "What it reads.", "--layers", "1"])
     line = capsys.readouterr().out.splitlines()[1]
