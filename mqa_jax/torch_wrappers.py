@@ -23,6 +23,8 @@ def check(module: Any) -> None:
         names = [name for name in state if re.search(pattern, name)]
         if names:
             raise NotImplementedError(f"The weights of this {kind} are not its tensors alone: {names}. Take {remedy}.")
+    if not hasattr(module, "named_modules"):  # a stand-in with tensors alone
+        return
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     types = {name: type(x).__name__ for name, x in tensors.items() if type(x).__name__ not in PLAIN}
     if types:
@@ -48,6 +50,8 @@ def _is_changed(part: Any) -> bool:
 
 def rotary(module: Any) -> list[str]:
     """The parts of a layer whose classes are called rotary embeddings."""
+    if not hasattr(module, "named_modules"):
+        return []
     return [
         name for name, part in module.named_modules() if re.search("rotary|rope", type(part).__name__, re.IGNORECASE)
     ]

@@ -45,6 +45,31 @@ def test_a_wrong_layer_is_named(folder, capsys, monkeypatch):
     assert float(line.split()[5]) > 1e-3  # the logits
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "There is no model in 'nowhere'"),
+        (["--layers", "0"], "at least one layer: --layers 0"),
+        (["--layers", "first"], "first"),
+    ],
+)
+def test_what_it_cannot(arguments, message, capsys):
+    import from_torch
+
+    with pytest.raises(SystemExit) as caught:
+        from_torch.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_too_short_a_text(folder, capsys):
+    import from_torch
+
+    with pytest.raises(SystemExit, match="2"):
+        from_torch.main(["--model", str(folder), "--text", "No."])
+    assert "More than 4 tokens are wanted: --text 'No.'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_smollm2(monkeypatch):
     """Real weights: the attention of all 30 layers on a text of 128 tokens."""

@@ -234,6 +234,7 @@ def test_fields_that_are_refused(name):
 def test_fields_that_nobody_reads(model_type, fields):
     """The message has the field and its value; null never changes anything."""
     sizes = dict(d_model=24, n_heads=6) if model_type == "mpt" else LLAMA
+    sizes = sizes | ({"num_key_value_heads": 2} if model_type in ("mistral", "qwen2") else {})
     hf_attention.attention_of(sizes | dict(model_type=model_type) | dict.fromkeys(fields))
     *_, (name, value) = fields.items()
     with pytest.raises(NotImplementedError, match=rf"{name}={re.escape(repr(value))}.*GroupedQueryAttention yourself"):
