@@ -176,21 +176,23 @@ def _told_by_config(module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     cross = getattr(module, "is_cross_attention", False)
     try:
         layer, family = hf_attention.attention_of(config, number)
-        if kind not in family.classes:
-            raise NotImplementedError(f"{kind} is not the attention of {config['model_type']}, {family.classes}.")
-        if cross and kind != "BertAttention":
-            raise NotImplementedError(
-                f"Cross-attention of {kind} has a projection of its own: is_cross_attention=True."
-            )
     except NotImplementedError as error:
-        raise NotImplementedError(f"{error} {_way_out(module)}") from None
+        raise NotImplementedError(f"{error} {_way_out(module)}") from error
+    if kind not in family.classes:
+        raise NotImplementedError(
+            f"{kind} is not the attention of {config['model_type']}, {family.classes}. {_way_out(module)}"
+        )
+    if cross and kind != "BertAttention":
+        raise NotImplementedError(
+            f"Cross-attention of {kind} has a projection of its own: is_cross_attention=True. {_way_out(module)}"
+        )
     told = {name: getattr(layer, name) for name in TOLD_BY_CONFIG}
     return told | dict(causal=False) if cross else told
 
 
 def _config_of(module: Any) -> Mapping[str, Any] | None:
     """Of transformers' classes; others may have a `config` of another kind."""
-    config = getattr(getattr(module, "self", module), "config", None)  # BERT's is one module further in
+    config: Any = getattr(getattr(module, "self", module), "config", None)  # BERT's is one module further in
     return config.to_dict() if hasattr(config, "to_dict") and hasattr(config, "model_type") else None
 
 

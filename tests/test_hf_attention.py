@@ -153,6 +153,11 @@ FIELDS: dict[str, tuple[dict[str, Any], type, str]] = {
         NotImplementedError,
         r"ignores layer_types of model_type='llama': layer_types\[0\]='sliding_attention', sliding_window=3",
     ),
+    "a kind that is not known": (
+        LLAMA | dict(model_type="qwen2", layer_types=["full_attention", "chunked_attention"][::-1]),
+        NotImplementedError,
+        r"of 'full_attention' or 'sliding_attention': layer=0, layer_types=\['chunked_attention'",
+    ),
     "unused window": (
         LLAMA | dict(model_type="qwen2", layer_types=["sliding_attention"] * 2),
         NotImplementedError,
@@ -255,7 +260,9 @@ def test_fields_that_a_file_leaves_out(model_type):
     import transformers
 
     full = transformers.AutoConfig.for_model(model_type).to_dict()
-    sizes = {name: full[name] for name in ("model_type", "hidden_size", "n_embd", "d_model") if name in full}
+    sizes: dict[str, Any] = {
+        name: full[name] for name in ("model_type", "hidden_size", "n_embd", "d_model") if name in full
+    }
     sizes |= {name: full[name] for name in ("num_attention_heads", "n_head", "n_heads") if name in full}
     assert hf_attention.attention_of(sizes)[0] == hf_attention.attention_of(full)[0]
 

@@ -211,7 +211,8 @@ def test_gpt2():
     from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=24, n_head=6, n_positions=16, attn_implementation="eager")
+    settings: dict[str, Any] = dict(n_embd=24, n_head=6, n_positions=16, attn_implementation="eager")
+    config = transformers.GPT2Config(**settings)
     layer: Any = GPT2Attention(config, layer_idx=0).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -256,11 +257,14 @@ WRONG_STATES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+def from_state(state, options, message):
+    return torch_interop.from_state_dict(state, heads=6, **options)
+
+
 @pytest.mark.parametrize("name", WRONG_STATES)
 def test_states_that_are_refused(name):
-    state, options, message = WRONG_STATES[name]
-    with pytest.raises(ValueError, match=message):
-        torch_interop.from_state_dict(state, heads=6, **options)
+    with pytest.raises(ValueError, match=WRONG_STATES[name][-1]):
+        from_state(*WRONG_STATES[name])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
@@ -272,13 +276,20 @@ def test_quantised_weights_are_refused(dtype):
         torch_interop.from_state_dict(state, heads=6)
 
 
+def on_no_device():
+    import torch
+
+    return torch_interop.from_state_dict(
+        {name: torch.zeros(x.shape, device="meta") for name, x in LLAMA.items()}, heads=6
+    )
+
+
 @pytest.mark.torch
 def test_tensors_without_numbers():
     import torch
 
-    state: dict[str, Any] = {name: torch.zeros(x.shape, device="meta") for name, x in LLAMA.items()}
     with pytest.raises(ValueError, match=r"no numbers in memory.*q_proj.weight has device='meta'.*Load the weights"):
-        torch_interop.from_state_dict(state, heads=6)
+        on_no_device()
     with pytest.raises(ValueError, match=r"q_proj.weight has device='cpu', layout=torch.sparse_coo"):
         torch_interop.from_state_dict({"q_proj.weight": torch.eye(24).to_sparse()}, heads=6)
     with pytest.raises(NotImplementedError, match=r"not packed weights: q_proj._packed_params is a tuple"):

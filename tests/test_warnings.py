@@ -58,7 +58,7 @@ def test_whose_deprecations_fail_a_test(tmp_path):
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths},
     )
-    outcomes = {"PASSED": set(), "FAILED": set()}
+    outcomes: dict[str, set[str]] = {"PASSED": set(), "FAILED": set()}
     for line in done.stdout.splitlines():
         outcome, _, name = line.partition(" ")
         if outcome in outcomes:
