@@ -17,7 +17,9 @@ from mqa_jax.partials import merge_partials as merge_partials
 from mqa_jax.positions import LinearScaling as LinearScaling
 from mqa_jax.positions import Llama3Scaling as Llama3Scaling
 from mqa_jax.positions import Rope as Rope
+from mqa_jax.positions import TableScaling as TableScaling
 from mqa_jax.positions import TemperatureTuning as TemperatureTuning
+from mqa_jax.positions import YarnScaling as YarnScaling
 from mqa_jax.positions import alibi_slopes as alibi_slopes
 from mqa_jax.quantization import dequantize as dequantize
 from mqa_jax.quantization import quantize as quantize

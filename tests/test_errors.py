@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_hf_attention
 import test_hf_checkpoint
+import test_torch_interop
+import test_torch_modules
 
 import mqa_jax
 from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
@@ -595,6 +598,20 @@ def _state(heads=2, dim=8, **changes):
 
 convert = functools.partial(torch_interop.from_state_dict, heads=2, kv_heads=1)
 TORCH = {
+    "config: layer": (
+        lambda: hf_attention.attention_of(dict(model_type="llama", num_hidden_layers=2), -1),
+        r"numbered from 0 to num_hidden_layers - 1: layer=-1, num_hidden_layers=2",
+    ),
+    "config: layers": (
+        lambda: hf_attention.layers_of(dict(model_type="llama")),
+        r"does not say how many layers there are: num_hidden_layers=None",
+    ),
+    "layouts of one name": (
+        lambda: torch_interop.from_state_dict(
+            {"c_attn.weight": np.ones((24, 8)), "c_proj.weight": np.ones((8, 8))}, heads=2
+        ),
+        r"Several layouts have a c_attn.weight of shape \(24, 8\).*layout='gpt_bigcode' or 'nanogpt'",
+    ),
     "unknown": (lambda: convert({"w": np.ones((2, 3))}), r"No known attention layout: found \{'w': \(2, 3\)\}.*Wqkv"),
     "prefix": (lambda: convert(_state(), prefix="layers.0."), r"found \{\}; expected one of .*Is the prefix right"),
     "layout": (lambda: convert(_state(), layout="qkv"), r"Unknown layout='qkv': use one of \['fused', 'unfused'"),
@@ -739,6 +756,10 @@ mha = functools.partial(nn.MultiHeadDotProductAttention, num_heads=4, attention_
 grad = functools.partial(jax.grad, argnums=0)
 
 NOT_POSSIBLE: dict[str, Any] = {
+    "torch: packed": (
+        lambda: torch_interop.from_state_dict({"q_proj._packed_params": (1, 2)}, heads=2),
+        r"Only arrays are read, not packed weights: q_proj._packed_params is a tuple",
+    ),
     "cudnn: float32": (lambda: attend(implementation="cudnn"), r"'cudnn' cannot compute this call: dtype float32; use"),
     "cudnn: several": (
         lambda: cudnn(logits_soft_cap=1.0, sinks=ones(4)),
@@ -791,9 +812,15 @@ NOT_POSSIBLE: dict[str, Any] = {
         lambda: hf_attention.attention_of(dict(model_type="gpt2")),
         r"No known attention layer: model_type='gpt2', known are \['bert', 'falcon'",
     ),
+    "config: a field that nobody reads": (
+        lambda: hf_attention.attention_of(
+            dict(model_type="bert", hidden_size=8, num_attention_heads=2, position_embedding_type="relative_key")
+        ),
+        r"not read here for model_type='bert': position_embedding_type='relative_key'. Set up GroupedQueryAttention",
+    ),
     "config: rope": (
-        lambda: hf_attention.rope_of(dict(rope_scaling=dict(type="yarn", factor=2.0))),
-        r"RoPE scaling is 'default', 'linear' or 'llama3': rope_type='yarn'",
+        lambda: hf_attention.rope_of(dict(rope_scaling=dict(type="dynamic", factor=2.0))),
+        r"RoPE scaling is one of \['default', 'linear', 'llama3', 'yarn'\]: rope_type='dynamic'",
     ),
     "falcon's ALiBi": (
         lambda: layer(alibi="falcon", cache_layout="ring", local_window_size=3),
@@ -874,7 +901,19 @@ def _raised() -> set[tuple[str, int | None]]:
     """Where the tables raise: file and line of each frame."""
     places = set()
     on_disk = test_hf_checkpoint.WRONG | test_hf_checkpoint.NEEDS_TORCH
-    for wrong, *_ in [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values(), *map(_in_a_folder, on_disk.values())]:
+    live = [
+        *test_torch_modules.REFUSED,
+        *(functools.partial(test_torch_modules.spoiled, x) for x in test_torch_modules.ODD),
+    ]
+    live += [
+        functools.partial(test_torch_interop.from_state, *case) for case in test_torch_interop.WRONG_STATES.values()
+    ]
+    configs = [
+        (functools.partial(hf_attention.attention_of, config),) for config, *_ in test_hf_attention.FIELDS.values()
+    ]
+    tables = [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values(), *map(_in_a_folder, on_disk.values()), *configs]
+    tables += [(wrong,) for wrong in [*live, test_torch_interop.on_no_device]]
+    for wrong, *_ in tables:
         try:
             wrong()
         except (ValueError, NotImplementedError, OSError, ImportError) as error:
