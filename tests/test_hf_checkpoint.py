@@ -224,6 +224,11 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"There is no layer 0 in .*'model.layers.0.self_attn.', .*It has 2 layers, and tensors such as",
     ),
+    "a layer twice": (
+        lambda folder: write(folder, model=layer(0) | layer(0, "layers")),
+        ValueError,
+        r"There is more than one layer 0 in .*: \['model.layers.0.self_attn.', 'layers.0.self_attn.'\]",
+    ),
     "config: not JSON": (_config_of(b"{'model_type': 'llama'}"), ValueError, r"config.json' is not JSON: Expecting"),
     "config: empty": (_config_of(b""), ValueError, "config.json' is not JSON, but an empty file"),
     "config: not text": (_config_of(b"\xff\xfe{}"), ValueError, "config.json' is not JSON: 'utf-8' codec"),
@@ -371,8 +376,6 @@ def test_a_layer_beyond_what_the_config_says(tmp_path):
     for number in (2, -1):
         with pytest.raises(ValueError, match=rf"There is no layer {number} in .*it has 2 layers|no tensor's name"):
             checkpoint.attention(number)
-    with pytest.raises(ValueError, match="There is more than one layer 1 in"):
-        write(tmp_path, model=layer(1) | layer(1, "layers")).attention(1)
 
 
 def test_a_path_as_text(tmp_path, monkeypatch):
