@@ -172,6 +172,8 @@ def check_settings(config: hf_checkpoint.Config) -> None:
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
         if type(config[name]) is not int or config[name] < 1:
             raise ValueError(f"A size is a positive integer: {name}={config[name]!r} in {where!r}.")
+    if type(config["rms_norm_eps"]) is not float or config["rms_norm_eps"] <= 0:
+        raise ValueError(f"An epsilon is a positive number: rms_norm_eps={config['rms_norm_eps']!r} in {where!r}.")
 
 
 def check_attention(config: LlamaConfig, module: Any, layer: int) -> None:
