@@ -56,9 +56,17 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def write(
-    path: Path, tensors: dict[str, np.ndarray], settings: dict[str, Any] | None = None, architecture: str = "llama"
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    settings: dict[str, Any] | None = None,
+    architecture: str = "llama",
+    types: dict[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
-    """A file of these tensors. `settings`: names with "llama." left out, or beginning with "/" whole; None is none."""
+    """A file of these tensors, some of them quantised.
+
+    `settings`: names with "llama." left out, or beginning with "/" whole; a value of None is none.
+    """
+    types = types or {}
     writer = gguf.GGUFWriter(str(path), architecture)
     for name, value in (SIZES | (settings or {})).items():
         key = name[1:] if name.startswith("/") else f"llama.{name}"
@@ -73,7 +81,10 @@ def write(
         elif value is not None:
             writer.add_array(key, value)
     for name, x in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(x))
+        if name in types:
+            writer.add_tensor(name, gguf.quants.quantize(x, types[name]), raw_dtype=types[name])
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(x))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
