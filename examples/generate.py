@@ -95,6 +95,27 @@ class Answer:
     cache_bytes: int
 
 
+def check_tokens(config: LlamaConfig, tokens: list[int]) -> None:
+    """JAX makes NaN of an embedding that is not there."""
+    foreign = [token for token in tokens if not 0 <= token < config.vocabulary]
+    if foreign:
+        raise ValueError(
+            f"The tokenizer is not that of the model, which has {config.vocabulary} tokens: the text has {foreign[:3]}."
+        )
+
+
+def check_prompt(config: LlamaConfig, prompt: list[int], sampling: Sampling) -> None:
+    """Can the model read this, and go on?"""
+    if not prompt:
+        raise ValueError("There is nothing to go on from: the prompt has no tokens.")
+    check_tokens(config, prompt)
+    if len(prompt) + sampling.max_tokens > config.max_length:
+        raise ValueError(
+            f"The model was trained on {config.max_length} positions: prompt={len(prompt)} tokens, "
+            f"max_tokens={sampling.max_tokens}. Ask for fewer."
+        )
+
+
 class Generator:
     """A model that is ready to generate; what one prompt has compiled, the next one of similar length uses."""
 
@@ -108,7 +129,7 @@ class Generator:
         self, prompt: list[int], sampling: Sampling, show: Callable[[int], None] = lambda token: None, seed: int = 0
     ) -> Answer:
         """Generates after `prompt`, one row, and gives `show` each token. Times are those of compiled code."""
-        self.check(prompt, sampling)
+        check_prompt(self.config, prompt, sampling)
         padded = -(-len(prompt) // PROMPT_STEP) * PROMPT_STEP
         padded = min(padded, self.config.max_length - sampling.max_tokens)
         new_cache, run_prefill, run_decode = self._programs(padded, sampling)
@@ -124,22 +145,6 @@ class Generator:
         return Answer(
             np.asarray(generated)[: int(count), 0].tolist(), len(prompt), prefill_seconds, decode_seconds, cached
         )
-
-    def check(self, prompt: list[int], sampling: Sampling) -> None:
-        """Can the model read this, and go on?"""
-        if not prompt:
-            raise ValueError("There is nothing to go on from: the prompt has no tokens.")
-        foreign = [token for token in prompt if not 0 <= token < self.config.vocabulary]
-        if foreign:
-            raise ValueError(
-                f"The tokenizer is not that of the model, which has {self.config.vocabulary} tokens: the prompt has "
-                f"{foreign[:3]}."
-            )
-        if len(prompt) + sampling.max_tokens > self.config.max_length:
-            raise ValueError(
-                f"The model was trained on {self.config.max_length} positions: prompt={len(prompt)} tokens, "
-                f"max_tokens={sampling.max_tokens}. Ask for fewer."
-            )
 
     def _programs(self, padded: int, sampling: Sampling) -> tuple[Callable, Callable, Callable]:
         """Empty cache, prefill and decode loop for prompts of up to `padded` tokens."""
@@ -182,8 +187,8 @@ def report(answer: Answer, config: LlamaConfig) -> str:
 
 def seed(text: str) -> int:
     number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"a seed is less than 2 ** 32, and not negative: {number}")
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"a seed is less than 2 ** 31, and not negative: {number}")
     return number
 
 
@@ -203,14 +208,16 @@ def main(arguments: list[str] | None = None) -> Answer:
     options = parse_arguments(arguments)
     start = time.perf_counter()
     with exit_with_a_sentence():
-        Sampling(options.max_tokens, options.temperature)  # before the weights are read
+        Sampling(options.max_tokens, options.temperature)  # says what is wrong before the weights are read
+        if not options.prompt:
+            raise ValueError("There is nothing to answer, or to go on from: --prompt=''.")
         config, params, metadata = load_checkpoint(options.model)
         text = load_text(metadata)
         prompt = text.encode_chat(options.prompt) if options.chat else text.encode(options.prompt)
         sampling = Sampling(options.max_tokens, options.temperature, tuple(text.end))
         config = replace(config, cache_dtype=options.cache_dtype)
-        generator = Generator(config, params)
-        generator.check(prompt, sampling)
+        check_prompt(config, prompt, sampling)
+    generator = Generator(config, params)
     print(
         f"loaded {config.layers} layers, {config.heads} query heads on {config.kv_heads} key/value heads, "
         f"in {time.perf_counter() - start:.1f} s; compiling ...",
