@@ -31,7 +31,7 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 from checkpoints import load_checkpoint
-from command_line import exit_with_a_sentence
+from command_line import Parser, exit_with_a_sentence
 from generate import CACHE_DTYPES, Params, Sampling, check_prompt, check_tokens, decode, prefill
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -279,7 +279,7 @@ def measure(
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--tokens", type=int, default=1024, help="of the passage, to predict")
     parser.add_argument("--plot", type=Path, help="draw the error of each layer into this file")

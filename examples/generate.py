@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from checkpoints import load_checkpoint
-from command_line import exit_with_a_sentence
+from command_line import Parser, exit_with_a_sentence
 from jax import lax
 from jax.experimental import io_callback
 from jaxtyping import Array
@@ -193,7 +193,7 @@ def seed(text: str) -> int:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--prompt", default="The capital of France is", help="what to continue, or to answer")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")

@@ -87,7 +87,7 @@ class Text:
             text = environment.from_string(self.template).render(
                 messages=messages, add_generation_prompt=True, **self.names
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program
             raise ValueError(f"The chat template of this model fails: {error}. Leave --chat out.") from error
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 

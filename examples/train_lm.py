@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from command_line import exit_with_a_sentence
+from command_line import Parser, exit_with_a_sentence
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 from llama import Llama, LlamaConfig
@@ -274,7 +274,7 @@ def measure(settings: Settings, text: Text, state: State, options: argparse.Name
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2, 1], help="one model for each")
     for setting in fields(Settings)[1:]:
         flag = "--" + setting.name.replace("_", "-")

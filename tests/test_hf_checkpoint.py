@@ -422,6 +422,12 @@ def test_files_that_no_index_names_are_not_read(tmp_path):
     assert len(checkpoint.files) == 8
 
 
+def test_one_file_comes_before_an_index_as_in_transformers(tmp_path):
+    checkpoint = write(tmp_path, one=layer(0), two=layer(1))
+    save_file(layer(0), tmp_path / "model.safetensors")
+    assert {path.name for path in checkpoint.files.values()} == {"model.safetensors"}
+
+
 def test_the_cache_of_huggingface_hub_is_made_of_links(tmp_path):
     snapshot, blobs = tmp_path / "snapshots/1234", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
