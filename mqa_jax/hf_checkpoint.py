@@ -118,6 +118,8 @@ class Checkpoint:
         """Our module for the attention of a layer, and its variables."""
         config = self.config
         _check_not_quantized(config)
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"There is no layer {layer} in {str(self.path)!r}: they are 0 to {self.layers - 1}.")
         module, family = hf_attention.attention_of(config, layer)
         prefix = self._prefix(family, layer)
         tensors = _without_frequencies(self.tensors(prefix), module.rope, prefix)
@@ -134,17 +136,15 @@ class Checkpoint:
 
     def _prefix(self, family: hf_attention.Family, layer: int) -> str:
         """A model without a head is saved without the name that it has in one with a head, or the other way round."""
-        files, layers = self.files, self.layers
+        files = self.files
         prefix = family.prefix.format(layer)
         shorter, longer = prefix.partition(".")[2], f"{self.config['model_type']}.{prefix}"
         candidates = [prefix, shorter, longer]
         found = [prefix for prefix in candidates if any(name.startswith(prefix) for name in files)]
-        if not 0 <= layer < layers or not found:
+        if not found:
             raise ValueError(
                 f"There is no layer {layer} in {str(self.path)!r}: no tensor's name starts with one of {candidates}. "
-                f"It has {layers} layers, and tensors such as {list(files)[:3]}."
-                if not found
-                else f"There is no layer {layer} in {str(self.path)!r}: it has {layers} layers, counted from 0."
+                f"It has {self.layers} layers, and tensors such as {list(files)[:3]}."
             )
         if len(found) > 1:
             raise ValueError(f"There is more than one layer {layer} in {str(self.path)!r}: {found}.")
