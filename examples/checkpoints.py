@@ -32,6 +32,7 @@ READ = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
     *("rope_parameters", "tie_word_embeddings", "attention_dropout", "bos_token_id", "eos_token_id"),
+    "original_max_position_embeddings",
     *hf_checkpoint.QUANTIZATION,
 }
 # these too, in models of one type, and transformers has values of its own for the required ones that are not there:
@@ -56,19 +57,12 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
+    **dict.fromkeys(("use_sliding_window", "use_mrope", "use_qk_norm", "qk_layernorm", "qkv_bias"), (False,)),
     "sliding_window": (),
 }
 # and these say nothing of what a model computes: how it was made, and how transformers runs it and picks its tokens.
 NOT_COMPUTED = {
-    *(
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "initializer_range",
-        "use_cache",
-        "tokenizer_class",
-    ),
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "initializer_range", "use_cache"),
     *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled"),
     *("pretraining_tp", "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version", "is_decoder"),
     *("pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "max_sequence_length", "return_dict"),
@@ -79,7 +73,7 @@ NOT_COMPUTED = {
     *("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
     *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
-    "begin_suppress_tokens",
+    *("begin_suppress_tokens", "tokenizer_class"),
 }
 
 

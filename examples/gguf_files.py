@@ -79,10 +79,8 @@ class Settings:
 def load_gguf(path: Path) -> Checkpoint:
     import gguf
 
-    place = str(path)
-    reader = open_gguf(path)
+    place, reader = str(path), open_gguf(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
-    check_kind(metadata, place)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def read(name: str) -> np.ndarray:
@@ -94,19 +92,38 @@ def load_gguf(path: Path) -> Checkpoint:
                 f"Tensors of this type are not supported: {name} in {place!r} is {tensor.tensor_type.name}."
             ) from error
 
-    settings = Settings(metadata, place)
-    dim, heads = settings.size("embedding_length"), settings.size("attention.head_count")
-    head_dim = settings.size("attention.key_length", dim // heads)
-    max_length = settings.size("context_length")
-    window = settings("attention.sliding_window", int, 0)  # with the query itself
-    for name, value in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
-        if settings.size(name, value) != value:
-            raise NotImplementedError(f"Only llama.{name} = features of a head, {value}: it is another in {place!r}.")
+    def attention(layer: int) -> Params:
+        prefix = NAMES.layer.format(layer)
+        theirs = {
+            f"{ours}.{part}": f"{prefix}{name}.{part}" for ours, name in NAMES.attention.items() for part in PARTS
+        }
+        state = {ours: read(name) for ours, name in theirs.items() if name in tensors}
+        return torch_interop.from_state_dict(state, heads=config.heads, kv_heads=config.kv_heads, layout="llama")
+
+    check_kind(metadata, place)
+    factors = read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
+    config = read_config(Settings(metadata, place), tensors, factors)
+    present = set(tensors) - {ROPE_FACTORS}
+    return Checkpoint(config, read_params(config, NAMES, Source(place, present, read, attention)), metadata)
+
+
+def read_config(settings: Settings, tensors: dict[str, Any], factors: np.ndarray | None) -> LlamaConfig:
+    """`factors`: those of the frequencies of RoPE, if there is a tensor of them."""
+    place = settings.place
     if NAMES.embed not in tensors:
         raise ValueError(f"Tensors are missing in {place!r}: {NAMES.embed}.")
     vocabulary = int(tensors[NAMES.embed].shape[1])
     if settings.size("vocab_size", vocabulary) != vocabulary:
         raise ValueError(f"llama.vocab_size is not the {vocabulary} rows of {NAMES.embed}, in {place!r}.")
+    dim, heads = settings.size("embedding_length"), settings.size("attention.head_count")
+    head_dim = settings.size("attention.key_length", dim // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (value := settings.size(name, head_dim)) != head_dim:
+            raise NotImplementedError(
+                f"Only llama.{name} = features of a head, {head_dim}, is supported: it is {value} in {place!r}."
+            )
+    window = settings("attention.sliding_window", int, 0)  # with the query's own position
+    max_length = settings.size("context_length")
     config = LlamaConfig(
         vocabulary=vocabulary,
         layers=settings.size("block_count"),
@@ -116,7 +133,7 @@ def load_gguf(path: Path) -> Checkpoint:
         kv_heads=settings.size("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_length=max_length,
-        rope=read_rope(settings, max_length, read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None),
+        rope=read_rope(settings, max_length, factors),
         norm_eps=settings("attention.layer_norm_rms_epsilon", float),
         tied_embeddings=NAMES.lm_head not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
@@ -125,17 +142,7 @@ def load_gguf(path: Path) -> Checkpoint:
         window=window - 1 if window else None,
     )
     settings.check_nothing_left()
-
-    def attention(layer: int) -> Params:
-        prefix = NAMES.layer.format(layer)
-        theirs = {
-            f"{ours}.{part}": f"{prefix}{name}.{part}" for ours, name in NAMES.attention.items() for part in PARTS
-        }
-        state = {ours: read(name) for ours, name in theirs.items() if name in tensors}
-        return torch_interop.from_state_dict(state, heads=config.heads, kv_heads=config.kv_heads, layout="llama")
-
-    present = set(tensors) - {ROPE_FACTORS}
-    return Checkpoint(config, read_params(config, NAMES, Source(place, present, read, attention)), metadata)
+    return config
 
 
 def read_rope(settings: Settings, max_length: int, factors: np.ndarray | None) -> mqa_jax.Rope:
@@ -189,6 +196,8 @@ def open_gguf(path: Path) -> Any:
 def check_kind(metadata: dict[str, Any], place: str) -> None:
     """Is it a whole model of this architecture?"""
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if any(name.startswith("adapter.") for name in metadata):
+        kind = "adapter"
     if architecture != "llama" or kind != "model":
         raise NotImplementedError(
             f"Only llama models: general.architecture={architecture!r}, general.type={kind!r} in {place!r}."
