@@ -123,6 +123,8 @@ def read_config(settings: Settings, tensors: dict[str, Any], factors: np.ndarray
                 f"Only llama.{name} = features of a head, {head_dim}, is supported: it is {value} in {place!r}."
             )
     window = settings("attention.sliding_window", int, 0)  # with the query's own position
+    if window < 0:
+        raise ValueError(f"A window has a size: llama.attention.sliding_window={window} in {place!r}.")
     max_length = settings.size("context_length")
     config = LlamaConfig(
         vocabulary=vocabulary,

@@ -147,6 +147,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {  # settings, change of t
     "scale": ({"attention.scale": 0.5}, None, "{'llama.attention.scale': 0.5} in"),
     "logit scale": ({"logit_scale": 0.5}, None, "{'llama.logit_scale': 0.5} in"),
     "soft cap": ({"final_logit_softcapping": 30.0}, None, "{'llama.final_logit_softcapping': 30.0} in"),
+    "a window of no size": ({"attention.sliding_window": -1}, None, "A window has a size: .*sliding_window=-1"),
     "windows of some layers": (
         {"attention.sliding_window_pattern": 6},
         None,
@@ -190,6 +191,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {  # settings, change of t
         "Tensors of this type are not supported: output_norm.weight in .* is I8",
     ),
     "an adapter": ({"/general.type": "adapter"}, None, "Only llama models: .*, general.type='adapter'"),
+    "an adapter of old": ({"/adapter.type": "lora"}, None, "Only llama models: .*, general.type='adapter'"),
     "a part": ({"/split.count": 3}, None, "This is one of split.count=3 files: .*llama-gguf-split --merge"),
 }
 
