@@ -398,6 +398,14 @@ MODULES = {
         r"\"deterministic\" must be passed to the constructor or at call time",
     ),
     "odd head_dim": (lambda: call(layer(head_dim=3, rope=mqa_jax.Rope())), r"head_dim must be even: head_dim=3"),
+    "scaling table": (
+        lambda: mqa_jax.Rope(scaling=mqa_jax.TableScaling(factors=(1.0, 2.0, 3.0))).frequencies(8),
+        "one factor for each pair of features: 3 factors, head_dim=8",
+    ),
+    "yarn": (
+        lambda: mqa_jax.YarnScaling(factor=-1.0, original_max_position_embeddings=64),
+        r"a positive factor and context: factor=-1\.0, original_max_position_embeddings=64",
+    ),
     "slopes": (lambda: mqa_jax.alibi_slopes(0), r"alibi_slopes needs at least one head .*: heads=0"),
     "slopes that rise": (lambda: mqa_jax.alibi_slopes(4, -8), r"slopes that fall: heads=4, alibi_bias_max=-8"),
     "FlashAttention": (

@@ -144,13 +144,6 @@ def test_frequencies_are_those_of_transformers(name):
     np.testing.assert_allclose(scaling.magnitude, magnitude, rtol=1e-6)
 
 
-def test_wrong_scalings():
-    with pytest.raises(ValueError, match="one factor for each pair of features: 3 factors, head_dim=8"):
-        mqa_jax.Rope(scaling=mqa_jax.TableScaling(factors=(1.0, 2.0, 3.0)))(X, POSITIONS)
-    with pytest.raises(ValueError, match=r"a positive factor and context: factor=-1.0"):
-        mqa_jax.YarnScaling(factor=-1.0, original_max_position_embeddings=64)
-
-
 def test_slopes_of_a_power_of_two_are_a_geometric_series():
     np.testing.assert_allclose(mqa_jax.alibi_slopes(8), 2.0 ** -np.arange(1, 9))
     np.testing.assert_allclose(mqa_jax.alibi_slopes(6), np.array([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 0.5, 2.0**-3]))
