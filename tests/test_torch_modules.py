@@ -337,7 +337,7 @@ def test_frozen_tied_and_in_training_mode():
 
 
 def test_a_file_that_was_quantised():
-    """transformers makes plain floats of GGUF files, and keeps in the config what they were."""
+    """Of GGUF files transformers makes plain floats, and keeps in the config what they were."""
     layer = hf_layer("llama")
     expected = from_torch(layer)[0]
     layer.config.quantization_config = dict(quant_method="gguf")
