@@ -74,7 +74,8 @@ def load(path: Path) -> tuple[Any, Any]:
 
 def replace_layers(model: Any, tokens: torch.Tensor, layers: int | None = None) -> Iterator[Step]:
     """Changes the model, layer after layer."""
-    family = hf_attention.attention_of(model.config.to_dict())[1]
+    config = model.config.to_dict() | {"quantization_config": None}  # of GGUF files, whose weights are floats by now
+    family = hf_attention.attention_of(config)[1]
     if family.layout == "bert":
         raise NotImplementedError("A decoder is wanted, whose attention layers return what goes on: model_type='bert'.")
     paths = [family.prefix.format(number).rstrip(".") for number in range(model.config.num_hidden_layers)[:layers]]

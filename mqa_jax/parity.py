@@ -330,7 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, Report]:
     try:
         reports = _compare_folder(options)
     except (ImportError, OSError, ValueError, NotImplementedError) as error:
-        print(f"python -m mqa_jax.parity: {' '.join(str(error).split())}", file=sys.stderr)
+        wants = ". This command wants PyTorch: pip install 'mqa-jax[torch]'." if isinstance(error, ImportError) else ""
+        print(f"python -m mqa_jax.parity: {' '.join(str(error).split())}{wants}", file=sys.stderr)
         raise SystemExit(2) from error
     if options.json is not None:
         texts = {layer: json.loads(report.to_json()) for layer, report in reports.items()}
@@ -347,11 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, Report]:
 
 
 def _compare_folder(options: argparse.Namespace) -> dict[int, Report]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{error}. This command wants PyTorch: pip install 'mqa-jax[torch]'.") from error
+    import torch
+    import transformers
+
     from mqa_jax import hf_attention
     from mqa_jax.hf_checkpoint import Checkpoint
 

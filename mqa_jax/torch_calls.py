@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mqa_jax import hf_attention
+from mqa_jax import hf_attention, torch_modules
 
 
 class Call(Protocol):
@@ -74,7 +74,7 @@ def _rotary(layer: Any, x: torch.Tensor, cache: Any) -> Any:
 
 
 def _llama(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
-    window = hf_attention.attention_of(layer.config.to_dict(), layer.layer_idx)[0].local_window_size
+    window = hf_attention.attention_of(torch_modules.config_of(layer) or {}, layer.layer_idx)[0].local_window_size
     size = window[0] + 1 if isinstance(window, tuple) else None
     mask = _additive(_hidden(layer, x, cache, size), x.dtype)
     return layer(x, _rotary(layer, x, cache), mask, **_cached(layer, cache))[0]

@@ -151,7 +151,7 @@ def _told_by_class(module: Any) -> dict[str, Any]:
     kind = type(module).__name__
     if kind == "MultiheadAttention" and type(module).__module__.startswith("torch.nn."):
         return dict(heads=module.num_heads, causal=False, attn_pdrop=module.dropout, add_zero_attn=module.add_zero_attn)
-    config = _config_of(module)
+    config = config_of(module)
     if config is not None:
         return _told_by_config(module, config)
     told = {
@@ -190,10 +190,16 @@ def _told_by_config(module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return told | dict(causal=False) if cross else told
 
 
-def _config_of(module: Any) -> Mapping[str, Any] | None:
-    """Of transformers' classes; others may have a `config` of another kind."""
+def config_of(module: Any) -> Mapping[str, Any] | None:
+    """Of transformers' classes; others may have a `config` of another kind.
+
+    Without `quantization_config`, which says what a file had (of GGUF files transformers makes plain floats): the
+    tensors of a live layer say what they are.
+    """
     config: Any = getattr(getattr(module, "self", module), "config", None)  # BERT's is one module further in
-    return config.to_dict() if hasattr(config, "to_dict") and hasattr(config, "model_type") else None
+    if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
+        return None
+    return config.to_dict() | {"quantization_config": None}
 
 
 def _family_of(module: Any) -> hf_attention.Family | None:

@@ -336,6 +336,14 @@ def test_frozen_tied_and_in_training_mode():
     assert equal(to_torch(module, variables, like=layer), layer)
 
 
+def test_a_file_that_was_quantised():
+    """Of GGUF files transformers makes plain floats, and keeps in the config what they were."""
+    layer = hf_layer("llama")
+    expected = from_torch(layer)[0]
+    layer.config.quantization_config = dict(quant_method="gguf")
+    assert from_torch(layer)[0] == expected
+
+
 def test_hooks_are_told_of():
     layer = hf_layer("llama")
     layer.q_proj.register_forward_hook(lambda module, arguments, out: 2 * out)
