@@ -1,7 +1,9 @@
 """Start reading here: joins the forward and the backward pass of a fused kernel into one differentiable function.
 
 Whatever computes them, they agree on this: `forward(inputs)` returns the output and the log-sum-exp of every row
-(float32, -inf in empty rows), and these two are all that is saved for `backward`. No size is 0 where they are called.
+(-inf in empty rows), and these two are all that is saved for `backward`, which gets the largest finite number for the
+log-sum-exp of empty rows: exp(score - log_sum_exp) is 0 there as well, and no -inf leaves a compiled program that the
+caller did not ask for (`jax_debug_infs`). No size is 0 where they are called.
 """
 
 import functools
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import refusals
@@ -29,8 +32,8 @@ class Kernels:
     backward: Callable[[Inputs, Output, LogSumExp, Output, LogSumExp], Operands]
 
 
-def attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
-    """Output and log-sum-exp, both differentiable once, in reverse mode."""
+def attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp | None]:
+    """Output and, if it is wanted, log-sum-exp, both differentiable once, in reverse mode."""
     if 0 in (inputs.sizes.B, inputs.sizes.T, inputs.sizes.S, inputs.sizes.N):
         return _empty(inputs)
     operands = jax.tree.map(refusals.reverse_mode_only, inputs.operands)
@@ -65,8 +68,9 @@ def _by_platform(name: str | None, choices: tuple[tuple[str | None, Kernels], ..
 
 
 @functools.partial(jax.jit, static_argnums=0)  # a call outside jit is then compiled once, not traced anew each time
-def _attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
-    return _differentiable(kernels, inputs)
+def _attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp | None]:
+    out, log_sum_exp = _differentiable(kernels, inputs)
+    return out, log_sum_exp if inputs.residual else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,25 +79,34 @@ def _differentiable(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp
 
 
 def _forward(kernels: Kernels, inputs: Inputs):
+    # JAX traces this anew for other operands with gradients, but takes the structure of what is saved from one of these
+    # traces for all: what is static in it may not depend on them. Shapes may: 1 for an operand with a gradient, or 0.
+    perturbed = jax.tree.map(lambda x: jnp.zeros(int(x.perturbed), bool), inputs.operands)
+    inputs = custom_vjp_primal_tree_values(inputs)
     if inputs.operands.key_scale is not None:
         raise NotImplementedError(refusals.QUANTIZED)
     inputs = refusals.first_derivative_only(inputs)
     out, log_sum_exp = kernels.forward(inputs)
-    out, log_sum_exp = checkpoint_name(out, OUT_NAME), checkpoint_name(log_sum_exp, LOG_SUM_EXP_NAME)
-    return (out, log_sum_exp), (inputs, out, log_sum_exp)
+    out = checkpoint_name(out, OUT_NAME)
+    saved = jnp.where(log_sum_exp == -jnp.inf, jnp.finfo(log_sum_exp.dtype).max, log_sum_exp)
+    return (out, log_sum_exp), (inputs, perturbed, out, checkpoint_name(saved, LOG_SUM_EXP_NAME))
 
 
 def _backward(kernels: Kernels, saved, cotangents):
-    (inputs, out, log_sum_exp), cotangents = refusals.first_derivative_only((saved, cotangents))
+    cotangents = [jnp.zeros_like(y) if isinstance(x, SymbolicZero) else x for x, y in zip(cotangents, saved[2:])]
+    (inputs, perturbed, out, log_sum_exp), cotangents = refusals.first_derivative_only((saved, cotangents))
+    constant = tuple(name for name, x in vars(perturbed).items() if x is not None and x.size == 0)
+    inputs = replace(inputs, constant=constant)
     gradients = kernels.backward(inputs, out, log_sum_exp, *cotangents)
-    return (replace(inputs, operands=gradients, mask=None, dropout=None),)
+    return (replace(inputs, operands=gradients, mask=None, dropout=None, constant=()),)
 
 
-_differentiable.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)  # they tell which operands are differentiated
 
 
-def _empty(inputs: Inputs) -> tuple[Output, LogSumExp]:
+def _empty(inputs: Inputs) -> tuple[Output, LogSumExp | None]:
     """No query, or no key: every row is empty."""
     size = inputs.sizes
     rows = size.B, size.T, size.N
-    return jnp.zeros((*rows, size.V), inputs.dtype), jnp.full(rows, -jnp.inf, jnp.float32)
+    log_sum_exp = jnp.full(rows, -jnp.inf, inputs.score_dtype) if inputs.residual else None
+    return jnp.zeros((*rows, size.V), inputs.dtype), log_sum_exp

@@ -8,6 +8,7 @@ in base e: multiplying them by log2(e) would turn a bias of finfo.min, which use
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -17,8 +18,8 @@ class State(NamedTuple):
     weighted: Float[Array, "*R V"]
 
     @classmethod
-    def empty(cls, *rows: int, features: int) -> "State":
-        full = lambda width, value: jnp.full((*rows, width), value, jnp.float32)
+    def empty(cls, *rows: int, features: int, dtype: DTypeLike = jnp.float32) -> "State":
+        full = lambda width, value: jnp.full((*rows, width), value, dtype)
         return cls(full(1, -jnp.inf), full(1, 0.0), full(features, 0.0))
 
 

@@ -32,6 +32,7 @@ def cannot(inputs: Inputs) -> str | None:
         f"products of float32, or of tf32 where the precision says so ({inputs.precision=})": (
             triton_call.precision_of(inputs) is None
         ),
+        f"float32, bfloat16 and float16 only ({inputs.dtype=!s})": inputs.dtype == jnp.float64,
         f"GPUs from compute capability 8.0 on only (this one: {(capability or 0) / 10})": (capability or 80) < 80,
         f"float8_e4m3fn from compute capability 8.9 on only (this one: {(capability or 0) / 10})": (
             inputs.operands.key.dtype == jnp.float8_e4m3fn and (capability or 89) < 89
@@ -66,7 +67,6 @@ def backward(
     d_log_sum_exp: LogSumExp,
     interpret: bool = False,
 ) -> Operands:
-    operands = inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
     saved = Saved(d_out, log_sum_exp.swapaxes(1, 2), delta.swapaxes(1, 2))
     run = lambda kernel, direction: kernel(inputs, saved, tile_config.choose(direction, inputs), interpret)
@@ -75,7 +75,7 @@ def backward(
         query=run(triton_backward.d_query, "dq"),
         key=d_key,
         value=d_value,
-        bias=None if operands.bias is None else run(triton_score_gradient.d_bias, "dscore"),
-        alibi_slopes=None if operands.alibi_slopes is None else run(triton_score_gradient.d_slopes, "dscore"),
-        sinks=row_terms.d_sinks(operands.sinks, log_sum_exp, delta),
+        bias=run(triton_score_gradient.d_bias, "dscore") if inputs.needs_gradient("bias") else None,
+        alibi_slopes=run(triton_score_gradient.d_slopes, "dscore") if inputs.needs_gradient("alibi_slopes") else None,
+        sinks=row_terms.d_sinks(inputs.operands.sinks, log_sum_exp, delta),
     )

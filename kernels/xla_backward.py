@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import online_softmax, row_terms
+from mqa_jax.kernels import row_terms
 from mqa_jax.kernels.xla_tile import ZERO, Place, Scores, TileShape, Tiling
 from mqa_jax.shapes import LogSumExp, Output
 
@@ -27,7 +27,7 @@ class Saved(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Gradients as they grow over the tiles, float32."""
+    """Gradients as they grow over the tiles, in `score_dtype`."""
 
     query: Float[Array, "B T K G H"]
     key: Float[Array, "B S K H"]
@@ -38,13 +38,13 @@ class Sums(NamedTuple):
     @classmethod
     def zeros(cls, inputs: Inputs) -> "Sums":
         operands, size = inputs.operands, inputs.sizes
-        zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+        zeros = lambda *shape: jnp.zeros(shape, inputs.score_dtype)
         return cls(
             zeros(size.B, size.T, size.K, size.G, size.H),
             zeros(*operands.key.shape),
             zeros(*operands.value.shape),
-            None if operands.bias is None else zeros(*operands.bias.shape),
-            None if operands.alibi_slopes is None else zeros(size.K, size.G),
+            zeros(*operands.bias.shape) if inputs.needs_gradient("bias") else None,
+            zeros(size.K, size.G) if inputs.needs_gradient("alibi_slopes") else None,
         )
 
 
@@ -61,7 +61,7 @@ def backward(
         place = tiling.at_column_tile(place, index % tiling.column_tiles)
         key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
 
-        zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+        zeros = (jnp.zeros(x.shape, inputs.score_dtype) for x in (key, value))
         step = functools.partial(differentiate, tiling, saved, key, value)
         sums, d_key, d_value = tiling.over_row_tiles(place, step, (sums, *zeros))
         return sums._replace(
@@ -85,7 +85,7 @@ def differentiate(
     sums, d_key, d_value = carry
     query, d_out, log_sum_exp, delta = (tiling.queries(x, place) for x in saved)
     score, tanh = tiling.scores(query, key, may_attend, place)
-    weight = jnp.exp(tiling.as_matrix(score) - online_softmax.finite(log_sum_exp))  # [P, R, bk]
+    weight = jnp.exp(tiling.as_matrix(score) - log_sum_exp)  # [P, R, bk]
     d_weight = tiling.product("prv,pkv->prk", d_out, value)
     d_value = d_value + tiling.product("prk,prv->pkv", tiling.drop(weight, place), d_out)
     d_weight = tiling.drop(d_weight, place)

@@ -21,7 +21,7 @@ def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, LogSumExp]:
         place = tiling.at_row_tile(place, index % tiling.row_tiles)
         place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, and stored alike
         query = tiling.queries(inputs.operands.query, place)
-        state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V)
+        state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V, dtype=inputs.score_dtype)
         state = tiling.over_column_tiles(place, functools.partial(attend, tiling, query), state)
         out, log_sum_exp = online_softmax.finish(state, sinks_of_rows(tiling, place))
         return (
@@ -30,7 +30,7 @@ def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, LogSumExp]:
         )
 
     out = jnp.zeros((size.B, size.T, size.K, size.G, size.V), inputs.dtype)
-    log_sum_exp = jnp.zeros((size.B, size.T, size.K, size.G, 1), jnp.float32)
+    log_sum_exp = jnp.zeros((size.B, size.T, size.K, size.G, 1), inputs.score_dtype)
     out, log_sum_exp = lax.fori_loop(0, tiling.head_blocks * tiling.row_tiles, query_tile, (out, log_sum_exp))
     return out.reshape(size.B, size.T, size.N, size.V), log_sum_exp.reshape(size.B, size.T, size.N)
 

@@ -14,18 +14,20 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from mqa_jax import quantization
+from mqa_jax.batch_axes import without_batch_of_one
 from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.masks import Mask, Ring
 from mqa_jax.options import Options
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
 def checked_inputs(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None, mask: ArrayLike | None, options: Options
 ) -> Inputs:
     """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1)."""
+    (query, key, value, bias, mask), options = without_batch_of_one([query, key, value, bias, mask], options)
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     _check_shapes(query, key, value)
     scales = {"key_scale": options.key_scale, "value_scale": options.value_scale}
@@ -85,7 +87,7 @@ def _check_dtypes(query: Array, key: Array, value: Array, are_scaled: bool) -> N
         raise ValueError(f"query, key and value must have the same dtype: {dtypes}. Cast them with .astype().")
     if query.dtype not in DTYPES:
         raise ValueError(
-            f"query, key and value must be float32, bfloat16 or float16: {dtypes}. Cast them with .astype()."
+            f"query, key and value must be float32, bfloat16, float16 or float64: {dtypes}. Cast them with .astype()."
         )
 
 

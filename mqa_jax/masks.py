@@ -108,9 +108,9 @@ def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B 
         left, right = mask.window
         conditions.append((distance >= -left) & (distance <= right))
     if mask.query_lengths is not None:
-        conditions.append((rows < mask.query_lengths[:, None])[:, None, :, None])
+        conditions.append((rows[None] < mask.query_lengths[:, None])[:, None, :, None])
     if mask.key_lengths is not None:
-        conditions.append((columns < mask.key_lengths[:, None])[:, None, None, :])
+        conditions.append((columns[None] < mask.key_lengths[:, None])[:, None, None, :])
     if mask.query_segments is not None and mask.key_segments is not None:
         conditions.append((mask.query_segments[:, :, None] == mask.key_segments[:, None, :])[:, None])
     if mask.allowed is not None:
@@ -126,7 +126,7 @@ def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B 
 def key_minus_query_position(mask: Mask, rows: Positions, columns: Positions) -> Int[Array, "#B 1 T S"]:
     """Position of each key relative to each query: negative = past, 0 = itself, positive = future."""
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
-    query_position = rows + offset[:, None]  # [#B, T]
+    query_position = rows[None] + offset[:, None]  # [#B, T]
     return key_positions(mask, columns)[:, None, None, :] - query_position[:, None, :, None]
 
 
@@ -134,7 +134,7 @@ def key_positions(mask: Mask, columns: Positions) -> Int[Array, "#B X"]:
     """Positions of keys by their index; negative in slots of a ring that were never written."""
     if mask.ring is None:
         return columns[None]
-    return ring_positions(columns, mask.ring.lengths[:, None], mask.ring.slots)
+    return ring_positions(columns[None], mask.ring.lengths[:, None], mask.ring.slots)
 
 
 def ring_positions(slot: Array, length: Array, slots: int) -> Array:

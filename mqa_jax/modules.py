@@ -340,9 +340,10 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
             out, log_sum_exp, weights = attention_with_weights(*arrays, Options(**options))
         else:
             implementation = implementation_of(self.attn_impl)
-            out, log_sum_exp = dot_product_attention(
-                *arrays, **options, implementation=implementation, return_residual=True
+            results = dot_product_attention(
+                *arrays, **options, implementation=implementation, return_residual=self.add_bias_kv
             )
+            out, log_sum_exp = results if self.add_bias_kv else (results, None)
         if self.add_bias_kv:
             out, weights = self._attend_to_bias_kv(query, out, log_sum_exp, weights)
         if keys.overflow is not None:
