@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from mqa_jax.shapes import Length
+
 
 class State(NamedTuple):
     highest: Float[Array, "*R 1"]
@@ -18,7 +20,7 @@ class State(NamedTuple):
     weighted: Float[Array, "*R V"]
 
     @classmethod
-    def empty(cls, *rows: int, features: int, dtype: DTypeLike = jnp.float32) -> "State":
+    def empty(cls, *rows: Length, features: int, dtype: DTypeLike = jnp.float32) -> "State":
         full = lambda width, value: jnp.full((*rows, width), value, dtype)
         return cls(full(1, -jnp.inf), full(1, 0.0), full(features, 0.0))
 

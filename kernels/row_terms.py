@@ -16,5 +16,5 @@ def d_sinks(sinks: Array | None, log_sum_exp: LogSumExp, delta: Float[Array, "B 
     """A sink is a score whose value is 0: its gradient is -weight * delta, where rows without keys have weight 0."""
     if sinks is None:
         return None
-    weight = jnp.exp(sinks.astype(log_sum_exp.dtype) - log_sum_exp)
+    weight = jnp.exp(sinks.astype(log_sum_exp.dtype)[None, None] - log_sum_exp)
     return -jnp.sum(weight * delta, axis=(0, 1))

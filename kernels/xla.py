@@ -7,7 +7,7 @@ from jax import core, lax
 from mqa_jax.inputs import Inputs, Operands, Sizes
 from mqa_jax.kernels import xla_backward, xla_decode, xla_forward
 from mqa_jax.kernels.xla_tile import TileShape
-from mqa_jax.shapes import LogSumExp, Output
+from mqa_jax.shapes import Length, LogSumExp, Output
 
 
 def forward(inputs: Inputs) -> tuple[Output, LogSumExp]:
@@ -46,7 +46,7 @@ def _tile(size: Sizes, rows: int, columns: int, scores: int, upcast: bool) -> Ti
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast)
 
 
-def _length(n: int, symbol: int = 1 << 20) -> int:
+def _length(n: Length, symbol: int = 1 << 20) -> int:
     """For choosing tiles: a length that is a symbol (`jax.export`) counts as a large one."""
     return n if isinstance(n, int) else symbol
 

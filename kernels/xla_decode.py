@@ -162,8 +162,8 @@ def _visible(inputs: Inputs, block: Block) -> Bool[Array, "#B #c #K #T #G"] | No
     may_attend = None if may_attend is None else _as_scores(may_attend, size)
     if size.S % block.columns.shape[0] == 0:
         return may_attend
-    owned = (block.columns >= block.owned)[:, None, None, None]
-    return owned[None] if may_attend is None else may_attend & owned
+    owned = (block.columns >= block.owned)[None, :, None, None, None]
+    return owned if may_attend is None else may_attend & owned
 
 
 def _cleared(inputs: Inputs, x: Shaped[Array, "B c ..."], block: Block) -> Shaped[Array, "B c ..."]:

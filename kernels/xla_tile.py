@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Real, Shaped
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import tiles
-from mqa_jax.shapes import positions
+from mqa_jax.shapes import Length, positions
 
 Scores = Float[Array, "P bq G bk"]
 Carry = TypeVar("Carry")
@@ -39,8 +39,8 @@ class TileShape:
       upcast: multiply in `score_dtype` whatever the dtype of the inputs (CPUs have no fast 16-bit products).
     """
 
-    rows: int
-    columns: int
+    rows: Length
+    columns: Length
     heads: int
     upcast: bool
 
@@ -75,15 +75,15 @@ class Tiling:
         return self.inputs.sizes
 
     @property
-    def row_tiles(self) -> int:
+    def row_tiles(self) -> Length:
         return -(-self.sizes.T // self.shape.rows)
 
     @property
-    def column_tiles(self) -> int:
+    def column_tiles(self) -> Length:
         return -(-self.sizes.S // self.shape.columns)
 
     @property
-    def head_blocks(self) -> int:
+    def head_blocks(self) -> Length:
         """Blocks of P heads in all batch rows."""
         return self.sizes.B * self.sizes.K // self.shape.heads
 
@@ -219,10 +219,10 @@ class Tiling:
         rows, columns = self.rows(place), self.columns(place)
         may_attend = masks.visible(self._mask_of_tile(place), rows, columns)
         may_attend = None if may_attend is None else self._split_heads(may_attend)
-        if self.sizes.T % self.shape.rows:
-            may_attend = _both(may_attend, (rows >= place.owned_row)[:, None, None])
-        if self.sizes.S % self.shape.columns:
-            may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, :])
+        if self.sizes.T % self.shape.rows != 0:
+            may_attend = _both(may_attend, (rows >= place.owned_row)[None, :, None, None])
+        if self.sizes.S % self.shape.columns != 0:
+            may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, None, :])
         return may_attend
 
     def drop(self, weight: Float[Array, "P R bk"], place: Place) -> Float[Array, "P R bk"]:
@@ -243,7 +243,7 @@ class Tiling:
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def _ranges(self, some: Range, every: Range, tile: int, count: int) -> tuple[Range, Range]:
+    def _ranges(self, some: Range, every: Range, tile: Length, count: Length) -> tuple[Range, Range]:
         """Numbers of the tiles that are seen at all, and of those among them of which everything is seen."""
         start, stop = tiles.tile_range(*some, tile, count)
         full_start = jnp.clip(-(-every[0] // tile), start, stop)
@@ -270,8 +270,9 @@ class Tiling:
 
     @property
     def _hides_nothing(self) -> bool:
-        mask, ragged = self.inputs.mask, self.sizes.T % self.shape.rows or self.sizes.S % self.shape.columns
-        return not (mask.hides_pairs or mask.key_lengths is not None or ragged)
+        mask = self.inputs.mask
+        whole = self.sizes.T % self.shape.rows == 0 and self.sizes.S % self.shape.columns == 0
+        return whole and not mask.hides_pairs and mask.key_lengths is None
 
     def _masked_step(self, place: Place, step: Step, carry: Carry) -> Carry:
         """Skips a tile that a boolean mask or segments hide as a whole."""
@@ -283,10 +284,10 @@ class Tiling:
     # -- details --------------------------------------------------------------------------------------------------
 
     @property
-    def _tile(self) -> tuple[int, int]:
+    def _tile(self) -> tuple[Length, Length]:
         return self.shape.rows, self.shape.columns
 
-    def _grouped(self, features: int) -> tuple[int, ...]:
+    def _grouped(self, features: int) -> tuple[Length, ...]:
         size = self.sizes
         return size.B, size.T, size.K, size.G, features
 
@@ -329,4 +330,4 @@ class Tiling:
 
 
 def _both(may_attend: Array | None, condition: Array) -> Array:
-    return condition[None] if may_attend is None else may_attend & condition
+    return condition if may_attend is None else may_attend & condition

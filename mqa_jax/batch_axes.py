@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -52,11 +53,11 @@ def without_batch_of_one(arrays: list[ArrayLike | None], options: Options) -> tu
     Args:
       arrays: those with three axes in a row of a batch; the first is the query, whose axes say what a row is.
     """
-    if jnp.ndim(arrays[0]) != 3:
+    if np.ndim(arrays[0]) != 3:
         return arrays, options
 
     def alone(x: ArrayLike | None, axes: int) -> ArrayLike | None:
-        shape = jnp.shape(x) if x is not None else ()
+        shape = np.shape(x) if x is not None else ()
         return jnp.asarray(x).reshape(shape[1:]) if len(shape) == axes + 1 and shape[0] == 1 else x
 
     changed = {field.name: getattr(options, field.name) for field in fields(Options) if field.name in _OF_A_ROW}

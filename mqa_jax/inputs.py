@@ -73,7 +73,7 @@ class Inputs:
     @property
     def score_dtype(self) -> DTypeLike:
         """Of scores, their softmax and every sum: float32, or float64 where the query is."""
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return jnp.float64 if self.dtype == jnp.float64 else jnp.float32
 
     @property
     def weight_dtype(self) -> DTypeLike:

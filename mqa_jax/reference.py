@@ -1,6 +1,7 @@
-"""Textbook attention in float32, or in float64 for such queries: what every other implementation is supposed to compute, and the oracle of the tests.
+"""Textbook attention in float32 (float64 for such queries): what every other implementation is supposed to compute.
 
-It builds the whole `[B, N, T, S]` array of weights. JAX differentiates it: any order, forward and reverse.
+The oracle of the tests. It builds the whole `[B, N, T, S]` array of weights. JAX differentiates it: any order, forward
+and reverse.
 """
 
 import jax
@@ -14,7 +15,7 @@ from mqa_jax.shapes import LogSumExp, Output, positions
 
 
 def forward(inputs: Inputs) -> tuple[Output, LogSumExp | None]:
-    """The output, in the dtype of the query, and, if it is wanted, the log-sum-exp of the scores, -inf in empty rows."""
+    """The output, in the dtype of the query, and the log-sum-exp, if it is wanted: -inf in empty rows."""
     out, log_sum_exp, _ = forward_with_weights(inputs)
     return out, log_sum_exp if inputs.residual else None
 
