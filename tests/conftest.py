@@ -10,7 +10,6 @@ import jaxlib
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tests compile thousands of small programs once each. Nothing here changes what a program computes.
 FAST_TO_COMPILE = [

@@ -322,3 +322,53 @@ def test_float64_is_computed_in_float64(implementation, rows):
         for name in ("triton", "cudnn"):
             with pytest.raises(NotImplementedError, match="float64"):
                 attend(**arrays, implementation=name)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("rows", [1, 13])
+def test_rank_promotion_may_raise(rows, implementation):
+    """jax_numpy_rank_promotion="raise": every option, forward and backward."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    problem = oracle.random_problem(
+        rng,
+        batch=(8,),
+        rows=rows,
+        columns=37,
+        heads=4,
+        kv_heads=2,
+        features=8,
+        bias=normal(4, 1, 37),
+        alibi_slopes=normal(4),
+        sinks=normal(4),
+        mask=normal(37) > -1,
+        is_causal=True,
+        local_window_size=9,
+        query_offset=jnp.arange(8),
+        query_seq_lengths=jnp.full(8, rows),
+        key_value_seq_lengths=jnp.arange(8) + 5,
+        query_segment_ids=jnp.zeros((8, rows), jnp.int32),
+        key_value_segment_ids=jnp.zeros((8, 37), jnp.int32),
+        logits_soft_cap=2.0,
+        dropout_rate=0.2,
+        dropout_rng=jax.random.key(0),
+    )
+    with jax.numpy_rank_promotion("raise"):
+        actual = oracle.results(problem, implementation)
+    oracle.judge_float32(actual, oracle.results(problem, "reference"))
+
+
+@pytest.mark.parametrize("layout", ["static", "ring"])
+@pytest.mark.parametrize("tokens", [1, 5, 29])
+def test_rank_promotion_may_raise_in_modules_with_a_cache(layout, tokens):
+    module = mqa_jax.GroupedQueryAttention(
+        32, 4, kv_heads=2, rope=mqa_jax.Rope(), local_window_size=(7, 0), cache_layout=layout, qk_ln=True, alibi=True
+    )
+    x = jnp.ones((2, tokens, 32))
+    with jax.numpy_rank_promotion("raise"):
+        params = module.init(jax.random.key(0), x)
+        cache = module.init_cache(2, 40)
+        step = jax.jit(lambda cache: module.apply({**params, "cache": cache}, x, mutable=["cache"]))
+        (out, *_), variables = step(cache)
+        step(variables["cache"])
+    assert jnp.isfinite(out).all()
