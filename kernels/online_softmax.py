@@ -8,7 +8,10 @@ in base e: multiplying them by log2(e) would turn a bias of finfo.min, which use
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from mqa_jax.shapes import Length
 
 
 class State(NamedTuple):
@@ -17,8 +20,8 @@ class State(NamedTuple):
     weighted: Float[Array, "*R V"]
 
     @classmethod
-    def empty(cls, *rows: int, features: int) -> "State":
-        full = lambda width, value: jnp.full((*rows, width), value, jnp.float32)
+    def empty(cls, *rows: Length, features: int, dtype: DTypeLike = jnp.float32) -> "State":
+        full = lambda width, value: jnp.full((*rows, width), value, dtype)
         return cls(full(1, -jnp.inf), full(1, 0.0), full(features, 0.0))
 
 

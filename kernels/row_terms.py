@@ -9,7 +9,8 @@ from mqa_jax.shapes import LogSumExp, Output
 
 def delta(out: Output, d_out: Output, d_log_sum_exp: LogSumExp) -> Float[Array, "B T N"]:
     """The gradient of a score is weight * (d_weight - delta)."""
-    return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_log_sum_exp
+    dtype = d_log_sum_exp.dtype
+    return jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_log_sum_exp
 
 
 def d_sinks(sinks: Array | None, normalizer: Normalizer, delta: Float[Array, "B T N"]) -> Array | None:
@@ -17,5 +18,5 @@ def d_sinks(sinks: Array | None, normalizer: Normalizer, delta: Float[Array, "B 
     if sinks is None:
         return None
     without = normalizer.highest == -jnp.inf
-    weight = jnp.where(without, 0.0, normalizer.weight(sinks.astype(jnp.float32)))
+    weight = jnp.where(without, 0.0, normalizer.weight(sinks.astype(delta.dtype)[None, None]))
     return -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)

@@ -116,7 +116,7 @@ def _hull(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
 def _first_run(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
     """The first contiguous run; the only one where ids are sorted."""
     start = _first(related)
-    ended = ~related & (positions(related.shape[-1]) >= start[..., None])
+    ended = ~related & (jnp.expand_dims(positions(related.shape[-1]), range(related.ndim - 1)) >= start[..., None])
     stop = jnp.where(jnp.any(ended, axis=-1), _first(ended), related.shape[-1])
     return start, jnp.where(jnp.any(related, axis=-1), stop, 0)
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mqa_jax.masks import Mask, minus, plus
+from mqa_jax.shapes import Length
 
-Index = int | Array
+Index = Length | Array
 
 
-def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
+def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: Length) -> tuple[Index, Index]:
     """Keys that some query of the tile may attend to. `mask` holds one batch row."""
     mask = _by_index(mask)
     offset = 0 if mask.query_offset is None else mask.query_offset[0]
@@ -33,7 +34,7 @@ def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tu
     return start, stop
 
 
-def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
+def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: Length) -> tuple[Index, Index]:
     """Queries that may attend to some key of the tile: `key_range` seen from the other side."""
     mask = _by_index(mask)
     offset = 0 if mask.query_offset is None else mask.query_offset[0]
@@ -53,7 +54,7 @@ def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) ->
     return start, stop
 
 
-def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
+def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: Length) -> tuple[Index, Index]:
     """Keys that every query of the tile may attend to, if the queries are not padding and the keys in no ring.
 
     They begin with the first key of the last query and end with the last key of the first: `key_range` inside out.
@@ -61,7 +62,7 @@ def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) 
     return key_range(replace(mask, query_lengths=None), row_stop - 1, row_start + 1, columns)
 
 
-def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
+def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: Length) -> tuple[Index, Index]:
     """Queries that may attend to every key of the tile, if they are neither padding nor in a ring: inside out."""
     return row_range(replace(mask, key_lengths=None), column_stop - 1, column_start + 1, rows)
 
@@ -71,7 +72,7 @@ def _by_index(mask: Mask) -> Mask:
     return mask if mask.ring is None else replace(mask, is_causal=False, window=None)
 
 
-def tile_range(start: Index, stop: Index, tile: int, tiles: int) -> tuple[Array, Array]:
+def tile_range(start: Index, stop: Index, tile: Length, tiles: Length) -> tuple[Array, Array]:
     """Numbers of the tiles that a range of positions touches."""
     first = jnp.clip(start // tile, 0, tiles)
     last = jnp.clip(-(-stop // tile), 0, tiles)

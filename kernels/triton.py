@@ -35,6 +35,8 @@ def _reasons(inputs: Inputs) -> Iterator[str]:
     size, operands, capability = inputs.sizes, inputs.operands, tile_config.capability()
     if max(size.H, size.V) > LARGEST_HEAD:
         yield f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})"
+    if inputs.dtype == jnp.float64:
+        yield f"float32, bfloat16 and float16 only ({inputs.dtype=!s})"
     if operands.bias is not None and operands.bias.dtype not in BIAS_DTYPES:
         names = ", ".join(jnp.dtype(dtype).name for dtype in BIAS_DTYPES)
         yield f"a bias of {names} only (bias.dtype={operands.bias.dtype!s})"
@@ -82,8 +84,8 @@ def backward(
         query=run(triton_backward.d_query, "dq"),
         key=d_key,
         value=d_value,
-        bias=None if operands.bias is None else run(triton_score_gradient.d_bias, "dscore"),
-        alibi_slopes=None if operands.alibi_slopes is None else run(triton_score_gradient.d_slopes, "dscore"),
+        bias=run(triton_score_gradient.d_bias, "dscore") if inputs.needs_gradient("bias") else None,
+        alibi_slopes=run(triton_score_gradient.d_slopes, "dscore") if inputs.needs_gradient("alibi_slopes") else None,
         sinks=row_terms.d_sinks(operands.sinks, normalizer, delta),
     )
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, given)

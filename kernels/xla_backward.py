@@ -29,7 +29,7 @@ class Saved(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Gradients as they grow over the tiles, float32."""
+    """Gradients as they grow over the tiles, in `score_dtype`."""
 
     query: Float[Array, "B T K G H"]
     key: Float[Array, "B S K H"]
@@ -40,13 +40,14 @@ class Sums(NamedTuple):
     @classmethod
     def zeros(cls, inputs: Inputs) -> "Sums":
         operands, size = inputs.operands, inputs.sizes
-        zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+        bias = operands.bias if inputs.needs_gradient("bias") else None
+        zeros = lambda *shape: jnp.zeros(shape, inputs.score_dtype)
         return cls(
             zeros(size.B, size.T, size.K, size.G, size.H),
             zeros(*operands.key.shape),
             zeros(*operands.value.shape),
-            None if operands.bias is None else zeros(*operands.bias.shape),
-            None if operands.alibi_slopes is None else zeros(size.K, size.G),
+            None if bias is None else zeros(*bias.shape),
+            zeros(size.K, size.G) if inputs.needs_gradient("alibi_slopes") else None,
         )
 
 
@@ -63,9 +64,9 @@ def backward(
         place = tiling.at_column_tile(place, index % tiling.column_tiles)
         key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
 
-        zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+        zeros = tuple(jnp.zeros(x.shape, inputs.score_dtype) for x in (key, value))
         step = functools.partial(differentiate, tiling, saved, key, value)
-        sums, d_key, d_value = tiling.over_row_tiles(place, step, (sums, *zeros))
+        sums, d_key, d_value = tiling.over_row_tiles(place, step, (sums, zeros[0], zeros[1]))
         return sums._replace(
             key=tiling.add_keys(sums.key, d_key, place), value=tiling.add_keys(sums.value, d_value, place)
         )

@@ -23,13 +23,13 @@ def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, Normalizer]:
         place = tiling.at_row_tile(place, index % tiling.row_tiles)
         place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, and stored alike
         query = tiling.queries(inputs.operands.query, place)
-        state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V)
+        state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V, dtype=inputs.score_dtype)
         state = tiling.over_column_tiles(place, functools.partial(attend, tiling, query), state)
         found = online_softmax.finish(state, sinks_of_rows(tiling, place))
         return jax.tree.map(lambda into, x: tiling.store_queries(into, x, place), results, found)
 
     heads = size.B, size.T, size.K, size.G
-    number = jnp.zeros((*heads, 1), jnp.float32)
+    number = jnp.zeros((*heads, 1), inputs.score_dtype)
     results = jnp.zeros((*heads, size.V), inputs.dtype), Normalizer(number, number)
     out, normalizer = lax.fori_loop(0, tiling.head_blocks * tiling.row_tiles, query_tile, results)
     of_rows = lambda x: x.reshape(size.B, size.T, size.N)

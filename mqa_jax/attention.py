@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -92,7 +92,7 @@ def dot_product_attention(
     leading axes.
 
     Args:
-      query: float32, bfloat16 or float16 `[..., T, N, H]`.
+      query: float32, bfloat16, float16 or float64 `[..., T, N, H]`.
       key: same dtype, or int8 or float8_e4m3fn with scales, `[..., S, K, H]`; K divides N. K = N is MHA, K = 1 MQA, in
         between GQA. Never repeated.
       value: same dtype as the key, `[..., S, K, V]`.
@@ -124,7 +124,7 @@ def dot_product_attention(
 
     Returns:
       The output `[..., T, N, V]` in the dtype of the query; with return_residual also the log-sum-exp, float32
-      `[..., T, N]`. Both are differentiable.
+      (float64 for float64) `[..., T, N]`. Both are differentiable.
 
     Raises:
       ValueError: the call is wrong; the message has the rule, the values and the remedy. Integers are judged where
@@ -168,7 +168,7 @@ def dot_product_attention(
         dropout_rng=dropout_rng,
         precision=precision,
     )
-    inputs = checked_inputs(query, key, value, bias, mask, options)
+    inputs = replace(checked_inputs(query, key, value, bias, mask, options), residual=return_residual)
     out, log_sum_exp = over_flat_batch(choose(implementation, inputs), inputs)
     if not flag("return_residual", return_residual):
         return out

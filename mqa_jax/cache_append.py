@@ -126,14 +126,14 @@ def _into_static(cache: Mapping[str, Array], new: New, fits: Bool[Array, " B"]) 
 def _into_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     """The ring is written first and then read in place, as slots in no order."""
     slots = cache[KEY].shape[1]
-    token = positions(new.contents[KEY].shape[1])
+    token = positions(new.contents[KEY].shape[1])[None]
     at = lax.rem(new.start[:, None] + token, jnp.int32(slots))
     at = jnp.where(new.start[:, None] + token < new.stop[:, None], at, slots + token)  # padding: dropped
     rows = positions(at.shape[0])[:, None]
     contents = {
         name: cache[name].at[rows, at].set(x, mode="drop", unique_indices=True) for name, x in new.contents.items()
     }
-    held = masks.ring_positions(positions(slots), new.stop[:, None], slots)
+    held = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots)
     fields: dict[str, Any] = dict(lengths=new.stop, in_ring=True, query_offset=new.start, positions=held)
     return contents, Keys.cached(contents, new.dtype, **fields)
 
@@ -146,15 +146,15 @@ def _past_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     slots, tokens = cache[KEY].shape[1], new.contents[KEY].shape[1]
     held = jnp.minimum(new.start, slots)
     first = new.start - held
-    in_line = lax.rem(first[:, None] + positions(slots), jnp.int32(slots))
+    in_line = lax.rem(first[:, None] + positions(slots)[None], jnp.int32(slots))
     line = {
         name: _write(_padded(_gather(cache[name], in_line), tokens), x, held, jnp.ones_like(held, bool))
         for name, x in new.contents.items()
     }
-    in_ring = masks.ring_positions(positions(slots), new.stop[:, None], slots) - first[:, None]
+    in_ring = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots) - first[:, None]
     contents = {name: _gather(x, in_ring) for name, x in line.items()}
     fields = dict(lengths=held + new.stop - new.start, query_offset=held)
-    return contents, Keys.cached(line, new.dtype, positions=first[:, None] + positions(slots + tokens), **fields)
+    return contents, Keys.cached(line, new.dtype, positions=first[:, None] + positions(slots + tokens)[None], **fields)
 
 
 # -- their parts ------------------------------------------------------------------------------------------------------

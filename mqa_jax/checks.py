@@ -14,19 +14,22 @@ from jaxtyping import Array
 
 from mqa_jax import quantization
 from mqa_jax.arguments import STATIC, array, flag, in_32_bits, integers, may_exceed_32_bits, number, shown, whole_number
+from mqa_jax.batch_axes import without_batch_of_one
 from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.masks import LEAST, MOST, Mask, Ring
 from mqa_jax.options import Options
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
 def checked_inputs(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None, mask: ArrayLike | None, options: Options
 ) -> Inputs:
     """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1)."""
-    query, key, value = array("query", query), array("key", key), array("value", value)
+    found = [array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
+    (*found, bias, mask), options = without_batch_of_one([*found, bias, mask], options)
+    query, key, value = (jnp.asarray(x) for x in found)
     _check_shapes(query, key, value)
     scales = {"key_scale": options.key_scale, "value_scale": options.value_scale}
     _check_dtypes(query, key, value, are_scaled=any(scale is not None for scale in scales.values()))
@@ -87,7 +90,7 @@ def _check_dtypes(query: Array, key: Array, value: Array, are_scaled: bool) -> N
         raise ValueError(f"query, key and value must have the same dtype: {dtypes}. Cast them with .astype().")
     if query.dtype not in DTYPES:
         raise ValueError(
-            f"query, key and value must be float32, bfloat16 or float16: {dtypes}. Cast them with .astype()."
+            f"query, key and value must be float32, bfloat16, float16 or float64: {dtypes}. Cast them with .astype()."
         )
 
 

@@ -14,7 +14,7 @@ def cannot(inputs: Inputs) -> str | None:
     """Why not, or None if it can."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     unsupported = {
-        "dtype float32": inputs.dtype == jnp.float32,
+        f"dtype {inputs.dtype}": inputs.dtype in (jnp.float32, jnp.float64),
         "a value head size V different from H": size.V != size.H,
         "a head size H that is no multiple of 8": size.H % 8 != 0,
         "alibi_slopes": operands.alibi_slopes is not None,

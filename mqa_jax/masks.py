@@ -122,7 +122,7 @@ def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B 
     if rows_exist is not None:
         conditions.append(rows_exist[:, None, :, None])
     if mask.key_lengths is not None:
-        conditions.append((columns < mask.key_lengths[:, None])[:, None, None, :])
+        conditions.append((columns[None] < mask.key_lengths[:, None])[:, None, None, :])
     if mask.query_segments is not None and mask.key_segments is not None:
         conditions.append((mask.query_segments[:, :, None] == mask.key_segments[:, None, :])[:, None])
     if mask.allowed is not None:
@@ -148,7 +148,7 @@ def in_reach(mask: Mask, query: Array, key: Array) -> list[Bool[Array, "..."]]:
 
 def exist(lengths: Int[Array, " B"] | None, rows: Positions) -> Bool[Array, "B T"] | None:
     """False in rows that are padding; None if there are none."""
-    return None if lengths is None else rows < lengths[:, None]
+    return None if lengths is None else rows[None] < lengths[:, None]
 
 
 def distance(mask: Mask, rows: Positions, columns: Positions) -> UInt32[Array, "#B 1 T S"]:
@@ -175,7 +175,7 @@ def _positions(
     mask: Mask, rows: Positions, columns: Positions
 ) -> tuple[Int[Array, "#B 1 T 1"], Int[Array, "#B 1 1 S"]]:
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
-    query = rows + offset[:, None]  # [#B, T]
+    query = rows[None] + offset[:, None]  # [#B, T]
     return query[:, None, :, None], key_positions(mask, columns)[:, None, None, :]
 
 
@@ -183,7 +183,7 @@ def key_positions(mask: Mask, columns: Positions) -> Int[Array, "#B X"]:
     """Positions of keys by their index; negative in slots of a ring that were never written."""
     if mask.ring is None:
         return columns[None]
-    return ring_positions(columns, mask.ring.lengths[:, None], mask.ring.slots)
+    return ring_positions(columns[None], mask.ring.lengths[:, None], mask.ring.slots)
 
 
 def ring_positions(slot: Array, length: Array, slots: int) -> Array:

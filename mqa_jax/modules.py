@@ -286,7 +286,8 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def _positions(x: Array, offset: int | Array) -> Int[Array, "... T"]:
-        return jnp.asarray(offset, jnp.int32)[..., None] + shapes.positions(x.shape[-2])
+        offset = jnp.asarray(offset, jnp.int32)[..., None]
+        return offset + jnp.expand_dims(shapes.positions(x.shape[-2]), range(offset.ndim - 1))
 
     @staticmethod
     def _keys(key: Array, value: Array, offset: int | Array, lengths: Lengths | None, past: Any) -> Keys:
@@ -392,11 +393,14 @@ class GroupedQueryAttention(nn.Module):
         """Merges in the learned key and value that every query sees: two partial softmaxes, weighed by log-sum-exp."""
         shape = self._kv_heads, self._head_dim
         bias_k, bias_v = (self.param(name, self.kernel_init, shape, self.param_dtype) for name in ("bias_k", "bias_v"))
-        grouped = query.reshape(*query.shape[:-2], self._kv_heads, -1, self._head_dim).astype(jnp.float32)
+        grouped = query.reshape(*query.shape[:-2], self._kv_heads, -1, self._head_dim).astype(log_sum_exp.dtype)
         scale = self._head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-        score = scale * jnp.einsum("...kgh,kh->...kg", grouped, bias_k, precision="highest").reshape(log_sum_exp.shape)
+        score = scale * jnp.einsum(
+            "...kgh,kh->...kg", grouped, bias_k.astype(grouped.dtype), precision="highest"
+        ).reshape(log_sum_exp.shape)
         share = jax.nn.sigmoid(log_sum_exp - score)  # of the keys before it, [..., T, N]
         added = jnp.repeat(bias_v, self.heads // self._kv_heads, axis=0)  # [N, H]
+        added = jnp.expand_dims(added, range(out.ndim - 2)).astype(share.dtype)
         out = (share[..., None] * out + (1 - share)[..., None] * added).astype(out.dtype)
         return out, None if weights is None else weights * jnp.swapaxes(share, -1, -2)[..., None]
 

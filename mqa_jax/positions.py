@@ -158,14 +158,16 @@ class Rope:
         return (frequencies if self.scaling is None else self.scaling(frequencies)).astype(np.float32)
 
     def __call__(self, x: Float[Array, "... T N H"], positions: Int[Array, "... T"]) -> Float[Array, "... T N H"]:
-        """Rotates `x`, in float32, and returns it in its own dtype."""
-        features = x.shape[-1]
-        angle = positions[..., None, None].astype(jnp.float32) * self.frequencies(features)  # [..., T, 1, H/2]
+        """Rotates `x`, in float32 (float64 for float64), and returns it in its own dtype."""
+        features, dtype = x.shape[-1], jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+        positions = jnp.expand_dims(positions, range(x.ndim - 2 - positions.ndim))
+        frequencies = jnp.expand_dims(self.frequencies(features).astype(dtype), range(x.ndim - 1))
+        angle = positions[..., None, None].astype(dtype) * frequencies  # [..., T, 1, H/2]
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
         cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
         pairs = (*x.shape[:-1], features // 2, 2) if self.interleaved else (*x.shape[:-1], 2, features // 2)
         axis = -1 if self.interleaved else -2
-        first, second = jnp.moveaxis(x.astype(jnp.float32).reshape(pairs), axis, 0)
+        first, second = jnp.moveaxis(x.astype(dtype).reshape(pairs), axis, 0)
         rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
         return rotated.reshape(x.shape).astype(x.dtype)
 
@@ -182,7 +184,8 @@ class TemperatureTuning:
 
     def __call__(self, query: Float[Array, "... T N H"], positions: Int[Array, "... T"]) -> Float[Array, "... T N H"]:
         steps = jnp.floor((positions + 1).astype(jnp.float32) / self.floor_scale)
-        return query * (1 + self.attn_scale * jnp.log(steps + 1))[..., None, None].astype(query.dtype)
+        factor = (1 + self.attn_scale * jnp.log(steps + 1))[..., None, None].astype(query.dtype)
+        return query * jnp.expand_dims(factor, range(query.ndim - factor.ndim))
 
 
 def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:

@@ -56,7 +56,7 @@ FUNCTION = {
     ),
     "integers": (
         lambda: attend(QUERY.astype(int), KEY.astype(int)),
-        r"must be float32, bfloat16 or float16: query.dtype=int32.*Cast",
+        r"must be float32, bfloat16, float16 or float64: query.dtype=int32.*Cast",
     ),
     "bias dtype": (
         lambda: attend(bias=ones((5, 7), int)),
