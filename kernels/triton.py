@@ -88,7 +88,8 @@ def backward(
         alibi_slopes=run(triton_score_gradient.d_slopes, "dscore") if inputs.needs_gradient("alibi_slopes") else None,
         sinks=row_terms.d_sinks(operands.sinks, normalizer, delta),
     )
-    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, given)
+    in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(x.dtype)
+    return jax.tree.map(in_its_dtype, gradients, given, is_leaf=lambda x: x is None)
 
 
 def _readable(inputs: Inputs) -> Inputs:

@@ -123,15 +123,9 @@ class Checkpoint:
         module, family = hf_attention.attention_of(config, layer)
         prefix = self._prefix(family, layer)
         tensors = _without_frequencies(self.tensors(prefix), module.rope, prefix)
-        if family.layout == "bert":  # what comes after attention is in the same module there
-            tensors = {name: x for name, x in tensors.items() if "LayerNorm" not in name}
         options: dict[str, Any] = dict(heads=module.heads, kv_heads=module.kv_heads, layout=family.layout)
         params = torch_state_dict.from_state_dict(tensors, **options)
-        integers = {str(x.dtype) for x in jax.tree.leaves(params) if not jnp.issubdtype(x.dtype, jnp.floating)}
-        if integers:
-            raise NotImplementedError(
-                f"Weights of integers are quantised, which is not supported: {prefix}* {integers}."
-            )
+        _check_complete(module, params, f"{prefix}* in {str(self.path)!r}")
         return module, {"params": params}
 
     def _prefix(self, family: hf_attention.Family, layer: int) -> str:
@@ -185,6 +179,21 @@ def _check_not_quantized(config: Config) -> None:
                 f"Quantised weights are not supported: {name} with quant_method={method!r} in {str(config.path)!r}. "
                 "Dequantise them, and save the model without it."
             )
+
+
+def _check_complete(module: GroupedQueryAttention, params: dict[str, Any], where: str) -> None:
+    """Flax ignores parameters that a module does not have: biases that config.json denies, say."""
+    x = jax.ShapeDtypeStruct((1, 1, module.dim), jnp.float32)
+    wanted = jax.eval_shape(module.init, {"params": jax.random.key(0), "dropout": jax.random.key(0)}, x)["params"]
+    shapes = lambda tree: {jax.tree_util.keystr(at): x.shape for at, x in jax.tree_util.tree_leaves_with_path(tree)}
+    settings, file = shapes(wanted), shapes(params)
+    differing = {name: (settings.get(name), file.get(name)) for name in settings | file}
+    differing = {name: pair for name, pair in differing.items() if pair[0] != pair[1]}
+    if differing:
+        raise ValueError(
+            f"The tensors {where} are not those of the attention that config.json describes. Under our names, shapes by "
+            f"config.json and in the file: {differing}. One of the two is another model's."
+        )
 
 
 def _without_frequencies(tensors: dict[str, Any], rope: Rope | None, prefix: str) -> dict[str, Any]:

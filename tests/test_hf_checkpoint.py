@@ -225,6 +225,11 @@ def _rotary(folder: Path, frequencies: jax.Array) -> Checkpoint:
     return write(folder, model=layer(0) | {"model.layers.0.self_attn.rotary_emb.inv_freq": frequencies})
 
 
+def _other_biases(*features: int) -> dict[str, jax.Array]:
+    names = zip(("k_proj", "v_proj", "o_proj"), (features[1], features[1], features[0]))
+    return {f"model.layers.0.self_attn.{name}.bias": jnp.ones(n) for name, n in names}
+
+
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no config": (Checkpoint, FileNotFoundError, "A checkpoint has a config.json: there is none in"),
     "no weights": (_no_weights, FileNotFoundError, "There are no weights in .*: model.safetensors, pytorch_model.bin"),
@@ -287,12 +292,24 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "integers": (
         lambda folder: _quantized(folder, jnp.int8),
         NotImplementedError,
-        r"Weights of integers are quantised, .* model.layers.0.self_attn.\* {'int8'}",
+        "Quantised weights are not read, .*int8.*Dequantise them first",
+    ),
+    "biases that the config denies": (
+        lambda folder: write(
+            folder, model=layer(0) | {Q_PROJ.replace("weight", "bias"): jnp.ones(24), **_other_biases(24, 8)}
+        ),
+        ValueError,
+        r"are not those of the attention that config.json describes.*\['key'\]\['bias'\]\": \(None, \(2, 4\)\)",
+    ),
+    "another number of features": (
+        lambda folder: write(folder, config=CONFIG | {"head_dim": 8}, model=layer(0)),
+        ValueError,
+        "q_proj.weight|are not those of the attention",
     ),
     "scales": (
         lambda folder: _quantized(folder, jnp.int8, **{f"{Q_PROJ}_scale": jnp.ones(1)}),
-        ValueError,
-        "q_proj.weight_scale",
+        NotImplementedError,
+        "Quantised weights are not read, .*int8.*with their scales",
     ),
     "an adapter": (_adapter, NotImplementedError, "There is an adapter_config.json in .* Merge it"),
     "other frequencies": (
