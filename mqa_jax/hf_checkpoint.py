@@ -191,7 +191,7 @@ def _check_complete(module: GroupedQueryAttention, params: dict[str, Any], where
     differing = {name: pair for name, pair in differing.items() if pair[0] != pair[1]}
     if differing:
         raise ValueError(
-            f"The tensors {where} are not those of the attention that config.json describes. Under our names, shapes by "
+            f"The tensors {where} are not those of the attention that config.json describes. Our names, with shapes by "
             f"config.json and in the file: {differing}. One of the two is another model's."
         )
 
