@@ -39,7 +39,6 @@ LEADING_PAST: covering.Choices = dict(
 HEADS = (4, 2), (2, 2), (3, 1), (1, 1)  # GQA, MHA, MQA, one head
 BATCHES = (2,), (), (2, 2)  # leading axes
 FEATURES = (8, 8), (5, 12)  # of queries and keys, of values
-FAR = 1 << 20  # a side of a window that is not limited
 VALUE_SETS = 4  # of `problem`: ends inside a tile, on its boundary, 0 and anything, anything
 
 
@@ -54,8 +53,8 @@ def window_of(choice: str | None, rows: int, columns: int) -> Any:
     windows = {
         None: None,
         "past": (wide, 0),
-        "left": (wide, FAR),
-        "right": (FAR, wide // 4),
+        "left": (wide, None),
+        "right": (-1, wide // 4),
         "both": wide,
         "future": (5, wide),
     }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mqa_jax
-from mqa_jax import dropout, masks
+from mqa_jax import dropout, masks, reference
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
@@ -163,13 +163,14 @@ def _plain_attention(inputs: Inputs) -> tuple[Any, Any]:
     if operands.bias is not None:
         score = score + reverse(operands.bias, 3).astype(jnp.float32)
     if operands.alibi_slopes is not None:
-        distance = jnp.abs(masks.key_minus_query_position(inputs.mask, rows, columns)).astype(jnp.float32)
+        distance = masks.distance(inputs.mask, rows, columns).astype(jnp.float32)
         score = score - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * reverse(distance, 3)
     visible = masks.visible(inputs.mask, rows, columns)
     if visible is not None:
         score = jnp.where(reverse(visible, 3), score, -jnp.inf)
-    if operands.sinks is not None:
-        sinks = jnp.broadcast_to(operands.sinks.astype(jnp.float32)[:, None, None], (*score.shape[:3], 1))
+    sinks = reference.sinks_of_rows(inputs)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks, (*score.shape[:3], 1))
         score = jnp.concatenate([score, sinks], axis=-1)
     empty = jnp.max(score, axis=-1, initial=-jnp.inf, keepdims=True) == -jnp.inf
     score = jnp.where(empty, 0.0, score)
@@ -204,6 +205,7 @@ def judge(fast: dict[str, Any], plain: dict[str, Any], reference: dict[str, Any]
     """Fails with the worst coordinate of the first result that breaks the rule."""
     assert set(fast) == set(reference)
     for name, expected in reference.items():
+        assert fast[name].dtype == plain[name].dtype, f"{name}: {fast[name].dtype=!s}, {plain[name].dtype=!s}"
         _judge_one(name, np.float64(fast[name]), np.float64(plain[name]), np.float64(expected), fast[name].dtype.name)
 
 
