@@ -5,6 +5,7 @@ of its arrays (lengths, offsets, ids of segments, seeds) do not; `problem` draws
 on its boundary, at 0 and at the full length.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -53,7 +54,7 @@ def window_of(choice: str | None, rows: int, columns: int) -> Any:
     windows = {
         None: None,
         "past": (wide, 0),
-        "left": (wide, None),
+        "left": (wide, -1),
         "right": (-1, wide // 4),
         "both": wide,
         "future": (5, wide),
@@ -98,7 +99,7 @@ class _Drawn:
         if row["bias"] is not None:
             given["bias"] = self.normal(*self.axes(row["bias"]))
         if row["alibi_slopes"]:
-            given["alibi_slopes"] = self.normal(self.heads) / 8
+            given["alibi_slopes"] = self.normal(self.heads) * 6 / self.columns
         if row["sinks"]:
             given["sinks"] = self.normal(self.heads)
         if row["dropout"]:
@@ -106,7 +107,9 @@ class _Drawn:
         given |= {name: row[option] for option, name in _NUMBERS.items() if row[option] is not None}
         sizes = dict(batch=self.batch, rows=self.rows, columns=self.columns, heads=self.heads, kv_heads=self.kv_heads)
         features, value_features = row["features"]
-        return oracle.random_problem(self.rng, **sizes, features=features, value_features=value_features, **given)
+        made = oracle.random_problem(self.rng, **sizes, features=features, value_features=value_features, **given)
+        d_out, d_log_sum_exp = made.cotangents  # of one sign: sums over all queries, as those of sinks, do not cancel
+        return dataclasses.replace(made, cotangents=(d_out, jnp.abs(d_log_sum_exp) + 2))
 
     def normal(self, *shape: int) -> jax.Array:
         return jnp.asarray(self.rng.standard_normal(shape, dtype=np.float32))
