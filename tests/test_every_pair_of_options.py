@@ -140,7 +140,7 @@ def test_masks_leave_something_to_judge(way):
     for row in WAYS[way].table:
         seeing, whole, part = [], 0, 0
         for problem in WAYS[way].problems(row):
-            inputs, (rows, columns) = _masking(problem), WAYS[way].tile(row["tiles"])
+            inputs, (rows, columns) = masking(problem), WAYS[way].tile(row["tiles"])
             size = inputs.sizes
             visible = masks.visible(inputs.mask, np.arange(size.T), np.arange(size.S))
             visible = np.broadcast_to(True if visible is None else visible, (size.B, size.N, size.T, size.S))
@@ -157,7 +157,7 @@ def test_masks_leave_something_to_judge(way):
             assert part or not hides, f"{name(row)}: no tile is seen in part"
 
 
-def _masking(problem: oracle.Problem) -> Inputs:
+def masking(problem: oracle.Problem) -> Inputs:
     """With one batch axis."""
     query, key, value = (problem.arrays[name] for name in ("query", "key", "value"))
     options, mask = dict(problem.options), problem.options.get("mask")

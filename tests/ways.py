@@ -165,7 +165,7 @@ WAYS = {
         option_space.LEADING_PAST,
     ),
     "triton, few queries": Way(
-        _OF_SMALL | dict(sizes=((3, 83), (5, 64)), tiles=((16, 32, 256, True, 64), (16, 16, 16, False, 64))),
+        _OF_SMALL | dict(sizes=((3, 83), (11, 83), (5, 64)), tiles=((16, 32, 256, True, 64), (16, 16, 16, False, 64))),
         functools.partial(triton, most_queries=16),
         lambda tiles: tiles[:2],
         FEWER | dict(bias=(None, "ZNTS", "ZS")),
