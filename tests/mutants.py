@@ -57,8 +57,8 @@ RANGES = [
     Mutant("tiles.key_range", "minus(offset + row_start, left)", "minus(offset + row_start, left) + 1", "xla", ("window",)),
     Mutant("tiles.key_range", "if left is not None", "if False", "xla", ("window",)),
     Mutant("tiles.key_range", "plus(offset + (row_stop - 1), right)", "plus(row_stop - 1, right)", "xla", ("is_causal", "query_offset")),
-    Mutant("tiles.key_range", "right)) + 1", "right))", "xla", ("is_causal",)),
-    Mutant("tiles.key_range", "right)) + 1", "right)) + 2", "xla", ("is_causal",)),
+    Mutant("tiles.key_range", "right)) + 1", "right))", "xla", ("is_causal", "query_offset=each row")),
+    Mutant("tiles.key_range", "right)) + 1", "right)) + 2", "xla", ("is_causal", "query_offset=each row")),
     Mutant("tiles.key_range", "if right is not None", "if mask.is_causal", "xla", ("window",)),
     Mutant("tiles.key_range", "if right is not None", "if mask.window is not None", "xla", ("is_causal",)),
     Mutant("tiles.key_range", "if mask.key_lengths is not None", "if False", "xla", ("key_lengths",)),
@@ -66,15 +66,15 @@ RANGES = [
     Mutant("tiles.key_range", "row_start < mask.query_lengths[0]", "row_start + 1 < mask.query_lengths[0]", "xla", ("query_lengths",)),
     Mutant("tiles.key_range", "if mask.query_lengths is not None", "if False", _COUNTED),
     Mutant("tiles.row_range", "first - jnp.clip(offset, ", "first - jnp.clip(0, ", "xla", ("is_causal", "query_offset")),
-    Mutant("tiles.row_range", "minus(first, rows), first)", "minus(first, rows), first) + 1", "xla", ("is_causal",)),
-    Mutant("tiles.row_range", "minus(column_start, right)", "minus(column_start, right) + 1", "xla", ("is_causal",)),
+    Mutant("tiles.row_range", "minus(first, rows), first)", "minus(first, rows), first) + 1", "xla", ("is_causal", "query_offset=each row")),
+    Mutant("tiles.row_range", "minus(column_start, right)", "minus(column_start, right) + 1", "xla", ("is_causal", "query_offset=each row")),
     Mutant("tiles.row_range", "if right is not None", "if mask.is_causal", "xla", ("window",)),
     Mutant("tiles.row_range", "if right is not None", "if mask.window is not None", "xla", ("is_causal",)),
     Mutant("tiles.row_range", "jnp.maximum(offset, minus", "jnp.maximum(0, minus", "xla", ("window", "query_offset")),
     Mutant("tiles.row_range", "plus(column_stop - 1, left)", "plus(column_stop - 1, left) - 1", "xla", ("window",)),
     Mutant("tiles.row_range", "if left is not None", "if False", "xla", ("window",)),
     Mutant("tiles.row_range", "jnp.minimum(stop, mask.query_lengths[0])", "jnp.minimum(stop, mask.query_lengths[0] - 1)", "xla", ("query_lengths",)),
-    Mutant("tiles.row_range", "if mask.query_lengths is not None", "if False", "triton", ("query_lengths", "sinks")),
+    Mutant("tiles.row_range", "if mask.query_lengths is not None", "if False", "triton", ("query_lengths", "sizes=(96, 96)")),
     Mutant("tiles.row_range", "column_start < mask.key_lengths[0]", "column_start + 1 < mask.key_lengths[0]", "xla", ("key_lengths",)),
     Mutant("tiles.row_range", "if mask.key_lengths is not None", "if False", _COUNTED),
     Mutant("tiles.full_key_range", "row_stop - 1", "row_start", "xla", ("window",)),
@@ -95,14 +95,14 @@ XLA = [
     # The fault that nobody saw: gradients of keys that are padding, in tiles that straddle the length.
     Mutant("xla_tile.Tiling._owns_every_key", "owned if lengths is None else owned & (place.column + self.shape.columns <= lengths[place.batch])", "owned", "xla", ("key_lengths",)),
     Mutant("xla_tile.Tiling._owns_every_key", "owned & (place.column + self.shape.columns", "owned & (place.column", "xla", ("key_lengths",)),
-    Mutant("xla_tile.Tiling._owns_every_key", "owned if lengths is None", "True if lengths is None", "xla", ("is_causal",)),
+    Mutant("xla_tile.Tiling._owns_every_key", "owned if lengths is None", "True if lengths is None", "xla"),
     Mutant("xla_tile.Tiling._owns_every_key", "else owned & (", "else (", "xla", ("key_lengths",)),
     Mutant("xla_tile.Tiling.over_row_tiles", "jnp.where(self._owns_every_key(place), stop, 0)", "stop", "xla", ("key_lengths",)),
     Mutant("xla_tile.Tiling.over_column_tiles", "tiles.full_key_range)", "tiles.key_range)", "xla", ("is_causal",)),
     Mutant("xla_tile.Tiling.over_row_tiles", "tiles.full_row_range)", "tiles.row_range)", "xla", ("is_causal",)),
     Mutant("xla_tile.Tiling._ranges", "-(-every[0] // tile)", "every[0] // tile", "xla", ("window",)),
     Mutant("xla_tile.Tiling._ranges", "every[1] // tile", "-(-every[1] // tile)", "xla", ("is_causal",)),
-    Mutant("xla_tile.Tiling._ranges", "jnp.clip(-(-every[0] // tile), start, stop)", "-(-every[0] // tile)", "xla", ("window", "query_offset")),
+    Mutant("xla_tile.Tiling._ranges", "jnp.clip(-(-every[0] // tile), start, stop)", "-(-every[0] // tile)", "test_visits.test_ranges_of_tiles_are_in_order"),
     Mutant("xla_tile.Tiling._ranges", "tile, full_start, stop)", "tile, start, stop)", "xla", ("window",)),
     Mutant("xla_tile.Tiling._over", "tile < full_start", "tile <= full_start", "xla", ("window",)),
     Mutant("xla_tile.Tiling._over", "tile + skipped)", "tile)", "xla", ("is_causal",)),
@@ -123,7 +123,7 @@ XLA = [
     Mutant("xla_tile.Tiling.at_row_tile", "owned_row=owned", "owned_row=owned * 0", "xla"),
     Mutant("xla_tile.Tiling.at_column_tile", "owned_column=owned", "owned_column=owned * 0", "xla"),
     Mutant("xla_tile.Tiling.at_row_tile", "jnp.minimum(owned, self.sizes.T - self.shape.rows)", "owned", "xla", ("is_causal",)),
-    Mutant("xla_tile.Tiling.at_column_tile", "jnp.minimum(owned, self.sizes.S - self.shape.columns)", "owned", "xla", ("is_causal",)),
+    Mutant("xla_tile.Tiling.at_column_tile", "jnp.minimum(owned, self.sizes.S - self.shape.columns)", "owned", "xla"),
     Mutant("xla_tile.Tiling._masked_step", "jnp.any(may_attend)", "jnp.all(may_attend)", "xla", ("mask",)),
 ]
 
@@ -136,19 +136,17 @@ FEW_QUERIES = [
     Mutant("xla_decode._BlockRange.seen", "jnp.min(full_stop)", "jnp.max(full_stop)", _FEW, ("key_lengths",)),
     Mutant("xla_decode._BlockRange.seen", "jnp.max(stop)", "jnp.min(stop)", _FEW, ("key_lengths",)),
     Mutant("xla_decode._BlockRange.is_full", "index < self.full_stop", "index <= self.full_stop", _FEW, ("key_lengths",)),
-    Mutant("xla_decode._BlockRange.is_full", "self.full_start <= index", "self.full_start - 1 <= index", _FEW, ("window",)),
+    Mutant("xla_decode._BlockRange.is_full", "self.full_start <= index", "self.full_start - 1 <= index", _FEW, ("window", "query_offset")),
     Mutant("xla_decode._full", "query_offset=mask.query_offset, ", "", _FEW, ("alibi_slopes", "query_offset", "key_lengths")),
     Mutant("xla_decode._full", "query_lengths=mask.query_lengths, ", "", _FEW, ("query_lengths",)),
-    Mutant("xla_decode.forward", "inputs.mask.hides_pairs or ", "", _FEW, ("window", "sizes=(4, 64)")),
-    Mutant("xla_decode.forward", "inputs.mask.key_lengths is not None or ", "", _FEW, ("key_lengths", "sizes=(4, 64)")),
-    Mutant("xla_decode.forward", " or size.S % steps.columns", "", _FEW),
+    Mutant("xla_decode.forward", "inputs.mask.hides_pairs or ", "", _FEW, ("window", "sizes=(4, 64)", "tiles=(8, False)")),
+    Mutant("xla_decode.forward", "inputs.mask.key_lengths is not None or ", "", _FEW, ("key_lengths", "sizes=(4, 64)", "tiles=(8, False)")),
     Mutant("xla_decode._visible", "block.columns >= block.owned", "block.columns >= 0", _FEW),
-    Mutant("xla_decode.Block.number", "jnp.minimum(owned, sizes.S - length)", "owned", _FEW, ("window",)),
+    Mutant("xla_decode.Block.number", "jnp.minimum(owned, sizes.S - length)", "owned", _FEW),
 ]
 
 # -- tables of tiles, and the Triton kernels --------------------------------------------------------------------------
 
-_TRITON_FEW = "triton, few queries"
 _NEEDS = "mask.allowed is not None or mask.ring is not None"
 
 BOUNDS = [
@@ -156,8 +154,8 @@ BOUNDS = [
     Mutant("tile_bounds.key_tiles", _NEEDS, "mask.allowed is not None", "triton", ("ring", "is_causal")),
     Mutant("tile_bounds.row_tiles", _NEEDS, "mask.ring is not None", "triton", ("mask",)),
     Mutant("tile_bounds.row_tiles", _NEEDS, "mask.allowed is not None", "triton", ("ring", "is_causal")),
-    Mutant("tile_bounds.key_tiles", "start, stop = tile * rows // group", "start, stop = -(-tile * rows // group)", _TRITON_FEW, ("window", "heads=(3, 1)", "sizes=(11, 83)")),
-    Mutant("tile_bounds.key_tiles", "jnp.minimum(-(-(tile + 1) * rows // group), sizes.T)", "jnp.minimum((tile + 1) * rows // group, sizes.T)", _TRITON_FEW, ("is_causal", "heads=(3, 1)", "sizes=(11, 83)")),
+    Mutant("tile_bounds.key_tiles", "start, stop = tile * rows // group", "start, stop = -(-tile * rows // group)", "test_visits.test_tiles_of_several_heads_of_a_query"),
+    Mutant("tile_bounds.key_tiles", "jnp.minimum(-(-(tile + 1) * rows // group), sizes.T)", "jnp.minimum((tile + 1) * rows // group, sizes.T)", "test_visits.test_tiles_of_several_heads_of_a_query"),
     Mutant("tile_bounds.key_tiles", "jnp.minimum(-(-(tile + 1) * rows // group), sizes.T)", "-(-(tile + 1) * rows // group)", _COUNTED),
     Mutant("tile_bounds.row_tiles", "jnp.minimum((tile + 1) * columns, sizes.S)", "(tile + 1) * columns", _COUNTED),
     Mutant("tile_bounds.key_tiles", "tiles.full_key_range(", "tiles.key_range(", "triton", ("is_causal",)),
@@ -169,7 +167,7 @@ BOUNDS = [
     Mutant("tile_bounds._bounds", "jnp.maximum(start, some[0]), jnp.minimum(stop, some[1])", "start, stop", "test_tile_bounds.test_packed_documents_visit_their_own_tiles"),
     Mutant("tile_bounds._bounds", "jnp.maximum(full_start, every[0])", "full_start", "triton", ("segments",)),
     Mutant("tile_bounds._bounds", "jnp.minimum(full_stop, every[1])", "full_stop", "triton", ("segments",)),
-    Mutant("tile_bounds._bounds", "    full_start = jnp.clip(full_start, start, stop)\n", "", "triton", ("window", "query_offset")),
+    Mutant("tile_bounds._bounds", "    full_start = jnp.clip(full_start, start, stop)\n", "", "test_visits.test_tables_of_tiles_are_in_order"),
     Mutant("tile_bounds._bounds", "jnp.clip(full_stop, full_start, stop)", "full_stop", "triton", ("key_lengths", "window")),
     Mutant("tile_bounds._bounds", "jnp.maximum(start, stop)", "stop", "test_visits.test_tables_of_tiles_are_in_order"),
     Mutant("tile_bounds._related", "own_low <= other_high", "own_low < other_high", "triton", ("segments",)),
@@ -179,7 +177,7 @@ BOUNDS = [
     Mutant("tile_bounds._related", " & (own_low == other_low)", "", "triton", ("segments",)),
     Mutant("tile_bounds._extremes", "jnp.min(", "jnp.max(", "triton", ("segments",)),
     Mutant("tile_bounds._hull", "count - _first(", "count - 1 - _first(", "triton", ("segments",)),
-    Mutant("tile_bounds._first_run", "positions(related.shape[-1]), range(related.ndim - 1)) >= start", "positions(related.shape[-1]), range(related.ndim - 1)) > start + 99", "triton", ("segments",)),
+    Mutant("tile_bounds._first_run", ">= start[..., None]", ">= start[..., None] + 99", "triton", ("segments",)),
 ]
 
 TRITON = [
@@ -199,7 +197,7 @@ TRITON = [
     Mutant("triton_tile.Program.ragged_columns", "self.sizes.S % self.config.columns != 0 or", "", "triton"),
     Mutant("triton_tile.Program.may_mask", "self.inputs.mask.hides_pairs or ", "", "triton", ("is_causal", "sizes=(96, 96)")),
     Mutant("triton_tile.Program.may_mask", "self.inputs.mask.hides_pairs or ragged", "self.inputs.mask.hides_pairs", "triton"),
-    Mutant("triton_tile.Program.may_mask", "self.ragged_rows() if self.transposed else ", "", "triton", ("sizes=(83, 67)",)),
+    Mutant("triton_tile.Program.may_mask", "self.ragged_rows() if self.transposed else ", "", "triton", ("sizes=(83, 64)",)),
     Mutant("triton_grid.KeyTiles.number", "self.full_start + step", "self.start + step", "triton", ("window",)),
     Mutant("triton_grid.KeyTiles.number", "step < self.left", "step <= self.left", "triton", ("window",)),
     Mutant("triton_grid.KeyTiles.number", "self.full_stop + step - self.left", "self.full_stop + step", "triton", ("window",)),
@@ -221,6 +219,7 @@ MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON]
 # Terms whose loss changes neither a number nor how many tiles are visited.
 WITHOUT_EFFECT = {
     "xla_decode._full: ring=mask.ring": "no block is full where there is a ring (`tile_bounds.key_tiles`)",
+    "xla_decode.forward: or size.S % steps.columns": "`_visible` looks after the block that is moved back in any case",
     "tile_bounds._extremes: mode='edge'": "what is padded lies beyond the array; any id there only widens a range",
     "triton_grid.KeyTiles._existing": "keeps an address inside the array; what is read there is multiplied by 0",
     "triton_grid.KeyTiles.last": "`previous` of one step more",

@@ -44,18 +44,18 @@ VALUE_SETS = 4  # of `problem`: ends inside a tile, on its boundary, 0 and anyth
 
 
 def exists(row: covering.Row) -> bool:
-    """A ring says itself how many keys there are; and at most two options that lead past, or little would be left."""
-    return not (row.get("ring") and row.get("key_lengths")) and sum(bool(row.get(x)) for x in LEADING_PAST) <= 2
+    """A ring says itself how many keys there are."""
+    return not (row.get("ring") and row.get("key_lengths"))
 
 
-def window_of(choice: str | None, rows: int, columns: int) -> Any:
-    """So wide that some tiles lie inside, and others do not."""
-    wide = max(min(rows, columns) * 3 // 4, columns // 2)
+def window_of(choice: str | None, rows: int, columns: int, tile: int) -> Any:
+    """So wide that some tiles lie inside and others do not; and with ends one beside those of tiles."""
+    wide = max(min(rows, columns) * 3 // 4, columns // 2) // tile * tile + 1
     windows = {
         None: None,
         "past": (wide, 0),
         "left": (wide, -1),
-        "right": (-1, wide // 4),
+        "right": (-1, wide // 4 // tile * tile + tile - 2),
         "both": wide,
         "future": (5, wide),
     }
@@ -86,7 +86,7 @@ class _Drawn:
         if row["is_causal"]:
             given["is_causal"] = True
         if row["window"] is not None:
-            given["local_window_size"] = window_of(row["window"], self.rows, self.columns)
+            given["local_window_size"] = window_of(row["window"], self.rows, self.columns, min(self.tile))
         if row["key_lengths"]:
             given["key_value_seq_lengths"] = self.each_row(self.ends(self.columns, self.tile[1], self.size))
         if row["query_lengths"]:
@@ -109,7 +109,8 @@ class _Drawn:
         features, value_features = row["features"]
         made = oracle.random_problem(self.rng, **sizes, features=features, value_features=value_features, **given)
         d_out, d_log_sum_exp = made.cotangents  # of one sign: sums over all queries, as those of sinks, do not cancel
-        return dataclasses.replace(made, cotangents=(d_out, jnp.abs(d_log_sum_exp) + 2))
+        arrays = made.arrays if self.values % 2 else _spoilt(made.arrays, given)
+        return dataclasses.replace(made, arrays=arrays, cotangents=(d_out, jnp.abs(d_log_sum_exp) + 2))
 
     def normal(self, *shape: int) -> jax.Array:
         return jnp.asarray(self.rng.standard_normal(shape, dtype=np.float32))
@@ -127,27 +128,26 @@ class _Drawn:
     def ends(self, length: int, tile: int, count: int) -> np.ndarray:
         """Where something ends: from 0 to the length."""
         anywhere = self.rng.integers(0, length + 1, count)
-        on_boundary = np.minimum(self.rng.integers(1, max(2, length // tile + 1), count) * tile, length)
-        if self.values == 0:
-            late = np.maximum(anywhere, length - anywhere)
-            return np.where(late % tile, late, late - 1)
-        if self.values == 1:
-            return np.where(np.arange(count) == count - 1, length, on_boundary)
-        if self.values == 2:
-            return np.where(np.arange(count) == 0, 0, anywhere)
-        near = np.clip(on_boundary + self.rng.integers(-1, 2, count), 0, length)
-        ways = np.stack([anywhere, near, np.full(count, length), np.zeros(count, int)])
-        return ways[self.rng.choice(4, count, p=[0.5, 0.3, 0.15, 0.05]), np.arange(count)]
+        on_boundary = self.rng.integers(1, max(2, length // tile + 1), count) * tile
+        late = np.maximum(anywhere, length - anywhere)
+        ends = {
+            0: np.where(late % tile, late, late - 1),
+            1: np.minimum(on_boundary + np.arange(count) % 2, length),
+            2: np.where(np.arange(count) == 0, 0, np.where(np.arange(count) == 1, length, anywhere)),
+            3: np.where(np.arange(count) % 2, anywhere, np.minimum(on_boundary + 1, length)),
+        }
+        return ends[self.values]
 
     def offset(self, ring_lengths: np.ndarray | None) -> np.ndarray | None:
-        """Negative, so that the first queries see nothing under a causal mask; a multiple of the tile; at the end."""
-        choice = self.row["query_offset"]
+        """Negative, so that the first queries see nothing under a causal mask; a multiple of the tile, and beside it."""
+        choice, tile = self.row["query_offset"], min(self.tile)
         if choice is None:
             return None
         if ring_lengths is not None:
             return ring_lengths - self.rows if choice == "each row" else np.full(self.size, ring_lengths.min())
-        ways = [-(self.rows // 3), self.tile[1], self.columns - self.rows, self.columns // 3 + 1]
-        return np.asarray(ways)[(self.values + np.arange(self.size)) % 4] + (self.values == 3)
+        near = lambda offset, rest: offset // tile * tile + rest
+        ways = near(-self.rows // 3, tile - 2), near(self.columns // 3, 1), self.columns - self.rows, self.tile[1]
+        return np.asarray(ways)[(self.values + np.arange(self.size)) % 4]
 
     def ring_lengths(self) -> np.ndarray:
         """Where offsets differ, any; else so that what a ring holds is what queries 0, 1, ... can see."""
@@ -156,16 +156,14 @@ class _Drawn:
         return self.columns // 2 + self.ends(self.rows, self.tile[0], self.size)
 
     def segments(self, length: int, tile: int) -> jax.Array:
-        """Documents one after the other: ends inside tiles, on boundaries; two that come twice; a single one."""
+        """Documents one after the other: with ends inside tiles, on boundaries; one that goes on later; a single one."""
+        starts = np.asarray([[0.3, 0.65, 0.9]] * self.size) * length + self.rng.integers(0, 3, (self.size, 3))
+        cuts = {0: starts, 1: starts // tile * tile, 2: np.asarray([[tile, 2 * tile]] * self.size)}
         if self.values == 3:
             return jnp.zeros((*self.batch, length), jnp.int32)
-        ids = []
-        for _ in range(self.size):
-            cuts = (np.asarray([0.3, 0.65, 0.9]) * length).astype(int) + self.rng.integers(0, 3, 3)
-            cuts = cuts // tile * tile if self.values == 1 else cuts
-            documents = (np.arange(length)[:, None] >= cuts).sum(1)
-            ids.append(np.asarray([1, 0, 1, 0])[documents] if self.values == 2 else documents)
-        return jnp.asarray(np.stack(ids).reshape(*self.batch, length), jnp.int32)
+        documents = (np.arange(length)[:, None] >= cuts[self.values][:, None]).sum(-1)
+        documents = documents % 2 if self.values == 2 else documents
+        return jnp.asarray(documents.reshape(*self.batch, length), jnp.int32)
 
     def mask(self) -> jax.Array:
         """One pair in five is hidden, and all pairs of some tiles."""
@@ -177,16 +175,31 @@ class _Drawn:
         return jnp.asarray(allowed)
 
 
+def _spoilt(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The same with NaN in what is padding, which nothing may read."""
+
+    def spoil(name: str, lengths: str) -> Any:
+        x = arrays[name]
+        if lengths not in options:
+            return x
+        padding = jnp.arange(x.shape[-3]) >= options[lengths][..., None]
+        return jnp.where(padding[..., None, None], jnp.nan, x)
+
+    keys = {name: spoil(name, "key_value_seq_lengths") for name in ("key", "value")}
+    return arrays | keys | {"query": spoil("query", "query_seq_lengths")}
+
+
 _NUMBERS = {"soft_cap": "logits_soft_cap", "scale": "scale"}
 
 
 
 
 def table(structure: covering.Choices, options: covering.Choices, leading_past: covering.Choices) -> list[covering.Row]:
-    """Every choice alone; every pair; and every pair but those with `leading_past` also in rows without any of it."""
+    """Every choice alone; every pair; and every pair without `leading_past` but for what of it is in the pair."""
     everything = options | leading_past | structure
-    straight = covering.table(options | structure, exists)
-    known = set().union(*map(covering.pairs_of, straight))
-    others = covering.table(everything, exists, known)
-    without = {option: chosen[0] for option, chosen in leading_past.items()}
-    return [*covering.each_alone(everything), *(row | without for row in straight), *others]
+    nothing = {option: chosen[0] for option, chosen in leading_past.items()}
+    rows = [row | nothing for row in covering.table(options | structure, exists)]
+    for most in (1, 2):  # of those that lead past
+        exist = lambda row, most=most: exists(row) and sum(bool(row.get(x)) for x in leading_past) <= most
+        rows += covering.table(everything, exist, set().union(*map(covering.pairs_of, rows)))
+    return [*covering.each_alone(everything), *rows]

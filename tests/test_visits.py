@@ -1,5 +1,6 @@
 """No tile is visited in vain, and none without need in the loop with the mask: faults that no number shows."""
 
+import functools
 from dataclasses import replace
 
 import covering
@@ -30,18 +31,23 @@ def hull(seen: np.ndarray, tile: int) -> list[tuple[int, int]]:
     return found
 
 
+@functools.cache
+def some_inputs() -> list[tuple[Inputs, tuple[int, int]]]:
+    """And the tiles for them."""
+    way = WAYS["xla"]
+    rows = [row for row in filter(contiguous, way.table) if row["is_causal"] or row["window"] or row["query_lengths"]]
+    return [(pairs.masking(problem), way.tile(row["tiles"])) for row in rows[::2] for problem in way.problems(row)[:2]]
+
+
 def test_no_tile_is_visited_in_vain():
     """Where visible keys follow each other: from the first tile with one to the last, and none for padding alone."""
-    way = WAYS["xla"]
-    for row in filter(contiguous, way.table):
-        for problem in way.problems(row)[:3]:
-            inputs, (rows, columns) = pairs.masking(problem), way.tile(row["tiles"])
-            size = inputs.sizes
-            of_rows = np.asarray(tile_bounds.key_tiles(inputs.mask, size, rows, columns))
-            of_columns = np.asarray(tile_bounds.row_tiles(inputs.mask, size, rows, columns))
-            for batch in range(size.B):
-                _check(inputs, batch, replace(inputs.mask, query_lengths=None), of_rows, rows, columns, False)
-                _check(inputs, batch, replace(inputs.mask, key_lengths=None), of_columns, columns, rows, True)
+    for inputs, (rows, columns) in some_inputs():
+        size = inputs.sizes
+        of_rows = np.asarray(tile_bounds.key_tiles(inputs.mask, size, rows, columns))
+        of_columns = np.asarray(tile_bounds.row_tiles(inputs.mask, size, rows, columns))
+        for batch in range(size.B):
+            _check(inputs, batch, replace(inputs.mask, query_lengths=None), of_rows, rows, columns, False)
+            _check(inputs, batch, replace(inputs.mask, key_lengths=None), of_columns, columns, rows, True)
 
 
 def _check(inputs: Inputs, batch: int, mask: Mask, bounds: np.ndarray, own: int, other: int, transposed: bool) -> None:
@@ -68,12 +74,37 @@ def test_tiles_of_queries_without_mask_beside_padded_keys():
 
 
 def test_tables_of_tiles_are_in_order():
-    """Ids that nothing shares leave a hull of no tiles; its end is not to lie before its start."""
+    """Ids that nothing shares leave a hull of no tiles, and so do windows beyond the last key."""
     size = Sizes(B=1, T=32, S=32, N=1, K=1, G=1, H=8, V=8)
     ids = jnp.arange(32, dtype=jnp.int32)[None] // 8
-    mask = Mask(query_segments=ids, key_segments=ids, window=(0, 0), query_offset=jnp.array([16], jnp.int32))
-    for start, full_start, full_stop, stop in np.asarray(tile_bounds.key_tiles(mask, size, 8, 8))[0]:
+    behind = Mask(window=(0, 0), query_offset=jnp.array([16], jnp.int32))
+    for mask in (
+        replace(behind, query_segments=ids, key_segments=ids),
+        replace(behind, key_lengths=jnp.array([4], jnp.int32)),
+    ):
+        for start, full_start, full_stop, stop in np.asarray(tile_bounds.key_tiles(mask, size, 8, 8))[0]:
+            assert start <= full_start <= full_stop <= stop
+
+
+def test_ranges_of_tiles_are_in_order():
+    """Of plain XLA, where the range of what is seen as a whole is empty."""
+    for some, every in [((0, 4), (30, 4)), ((16, 40), (48, 20)), ((0, 48), (20, 10))]:
+        (start, stop), (full_start, full_stop) = _tiling(Mask(), 48, 48)._ranges(some, every, 8, 6)
         assert start <= full_start <= full_stop <= stop
+
+
+def test_tiles_of_several_heads_of_a_query():
+    """Three heads of a query side by side in tiles of 16 rows, for every position of the first query."""
+    size = Sizes(B=80, T=11, S=83, N=3, K=1, G=3, H=8, V=8)
+    mask = Mask(query_offset=jnp.arange(-10, 70, dtype=jnp.int32), is_causal=True, window=(20, 0))
+    bounds = np.asarray(tile_bounds.key_tiles(mask, size, 16, 8, group=3))
+    visible = np.asarray(masks.visible(mask, jnp.arange(11), jnp.arange(83)))[:, 0].repeat(3, axis=1)
+    for batch in range(size.B):
+        for tile, (start, full_start, full_stop, stop) in enumerate(bounds[batch]):
+            seen = visible[batch, tile * 16 : (tile + 1) * 16]
+            assert not seen[:, : start * 8].any()
+            assert not seen[:, stop * 8 :].any()
+            assert seen[:, full_start * 8 : full_stop * 8].all()
 
 
 def _tiling(mask: Mask, rows: int, columns: int) -> Tiling:

@@ -20,6 +20,7 @@ FEWER: covering.Choices = option_space.OPTIONS | dict(window=(None, "past", "rig
 FEWEST: covering.Choices = FEWER | dict(
     query_offset=(None, "each row"), window=(None, "past", "both"), bias=(None, "TS", "ZS"), scale=(None,)
 )
+FEWER_LEADING_PAST: covering.Choices = option_space.LEADING_PAST | dict(mask=(None, "ZNTS", "ZS"))
 FEWEST_LEADING_PAST: covering.Choices = option_space.LEADING_PAST | dict(mask=(None, "TS"))
 
 
@@ -139,7 +140,7 @@ WAYS = {
         blocks,
         lambda tiles: (2, tiles[0]),
         FEWER,
-        option_space.LEADING_PAST,
+        FEWER_LEADING_PAST,
         tiles_in_8_bits=((13, True),),
     ),
     "xla, its own tiles": Way(  # of up to 512 x 512 on CPUs, 512 x 1024 elsewhere
@@ -158,18 +159,18 @@ WAYS = {
         factor=8,
     ),
     "triton": Way(
-        _OF_SMALL | dict(sizes=((67, 83), (83, 67), (96, 96)), tiles=((16, 32, 256, True, 64), (32, 16, 16, False, 1))),
+        _OF_SMALL | dict(sizes=((67, 83), (83, 64), (96, 96)), tiles=((16, 32, 256, True, 64), (32, 16, 16, False, 1))),
         triton,
         lambda tiles: tiles[:2],
         FEWER,
-        option_space.LEADING_PAST,
+        FEWER_LEADING_PAST,
     ),
     "triton, few queries": Way(
         _OF_SMALL | dict(sizes=((3, 83), (11, 83), (5, 64)), tiles=((16, 32, 256, True, 64), (16, 16, 16, False, 64))),
         functools.partial(triton, most_queries=16),
         lambda tiles: tiles[:2],
         FEWER | dict(bias=(None, "ZNTS", "ZS")),
-        option_space.LEADING_PAST | dict(mask=(None, "ZNTS", "ZS")),
+        FEWER_LEADING_PAST,
         differentiated=False,
     ),
 }
