@@ -218,7 +218,7 @@ def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
     if type(x) is int and x == 0:
         return None
     offset = integers("query_offset", x, (), batch)
-    most = MOST + 1 - max(rows, 1)
+    most = MOST + 1 - max(rows, 1) if isinstance(rows, int) else MOST  # a symbol, of `jax.export`
     rule = f"leave the positions of all queries in 32 bits, from {LEAST} to {most}"
     offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", most=most)
     return offset.reshape(offset.shape or (1,) * len(batch))
