@@ -22,6 +22,7 @@ import test_hf_checkpoint
 import test_torch_interop
 import test_torch_modules
 from cuda_programs import lowered_for_cuda
+from jax import export
 
 import mqa_jax
 from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
@@ -761,6 +762,18 @@ def _with_a_large_mask():
     return jax.eval_shape(lambda q, k, m: triton(q, k, mask=m), query, key, mask)
 
 
+def _with_a_symbol_for_heads():
+    (heads,) = export.symbolic_shape("n")
+    query = jax.ShapeDtypeStruct((2, 5, heads, 8), jnp.float32)
+    return jax.eval_shape(lambda q: mqa_jax.dot_product_attention(q, q, q), query)
+
+
+def _triton_with_a_symbol_for_the_batch():
+    (batch,) = export.symbolic_shape("b")
+    shaped = lambda length, heads: jax.ShapeDtypeStruct((batch, length, heads, 8), jnp.float32)
+    return jax.eval_shape(lambda q, k: triton(q, k, k), shaped(5, 4), shaped(7, 2))
+
+
 def _a_mask_that_vmap_makes_large():
     shaped = jax.ShapeDtypeStruct
     query, key = shaped((20, 1, 2048, 8, 16), jnp.float32), shaped((20, 1, 8192, 8, 16), jnp.float32)
@@ -804,6 +817,14 @@ NOT_POSSIBLE: dict[str, Any] = {
     "triton: head size": (
         lambda: triton(ones((2, 5, 4, 264)), ones((2, 7, 2, 264))),
         r"'triton' cannot compute this call: head sizes of at most 256 only \(H=264, V=264\); use implementation=None",
+    ),
+    "symbolic heads": (
+        _with_a_symbol_for_heads,
+        r"heads and features may not: query.shape=\(2, 5, n, 8\).*Export one program for each number of heads",
+    ),
+    "triton: symbols": (
+        _triton_with_a_symbol_for_the_batch,
+        r"batches and lengths that are known, no symbols of jax.export \(B=b, T=5, S=7\)",
     ),
     "triton: precision": (
         lambda: triton(precision="BF16_BF16_F32_X3"),

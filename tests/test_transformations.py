@@ -245,22 +245,25 @@ def test_precision_is_passed_on_by_every_path(rows, platform):
     assert products or (platform, rows) == ("cpu", 1)
 
 
-def test_export_with_a_symbolic_batch_and_symbolic_lengths():
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_export_with_symbols_for_batch_and_lengths(implementation):
     batch, rows, columns = export.symbolic_shape("b, t, s")
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     shapes = array(batch, rows, 4, 8), array(batch, columns, 2, 8), array(batch, columns, 2, 8)
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-    def function(query, key, value):
-        return jax.value_and_grad(lambda *a: jnp.sum(attend(*a, implementation="xla") ** 2), argnums=(0, 1, 2))(
-            query, key, value
-        )
+    def function(query, key, value, lengths, offset):
+        options = dict(key_value_seq_lengths=lengths, query_offset=offset, is_causal=True, local_window_size=(200, 0))
+        attend = functools.partial(mqa_jax.dot_product_attention, **options, implementation=implementation)
+        return jax.value_and_grad(lambda *a: jnp.sum(attend(*a) ** 2), argnums=(0, 1, 2))(query, key, value)
 
-    exported = export.export(jax.jit(function))(*shapes)
+    exported = export.export(jax.jit(function))(*shapes, row, row)
     for size in [(1, 1, 1), (2, 13, 17), (3, 300, 5)]:
         problem = oracle.random_problem(
             np.random.default_rng(0), batch=size[:1], rows=size[1], columns=size[2], heads=4, kv_heads=2, features=8
         )
-        arrays = problem.arrays.values()
+        lengths = jnp.arange(size[0], dtype=jnp.int32) * 2 + 1
+        arrays = *problem.arrays.values(), lengths, lengths - 1
         close(exported.call(*arrays), jax.jit(function)(*arrays), rtol=1e-5)
 
 
