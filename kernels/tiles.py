@@ -73,7 +73,6 @@ def _by_index(mask: Mask) -> Mask:
 
 
 def tile_range(start: Index, stop: Index, tile: Length, tiles: Length) -> tuple[Array, Array]:
-    """Numbers of the tiles that a range of positions touches."""
+    """Numbers of the tiles that a range of positions touches: none, if it is empty."""
     first = jnp.clip(start // tile, 0, tiles)
-    last = jnp.clip(-(-stop // tile), 0, tiles)
-    return first, jnp.maximum(first, last)
+    return first, jnp.where(start < stop, jnp.clip(-(-stop // tile), 0, tiles), first)

@@ -1,0 +1,192 @@
+"""Every option of `dot_product_attention`, what may be chosen for each, and problems that hold what was chosen.
+
+What is chosen decides which program is compiled: that an option is given, the shape of an array, a window. The values
+of its arrays (lengths, offsets, ids of segments, seeds) do not; `problem` draws them so that masks end inside a tile,
+on its boundary, at 0 and at the full length.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import covering
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+# Axes of a bias or a mask that are not shared: Z leading ones (z: all but the first), heads, rows, columns.
+_PAIRS = (None, "ZNTS", "TS", "ZS", "zNT", "ZN")
+
+OPTIONS: covering.Choices = dict(
+    is_causal=(False, True),
+    query_offset=(None, "shared", "each row"),
+    window=(None, "past", "left", "right", "both", "future"),
+    key_lengths=(False, True),
+    bias=_PAIRS,
+    alibi_slopes=(False, True),
+    soft_cap=(None, 2.0),
+    sinks=(False, True),
+    dropout=(False, True),
+    scale=(None, 0.3, -0.3),
+)
+# With any of these plain XLA takes one loop, with the mask, for all tiles: they lead past what the others can break.
+LEADING_PAST: covering.Choices = dict(
+    mask=(None, "ZNTS", "TS", "ZS", "zNT"),
+    segments=(False, True),
+    query_lengths=(False, True),
+    ring=(False, True),
+)
+HEADS = (4, 2), (2, 2), (3, 1), (1, 1)  # GQA, MHA, MQA, one head
+BATCHES = (2,), (), (2, 2)  # leading axes
+FEATURES = (8, 8), (5, 12)  # of queries and keys, of values
+VALUE_SETS = 4  # of `problem`: ends inside a tile, on its boundary, 0 and anything, anything
+
+
+def exists(row: covering.Row) -> bool:
+    """A ring says itself how many keys there are; and at most two options that lead past, or little would be left."""
+    return not (row.get("ring") and row.get("key_lengths")) and sum(bool(row.get(x)) for x in LEADING_PAST) <= 2
+
+
+def window_of(choice: str | None, rows: int, columns: int) -> Any:
+    """So wide that some tiles lie inside, and others do not."""
+    wide = max(min(rows, columns) * 3 // 4, columns // 2)
+    windows = {
+        None: None,
+        "past": (wide, 0),
+        "left": (wide, -1),
+        "right": (-1, wide // 4),
+        "both": wide,
+        "future": (5, wide),
+    }
+    return windows[choice]
+
+
+def problem(row: covering.Row, tile: tuple[int, int], values: int, seed: int = 0) -> oracle.Problem:
+    """`tile`: queries and keys, around whose multiples masks end; `values`: which of the VALUE_SETS."""
+    return _Drawn(row, tile, values, np.random.default_rng((seed, values))).problem()
+
+
+class _Drawn:
+    """One problem as it is drawn."""
+
+    def __init__(self, row: covering.Row, tile: tuple[int, int], values: int, rng: np.random.Generator):
+        self.row, self.tile, self.values, self.rng = row, tile, values, rng
+        self.batch, (self.rows, self.columns), (self.heads, self.kv_heads) = row["batch"], row["sizes"], row["heads"]
+        self.size = math.prod(self.batch)
+
+    def problem(self) -> oracle.Problem:
+        row, given = self.row, {}
+        ring_lengths = self.ring_lengths() if row["ring"] else None
+        offset = self.offset(ring_lengths)
+        if row["ring"]:
+            given["key_value_ring_lengths"] = self.each_row(ring_lengths)
+        if offset is not None:
+            given["query_offset"] = jnp.int32(offset[0]) if row["query_offset"] == "shared" else self.each_row(offset)
+        if row["is_causal"]:
+            given["is_causal"] = True
+        if row["window"] is not None:
+            given["local_window_size"] = window_of(row["window"], self.rows, self.columns)
+        if row["key_lengths"]:
+            given["key_value_seq_lengths"] = self.each_row(self.ends(self.columns, self.tile[1], self.size))
+        if row["query_lengths"]:
+            given["query_seq_lengths"] = self.each_row(self.ends(self.rows, self.tile[0], self.size))
+        if row["segments"]:
+            given["query_segment_ids"] = self.segments(self.rows, self.tile[0])
+            given["key_value_segment_ids"] = self.segments(self.columns, self.tile[1])
+        if row["mask"] is not None:
+            given["mask"] = self.mask()
+        if row["bias"] is not None:
+            given["bias"] = self.normal(*self.axes(row["bias"]))
+        if row["alibi_slopes"]:
+            given["alibi_slopes"] = self.normal(self.heads) * 6 / self.columns
+        if row["sinks"]:
+            given["sinks"] = self.normal(self.heads)
+        if row["dropout"]:
+            given |= {"dropout_rate": 0.25, "dropout_rng": jax.random.key(int(self.rng.integers(1 << 30)))}
+        given |= {name: row[option] for option, name in _NUMBERS.items() if row[option] is not None}
+        sizes = dict(batch=self.batch, rows=self.rows, columns=self.columns, heads=self.heads, kv_heads=self.kv_heads)
+        features, value_features = row["features"]
+        made = oracle.random_problem(self.rng, **sizes, features=features, value_features=value_features, **given)
+        d_out, d_log_sum_exp = made.cotangents  # of one sign: sums over all queries, as those of sinks, do not cancel
+        return dataclasses.replace(made, cotangents=(d_out, jnp.abs(d_log_sum_exp) + 2))
+
+    def normal(self, *shape: int) -> jax.Array:
+        return jnp.asarray(self.rng.standard_normal(shape, dtype=np.float32))
+
+    def each_row(self, x: np.ndarray) -> jax.Array:
+        return jnp.asarray(x.reshape(self.batch), jnp.int32)
+
+    def axes(self, letters: str) -> tuple[int, ...]:
+        shape = self.heads, self.rows, self.columns
+        shape = tuple(n if letter in letters else 1 for letter, n in zip("NTS", shape))
+        first = self.batch[:1] if "Z" in letters else (1,) * len(self.batch[:1])
+        leading = (*first, *self.batch[1:]) if set(letters) & set("Zz") else ()
+        return (*leading, *shape)
+
+    def ends(self, length: int, tile: int, count: int) -> np.ndarray:
+        """Where something ends: from 0 to the length."""
+        anywhere = self.rng.integers(0, length + 1, count)
+        on_boundary = np.minimum(self.rng.integers(1, max(2, length // tile + 1), count) * tile, length)
+        if self.values == 0:
+            late = np.maximum(anywhere, length - anywhere)
+            return np.where(late % tile, late, late - 1)
+        if self.values == 1:
+            return np.where(np.arange(count) == count - 1, length, on_boundary)
+        if self.values == 2:
+            return np.where(np.arange(count) == 0, 0, anywhere)
+        near = np.clip(on_boundary + self.rng.integers(-1, 2, count), 0, length)
+        ways = np.stack([anywhere, near, np.full(count, length), np.zeros(count, int)])
+        return ways[self.rng.choice(4, count, p=[0.5, 0.3, 0.15, 0.05]), np.arange(count)]
+
+    def offset(self, ring_lengths: np.ndarray | None) -> np.ndarray | None:
+        """Negative, so that the first queries see nothing under a causal mask; a multiple of the tile; at the end."""
+        choice = self.row["query_offset"]
+        if choice is None:
+            return None
+        if ring_lengths is not None:
+            return ring_lengths - self.rows if choice == "each row" else np.full(self.size, ring_lengths.min())
+        ways = [-(self.rows // 3), self.tile[1], self.columns - self.rows, self.columns // 3 + 1]
+        return np.asarray(ways)[(self.values + np.arange(self.size)) % 4] + (self.values == 3)
+
+    def ring_lengths(self) -> np.ndarray:
+        """Where offsets differ, any; else so that what a ring holds is what queries 0, 1, ... can see."""
+        if self.row["query_offset"] == "each row":
+            return self.ends(3 * self.columns, self.tile[1], self.size)
+        return self.columns // 2 + self.ends(self.rows, self.tile[0], self.size)
+
+    def segments(self, length: int, tile: int) -> jax.Array:
+        """Documents one after the other: ends inside tiles, on boundaries; two that come twice; a single one."""
+        if self.values == 3:
+            return jnp.zeros((*self.batch, length), jnp.int32)
+        ids = []
+        for _ in range(self.size):
+            cuts = (np.asarray([0.3, 0.65, 0.9]) * length).astype(int) + self.rng.integers(0, 3, 3)
+            cuts = cuts // tile * tile if self.values == 1 else cuts
+            documents = (np.arange(length)[:, None] >= cuts).sum(1)
+            ids.append(np.asarray([1, 0, 1, 0])[documents] if self.values == 2 else documents)
+        return jnp.asarray(np.stack(ids).reshape(*self.batch, length), jnp.int32)
+
+    def mask(self) -> jax.Array:
+        """One pair in five is hidden, and all pairs of some tiles."""
+        shape = self.axes(self.row["mask"])
+        allowed = self.rng.random(shape) > 0.2
+        rows, columns = (tile if shape[axis] > tile else 0 for axis, tile in zip((-2, -1), self.tile))
+        if rows or columns:
+            allowed[..., rows : 2 * rows + 1 or None, columns : 2 * columns + 1 or None] = False
+        return jnp.asarray(allowed)
+
+
+_NUMBERS = {"soft_cap": "logits_soft_cap", "scale": "scale"}
+
+
+
+
+def table(structure: covering.Choices, options: covering.Choices, leading_past: covering.Choices) -> list[covering.Row]:
+    """Every choice alone; every pair; and every pair but those with `leading_past` also in rows without any of it."""
+    everything = options | leading_past | structure
+    straight = covering.table(options | structure, exists)
+    known = set().union(*map(covering.pairs_of, straight))
+    others = covering.table(everything, exists, known)
+    without = {option: chosen[0] for option, chosen in leading_past.items()}
+    return [*covering.each_alone(everything), *(row | without for row in straight), *others]
