@@ -33,6 +33,8 @@ def cannot(inputs: Inputs) -> str | None:
 
 def _reasons(inputs: Inputs) -> Iterator[str]:
     size, operands, capability = inputs.sizes, inputs.operands, tile_config.capability()
+    if not all(isinstance(n, int) for n in (size.B, size.T, size.S)):
+        yield f"batches and lengths that are known, no symbols of jax.export (B={size.B}, T={size.T}, S={size.S})"
     if max(size.H, size.V) > LARGEST_HEAD:
         yield f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})"
     if inputs.dtype == jnp.float64:

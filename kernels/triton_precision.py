@@ -53,8 +53,8 @@ def products_of(inputs: Inputs) -> Products:
 
 
 def refusal(inputs: Inputs) -> str | None:
-    """Why not, or None if the kernels have such products."""
-    if _found(inputs) is not None:
+    """Why not, or None if the kernels have such products, or not even such numbers."""
+    if jnp.dtype(inputs.dtype).name not in TABLE or _found(inputs) is not None:
         return None
     wished = ", ".join(dict.fromkeys(str(one) for one in wishes(inputs)))
     kinds = "float32 or tf32" if inputs.dtype == jnp.float32 else f"unrounded {jnp.dtype(inputs.dtype).name}"

@@ -53,7 +53,7 @@ class Block:
 
     @classmethod
     def number(cls, index: Array, length: int, sizes: Sizes) -> "Block":
-        owned = index.astype(jnp.int32) * length  # loops count in 64 bits where `jax_enable_x64` is set
+        owned = jnp.asarray(index, jnp.int32) * length  # loops count in 64 bits where `jax_enable_x64` is set
         start = jnp.minimum(owned, sizes.S - length)
         return cls(start, owned, start + positions(length))
 

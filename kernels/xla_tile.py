@@ -91,15 +91,15 @@ class Tiling:
 
     def place(self, head_block: Array) -> Place:
         """The first tile of a block of heads. Loops count in 64 bits where `jax_enable_x64` is set, places do not."""
-        block, blocks = head_block.astype(jnp.int32), self.sizes.K // self.shape.heads
+        block, blocks = jnp.asarray(head_block, jnp.int32), self.sizes.K // self.shape.heads
         return Place(block // blocks, block % blocks * self.shape.heads, ZERO, ZERO, ZERO, ZERO)
 
     def at_row_tile(self, place: Place, tile: Array) -> Place:
-        owned = tile.astype(jnp.int32) * self.shape.rows
+        owned = jnp.asarray(tile, jnp.int32) * self.shape.rows
         return place._replace(row=jnp.minimum(owned, self.sizes.T - self.shape.rows), owned_row=owned)
 
     def at_column_tile(self, place: Place, tile: Array) -> Place:
-        owned = tile.astype(jnp.int32) * self.shape.columns
+        owned = jnp.asarray(tile, jnp.int32) * self.shape.columns
         return place._replace(column=jnp.minimum(owned, self.sizes.S - self.shape.columns), owned_column=owned)
 
     def over_column_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
@@ -315,7 +315,7 @@ class Tiling:
 
     def _mask_of_row(self, place: Place) -> masks.Mask:
         """The mask of one batch row, without the boolean mask of the caller."""
-        cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, place.batch if x.shape[0] > 1 else 0, 1)
+        cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
         return jax.tree.map(cut, replace(self.inputs.mask, allowed=None), is_leaf=lambda x: x is None)
 
     def _mask_of_tile(self, place: Place) -> masks.Mask:

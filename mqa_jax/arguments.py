@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from mqa_jax.masks import LEAST, MOST
+from mqa_jax.shapes import Length
 
 STATIC = "known when the call is traced (under jax.jit, one of the static_argnames)"
 
@@ -51,9 +52,13 @@ def may_exceed_32_bits(x: Array | np.ndarray) -> bool:
     return jnp.iinfo(x.dtype).max > MOST
 
 
-def in_32_bits(name: str, x: Array | np.ndarray, rule: str, remedy: str, least: int = LEAST, most: int = MOST) -> Array:
-    """int32 from `least` to `most`. Any other number is an error; the nearer end where it is traced, and not known."""
+def in_32_bits(
+    name: str, x: Array | np.ndarray, rule: str, remedy: str, least: int = LEAST, most: Length = MOST
+) -> Array:
+    """int32 from `least` to `most`. Any other number is an error; the nearer end where it or `most` is not known."""
     kind = jnp.iinfo(x.dtype)
+    if not isinstance(most, int):
+        return jnp.clip(jnp.asarray(x), least, jnp.asarray(most).astype(x.dtype)).astype(jnp.int32)
     if not isinstance(x, jax.core.Tracer) and (kind.min < least or kind.max > most):
         values = np.asarray(x)
         if np.any((values < least) | (values > most)):

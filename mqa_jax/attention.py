@@ -168,9 +168,10 @@ def dot_product_attention(
         dropout_rng=dropout_rng,
         precision=precision,
     )
+    return_residual = flag("return_residual", return_residual)
     inputs = replace(checked_inputs(query, key, value, bias, mask, options), residual=return_residual)
     out, log_sum_exp = over_flat_batch(choose(implementation, inputs), inputs)
-    if not flag("return_residual", return_residual):
+    if not return_residual:
         return out
     if log_sum_exp is None:
         raise NotImplementedError(

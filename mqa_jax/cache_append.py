@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from mqa_jax import kv_cache, masks, quantization
-from mqa_jax.cache_checks import FULL, LARGEST, SPOILED, within
+from mqa_jax.cache_checks import FULL, LARGEST, SPOILED, unchecked, within
 from mqa_jax.kv_cache import INDEX, KEY, KEY_SCALE, RING_INDEX, VALUE, VALUE_SCALE
 from mqa_jax.shapes import positions
 
@@ -126,13 +126,15 @@ def _into_static(cache: Mapping[str, Array], new: New, fits: Bool[Array, " B"]) 
 def _into_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     """The ring is written first and then read in place, as slots in no order."""
     slots = cache[KEY].shape[1]
-    token = positions(new.contents[KEY].shape[1])[None]
-    at = lax.rem(new.start[:, None] + token, jnp.int32(slots))
-    at = jnp.where(new.start[:, None] + token < new.stop[:, None], at, slots + token)  # padding: dropped
+    position = jnp.maximum(new.start, 0)[:, None] + positions(new.contents[KEY].shape[1])[None]
+    at, is_token = lax.rem(position, jnp.int32(slots)), position < new.stop[:, None]
     rows = positions(at.shape[0])[:, None]
-    contents = {
-        name: cache[name].at[rows, at].set(x, mode="drop", unique_indices=True) for name, x in new.contents.items()
-    }
+
+    def written(old: Array, new: Array) -> Array:
+        new = jnp.where(_aligned(is_token, new), new, old[rows, at])  # padding leaves what is there
+        return old.at[rows, at].set(new, unique_indices=True)
+
+    contents = {name: written(cache[name], x) for name, x in new.contents.items()}
     held = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots)
     fields: dict[str, Any] = dict(lengths=new.stop, in_ring=True, query_offset=new.start, positions=held)
     return contents, Keys.cached(contents, new.dtype, **fields)
@@ -172,23 +174,30 @@ def _contents(cache: Mapping[str, Array], key: Array, value: Array) -> Contents:
 
 
 def _write(old: Array, new: Array, start: Array, fits: Array) -> Array:
-    """Row by row; XLA does it in place where the old array is donated or a loop carry.
+    """Row by row; XLA does it in place where the old array is donated or a loop carry, on the device that has the row.
 
     Padding may overhang the end even where the tokens fit. `dynamic_update_slice` then moves the slice back, so it is
     rolled forward by as much, and what was there before the first token is written back.
     """
-    length = min(new.shape[1], old.shape[1])
+    return unchecked(_write_rows, old, new, start, fits)
 
-    def row(old: Array, new: Array, start: Array, fits: Array) -> Array:
-        at = jnp.clip(start, 0, old.shape[0] - length)
-        moved = start - at
-        before = lax.dynamic_slice_in_dim(old, at, length)
-        place = positions(length)
-        is_new = ((place >= moved) & fits).reshape(-1, *[1] * (old.ndim - 1))
-        new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
-        return lax.dynamic_update_slice_in_dim(old, jnp.where(is_new, new, before), at, axis=0)
 
-    return jax.vmap(row)(old, new, start, fits)
+def _write_row(old: Array, new: Array, start: Array, fits: Array) -> Array:
+    length = min(new.shape[0], old.shape[0])
+    at = jnp.clip(start, 0, old.shape[0] - length)
+    moved = start - at
+    before = lax.dynamic_slice_in_dim(old, at, length)
+    place = positions(length)
+    is_new = ((place >= moved) & fits).reshape(-1, *[1] * (old.ndim - 1))
+    new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
+    return lax.dynamic_update_slice_in_dim(old, jnp.where(is_new, new, before), at, axis=0)
+
+
+_write_rows = jax.vmap(_write_row)
+
+
+def _aligned(x: Bool[Array, "B X"], like: Array) -> Bool[Array, "B X ..."]:
+    return x.reshape(*x.shape, *[1] * (like.ndim - 2))
 
 
 def _gather(x: Array, index: Int[Array, "B X"]) -> Array:

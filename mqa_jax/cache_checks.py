@@ -6,14 +6,17 @@ judges: it has no effect, costs nothing, goes through every transformation, and 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.checkify import error_checks  # how checkify treats each primitive; it has no public name
+from jax.core import ShapedArray
 from jax.experimental import checkify
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
@@ -77,3 +80,38 @@ _within_p.def_abstract_eval(lambda aval, **_: aval)
 mlir.register_lowering(_within_p, lambda context, x, **_: [x])
 batching.defvectorized(_within_p)
 error_checks[_within_p] = _checkify_rule
+
+
+# -- what checkify has no rule for ------------------------------------------------------------------------------------
+
+
+def unchecked(function: Callable[..., Array], *arguments: Array) -> Array:
+    """`function(*arguments)`, into which `checkify` does not look: its rules for indices fail on those under `vmap`.
+
+    Args:
+      function: of a module, so that a program traced with it is found again. No index in it may leave an array.
+    """
+    return _unchecked_p.bind(*arguments, function=function)
+
+
+def _shape_of_result(*arguments: Any, function: Callable[..., Array]) -> ShapedArray:
+    out = jax.eval_shape(function, *arguments)
+    return ShapedArray(out.shape, out.dtype)
+
+
+def _jvp(primals: Any, tangents: Any, function: Callable[..., Array]) -> tuple[Array, Array]:
+    return jax.jvp(function, primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+
+def _mapped(arguments: Any, axes: Any, function: Callable[..., Array]) -> tuple[Array, int]:
+    return jax.vmap(function, tuple(axes))(*arguments), 0
+
+
+_unchecked_p = Primitive("unchecked")
+_unchecked_p.def_impl(jax.jit(lambda *arguments, function: function(*arguments), static_argnames="function"))
+_unchecked_p.def_abstract_eval(_shape_of_result)
+mlir.register_lowering(
+    _unchecked_p, mlir.lower_fun(lambda *arguments, function: function(*arguments), multiple_results=False)
+)
+ad.primitive_jvps[_unchecked_p] = _jvp
+batching.primitive_batchers[_unchecked_p] = _mapped

@@ -63,6 +63,11 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
             f"query [..., T, N, H], key [..., S, K, H] and value [..., S, K, V] must have the same leading axes: "
             f"{shapes}. Broadcast them first."
         )
+    if not all(isinstance(n, int) for x in (query, key, value) for n in x.shape[-2:]):
+        raise NotImplementedError(
+            f"Batch axes and lengths may be symbols of jax.export, heads and features may not: {shapes}. Export one "
+            "program for each number of heads and of features."
+        )
     if key.shape[-3] != value.shape[-3] or key.shape[-2] != value.shape[-2]:
         raise ValueError(f"key [..., S, K, H] and value [..., S, K, V] must agree in S and K: {shapes}.")
     if query.shape[-1] != key.shape[-1]:
@@ -218,7 +223,7 @@ def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
     if type(x) is int and x == 0:
         return None
     offset = integers("query_offset", x, (), batch)
-    most = MOST + 1 - max(rows, 1)
+    most = MOST + 1 - max(rows, 1) if isinstance(rows, int) else MOST  # a symbol, of `jax.export`
     rule = f"leave the positions of all queries in 32 bits, from {LEAST} to {most}"
     offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", most=most)
     return offset.reshape(offset.shape or (1,) * len(batch))

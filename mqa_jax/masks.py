@@ -55,7 +55,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Integer, UInt32
 
-from mqa_jax.shapes import BoolMask, Positions
+from mqa_jax.shapes import BoolMask, Length, Positions
 
 LEAST, MOST = -(2**31), 2**31 - 1  # of 32 bits
 
@@ -161,14 +161,21 @@ def apart(query: Array, key: Array) -> UInt32[Array, "..."]:
     return (jnp.maximum(query, key) - jnp.minimum(query, key)).astype(jnp.uint32)
 
 
-def plus(x: int | Array, n: int) -> Array:
+def plus(x: int | Array, n: Length) -> Array:
     """The sum, or MOST where that is less; n >= 0."""
+    n = _number(n)
     return jnp.minimum(x, MOST - n) + n
 
 
-def minus(x: int | Array, n: int) -> Array:
+def minus(x: int | Array, n: Length) -> Array:
     """The difference, or LEAST where that is more; n >= 0."""
+    n = _number(n)
     return jnp.maximum(x, LEAST + n) - n
+
+
+def _number(n: Length) -> int | Array:
+    """A symbol of `jax.export` as an array: JAX would add LEAST to its constant, which then has more than 32 bits."""
+    return n if isinstance(n, int) else jnp.asarray(n).astype(jnp.int32)
 
 
 def _positions(

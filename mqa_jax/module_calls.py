@@ -227,7 +227,7 @@ def by_position(name: str, pairs: Array | None, keys: Keys, rows: int) -> Array 
         return pairs
     pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
     if pairs.shape[-2] > rows:
-        place = jnp.minimum(keys.start[:, None] + np.arange(rows, dtype=np.int32), pairs.shape[-2] - 1)
+        place = jnp.minimum(keys.start[:, None] + np.arange(rows, dtype=np.int32)[None], pairs.shape[-2] - 1)
         pairs = jnp.take_along_axis(pairs, place[:, None, :, None], axis=-2)  # beyond its end the row is worthless
     columns = pairs.shape[-1]
     if columns == 1:

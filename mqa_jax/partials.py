@@ -33,10 +33,10 @@ def merge_partials(
             "outs must be [P, ..., T, N, V] and log_sum_exps [P, ..., T, N], of P parts, at least one: "
             f"{outs.shape=}, {log_sum_exps.shape=}. Stack them with jnp.stack."
         )
-    highest = jnp.max(log_sum_exps, axis=0)
+    highest = jnp.max(log_sum_exps, axis=0, keepdims=True)
     empty = highest == -jnp.inf
     highest = jnp.where(empty, 0.0, highest)
     weights = jnp.exp(log_sum_exps - highest)
-    total = jnp.where(empty, 1.0, jnp.sum(weights, axis=0))
-    out = jnp.sum(outs.astype(jnp.float32) * (weights / total)[..., None], axis=0)
-    return out.astype(outs.dtype), jnp.where(empty, -jnp.inf, highest + jnp.log(total))
+    total = jnp.where(empty, 1.0, jnp.sum(weights, axis=0, keepdims=True))
+    out = jnp.sum(outs.astype(weights.dtype) * (weights / total)[..., None], axis=0)
+    return out.astype(outs.dtype), jnp.where(empty, -jnp.inf, highest + jnp.log(total))[0]

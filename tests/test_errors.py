@@ -21,11 +21,13 @@ import test_hf_attention
 import test_hf_checkpoint
 import test_torch_interop
 import test_torch_modules
+from cuda_programs import lowered_for_cuda
+from jax import export
 
 import mqa_jax
 from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import tile_config
+from mqa_jax.kernels import tile_config, triton_precision
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.options import Options
 
@@ -760,6 +762,32 @@ def _with_a_large_mask():
     return jax.eval_shape(lambda q, k, m: triton(q, k, mask=m), query, key, mask)
 
 
+def _with_a_symbol_for_heads():
+    (heads,) = export.symbolic_shape("n")
+    query = jax.ShapeDtypeStruct((2, 5, heads, 8), jnp.float32)
+    return jax.eval_shape(lambda q: mqa_jax.dot_product_attention(q, q, q), query)
+
+
+def _triton_with_a_symbol_for_the_batch():
+    (batch,) = export.symbolic_shape("b")
+    shaped = lambda length, heads: jax.ShapeDtypeStruct((batch, length, heads, 8), jnp.float32)
+    return jax.eval_shape(lambda q, k: triton(q, k, k), shaped(5, 4), shaped(7, 2))
+
+
+def _a_mask_that_vmap_makes_large():
+    shaped = jax.ShapeDtypeStruct
+    query, key = shaped((20, 1, 2048, 8, 16), jnp.float32), shaped((20, 1, 8192, 8, 16), jnp.float32)
+    mask = shaped((20, 1, 8, 2048, 8192), bool)
+    return lowered_for_cuda(jax.vmap(lambda q, k, m: triton(q, k, mask=m)), query, key, mask)
+
+
+def _another_precision_in_the_backward_pass():
+    """The forward pass was traced before JAX's own switch was thrown."""
+    inputs = checked_inputs(QUERY, KEY, KEY, None, None, Options())
+    with jax.default_matmul_precision("BF16_BF16_F32_X3"):
+        return triton_precision.products_of(inputs)
+
+
 mha = functools.partial(nn.MultiHeadDotProductAttention, num_heads=4, attention_fn=mqa_jax.attention_fn)
 grad = functools.partial(jax.grad, argnums=0)
 
@@ -790,11 +818,27 @@ NOT_POSSIBLE: dict[str, Any] = {
         lambda: triton(ones((2, 5, 4, 264)), ones((2, 7, 2, 264))),
         r"'triton' cannot compute this call: head sizes of at most 256 only \(H=264, V=264\); use implementation=None",
     ),
+    "symbolic heads": (
+        _with_a_symbol_for_heads,
+        r"heads and features may not: query.shape=\(2, 5, n, 8\).*Export one program for each number of heads",
+    ),
+    "triton: symbols": (
+        _triton_with_a_symbol_for_the_batch,
+        r"batches and lengths that are known, no symbols of jax.export \(B=b, T=5, S=7\)",
+    ),
     "triton: precision": (
         lambda: triton(precision="BF16_BF16_F32_X3"),
-        r"products of float32, or of tf32 where the precision says so \(inputs.precision='BF16_BF16_F32_X3'\)",
+        r"products of float32 or tf32 with float32 sums only \(precision=BF16_BF16_F32_X3\); use implementation=None",
     ),
-    "triton: mixed precision": (lambda: triton(precision=("high", "highest")), r"precision=\('high', 'highest'\)"),
+    "triton: mixed precision": (lambda: triton(precision=("high", "highest")), r"precision=HIGH, HIGHEST"),
+    "triton: another precision in the backward pass": (
+        _another_precision_in_the_backward_pass,
+        r"The Triton kernels compute products of float32 or tf32 with float32 sums only \(precision=BF16_BF16_F32_X3\)",
+    ),
+    "triton: a mask that vmap makes large": (
+        _a_mask_that_vmap_makes_large,
+        r"arrays of bytes of less than 2 or more than 4 GiB only: allowed of mqa_forward has shape=\(20, 1, 8, 2048",
+    ),
     "triton: mask": (
         _with_a_large_mask,
         r"arrays of bytes of less than 2 or more than 4 GiB only \(mask.shape=\(1, 1, 65536, 32768\)\)",

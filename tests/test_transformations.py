@@ -7,12 +7,15 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import oracle
 import pytest
 from jax import export
+from jax.experimental import checkify
 
 import mqa_jax
+from mqa_jax import cache_append
 
 PROBLEM = oracle.random_problem(
     np.random.default_rng(0), batch=(2,), rows=13, columns=17, heads=4, kv_heads=2, features=8, value_features=4
@@ -242,22 +245,25 @@ def test_precision_is_passed_on_by_every_path(rows, platform):
     assert products or (platform, rows) == ("cpu", 1)
 
 
-def test_export_with_a_symbolic_batch_and_symbolic_lengths():
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_export_with_symbols_for_batch_and_lengths(implementation):
     batch, rows, columns = export.symbolic_shape("b, t, s")
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     shapes = array(batch, rows, 4, 8), array(batch, columns, 2, 8), array(batch, columns, 2, 8)
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-    def function(query, key, value):
-        return jax.value_and_grad(lambda *a: jnp.sum(attend(*a, implementation="xla") ** 2), argnums=(0, 1, 2))(
-            query, key, value
-        )
+    def function(query, key, value, lengths, offset):
+        options = dict(key_value_seq_lengths=lengths, query_offset=offset, is_causal=True, local_window_size=(200, 0))
+        attend = functools.partial(mqa_jax.dot_product_attention, **options, implementation=implementation)
+        return jax.value_and_grad(lambda *a: jnp.sum(attend(*a) ** 2), argnums=(0, 1, 2))(query, key, value)
 
-    exported = export.export(jax.jit(function))(*shapes)
+    exported = export.export(jax.jit(function))(*shapes, row, row)
     for size in [(1, 1, 1), (2, 13, 17), (3, 300, 5)]:
         problem = oracle.random_problem(
             np.random.default_rng(0), batch=size[:1], rows=size[1], columns=size[2], heads=4, kv_heads=2, features=8
         )
-        arrays = problem.arrays.values()
+        lengths = jnp.arange(size[0], dtype=jnp.int32) * 2 + 1
+        arrays = *problem.arrays.values(), lengths, lengths - 1
         close(exported.call(*arrays), jax.jit(function)(*arrays), rtol=1e-5)
 
 
@@ -375,3 +381,68 @@ def test_rank_promotion_may_raise_in_modules_with_a_cache(layout, tokens):
         (out, *_), variables = step(cache)
         step(variables["cache"])
     assert jnp.isfinite(out).all()
+
+
+def _checkified(function, *arguments):
+    error, results = checkify.checkify(jax.jit(function), errors=checkify.all_checks)(*arguments)
+    assert error.get() is None
+    return results
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_all_checks_of_checkify_find_nothing_where_nothing_is_wrong(implementation, rows):
+    """Rows that see nothing, lengths of 0 and dropped weights included; forward and backward."""
+    problem = oracle.random_problem(
+        np.random.default_rng(0),
+        rows=rows,
+        columns=50,
+        heads=4,
+        kv_heads=2,
+        features=8,
+        is_causal=True,
+        query_offset=-3,
+        local_window_size=(9, 0),
+        key_value_seq_lengths=jnp.array([0, 17]),
+        sinks=jnp.asarray([0.0, -jnp.inf, 1.0, 2.0]),
+        dropout_rate=0.2,
+        dropout_rng=jax.random.key(0),
+    )
+    attend = functools.partial(mqa_jax.dot_product_attention, implementation=implementation, **problem.options)
+    gradients = _checkified(jax.grad(lambda arrays: attend(**arrays).sum()), problem.arrays)
+    chex.assert_trees_all_close(gradients, jax.grad(lambda arrays: attend(**arrays).sum())(problem.arrays), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(cache_layout="ring", local_window_size=(3, 0)), dict(cache_dtype="int8"), dict(rope=mqa_jax.Rope())],
+    ids=["static", "ring", "int8", "rope"],
+)
+def test_all_checks_of_checkify_find_nothing_in_cached_steps(settings):
+    """Chunks, padding and single tokens, into rows at different positions; longer than a ring, too."""
+    layer = mqa_jax.GroupedQueryAttention(32, 4, kv_heads=2, **settings)
+    x = jax.random.normal(jax.random.key(1), (2, 30, 32))
+    params = layer.init(jax.random.key(0), x)["params"]
+    step = lambda cache, x, lengths: layer.apply(
+        {"params": params, "cache": cache}, x, seq_lengths=lengths, mutable=["cache"]
+    )
+    cache = layer.init_cache(2, 40)
+    for tokens, lengths in ((3, (3, 1)), (1, (1, 1)), (30, (30, 20)), (2, (0, 2))):
+        arguments = cache, x[:, :tokens], jnp.array(lengths)
+        (out, _, _), state = _checkified(step, *arguments)
+        (expected, _, _), _ = step(*arguments)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        cache = state["cache"]
+
+
+def test_what_checkify_does_not_look_into_can_be_mapped_and_differentiated():
+    """Writing into a static cache is a primitive of ours, with the rules that JAX asks of one."""
+    old, new = jnp.zeros((3, 2, 7, 1, 4)), jax.random.normal(jax.random.key(0), (3, 2, 2, 1, 4))
+    start = jnp.array([[0, 5], [2, 3], [1, 1]])
+    write = lambda old, new, start: cache_append._write(old, new, start, jnp.ones(2, bool))
+    written = jax.vmap(write)(old, new, start)
+    for row, (old_row, new_row, at) in enumerate(zip(old, new, start)):
+        np.testing.assert_array_equal(written[row], write(old_row, new_row, at))
+    gradient = jax.grad(lambda new: jnp.sum(write(old[0], new, start[0]) ** 2))(new[0])
+    np.testing.assert_allclose(gradient, 2 * new[0])
+    jax.test_util.check_grads(lambda new: write(old[0], new, start[0]), (new[0],), order=2)
