@@ -54,7 +54,7 @@ _FEW = "xla, few queries"
 
 RANGES = [
     Mutant("tiles.key_range", "minus(offset + row_start, left)", "minus(row_start, left)", "xla", ("window", "query_offset")),
-    Mutant("tiles.key_range", "minus(offset + row_start, left)", "minus(offset + row_start, left) + 1", "xla", ("window",)),
+    Mutant("tiles.key_range", "minus(offset + row_start, left)", "minus(offset + row_start, left) + 1", "xla", ("window=past",)),
     Mutant("tiles.key_range", "if left is not None", "if False", "xla", ("window",)),
     Mutant("tiles.key_range", "plus(offset + (row_stop - 1), right)", "plus(row_stop - 1, right)", "xla", ("is_causal", "query_offset")),
     Mutant("tiles.key_range", "right)) + 1", "right))", "xla", ("is_causal", "query_offset=each row")),
@@ -71,7 +71,7 @@ RANGES = [
     Mutant("tiles.row_range", "if right is not None", "if mask.is_causal", "xla", ("window",)),
     Mutant("tiles.row_range", "if right is not None", "if mask.window is not None", "xla", ("is_causal",)),
     Mutant("tiles.row_range", "jnp.maximum(offset, minus", "jnp.maximum(0, minus", "xla", ("window", "query_offset")),
-    Mutant("tiles.row_range", "plus(column_stop - 1, left)", "plus(column_stop - 1, left) - 1", "xla", ("window",)),
+    Mutant("tiles.row_range", "plus(column_stop - 1, left)", "plus(column_stop - 1, left) - 1", "xla", ("window=past",)),
     Mutant("tiles.row_range", "if left is not None", "if False", "xla", ("window",)),
     Mutant("tiles.row_range", "jnp.minimum(stop, mask.query_lengths[0])", "jnp.minimum(stop, mask.query_lengths[0] - 1)", "xla", ("query_lengths",)),
     Mutant("tiles.row_range", "if mask.query_lengths is not None", "if False", "triton", ("query_lengths", "sizes=(96, 96)")),

@@ -48,15 +48,15 @@ def exists(row: covering.Row) -> bool:
     return not (row.get("ring") and row.get("key_lengths"))
 
 
-def window_of(choice: str | None, rows: int, columns: int, tile: int) -> Any:
+def window_of(choice: str | None, tile: tuple[int, int]) -> Any:
     """So wide that some tiles lie inside and others do not; and with ends one beside those of tiles."""
-    wide = max(min(rows, columns) * 3 // 4, columns // 2) // tile * tile + 1
+    wide = 2 * max(tile) + 1
     windows = {
         None: None,
         "past": (wide, 0),
         "left": (wide, -1),
-        "right": (-1, wide // 4 // tile * tile + tile - 2),
-        "both": wide,
+        "right": (-1, min(tile) - 2),
+        "both": wide - min(tile),
         "future": (5, wide),
     }
     return windows[choice]
@@ -86,7 +86,7 @@ class _Drawn:
         if row["is_causal"]:
             given["is_causal"] = True
         if row["window"] is not None:
-            given["local_window_size"] = window_of(row["window"], self.rows, self.columns, min(self.tile))
+            given["local_window_size"] = window_of(row["window"], self.tile)
         if row["key_lengths"]:
             given["key_value_seq_lengths"] = self.each_row(self.ends(self.columns, self.tile[1], self.size))
         if row["query_lengths"]:
@@ -139,14 +139,16 @@ class _Drawn:
         return ends[self.values]
 
     def offset(self, ring_lengths: np.ndarray | None) -> np.ndarray | None:
-        """Negative, so that the first queries see nothing under a causal mask; a multiple of the tile, and beside it."""
-        choice, tile = self.row["query_offset"], min(self.tile)
+        """Positions of the first query."""
+        choice, (rows, columns) = self.row["query_offset"], self.tile
         if choice is None:
             return None
         if ring_lengths is not None:
             return ring_lengths - self.rows if choice == "each row" else np.full(self.size, ring_lengths.min())
-        near = lambda offset, rest: offset // tile * tile + rest
-        ways = near(-self.rows // 3, tile - 2), near(self.columns // 3, 1), self.columns - self.rows, self.tile[1]
+        # Under a causal mask the last key that the third tile of queries sees as a whole is the last but one of a tile,
+        # and the last one that the second sees at all the first.
+        in_front, behind = columns - 2 * rows - 2, columns + -(-2 * rows // columns) * columns
+        ways = in_front, behind - 2 * rows + 1, self.columns - self.rows, columns
         return np.asarray(ways)[(self.values + np.arange(self.size)) % 4]
 
     def ring_lengths(self) -> np.ndarray:

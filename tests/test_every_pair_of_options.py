@@ -156,7 +156,7 @@ def test_masks_leave_something_to_judge(way):
             whole, part = whole + every.sum(), part + (some & ~every).sum()
         assert max(seeing) > 0.25, f"{name(row)}: {seeing=}"
         if size.T > 2 * rows and not any(row[option] for option in option_space.LEADING_PAST):
-            narrow = row["is_causal"] and row["window"] == "future"
+            narrow = row["is_causal"] and row["window"] in ("both", "future")
             assert whole or narrow, f"{name(row)}: no tile is seen as a whole"
             hides = inputs.mask.hides_pairs or inputs.mask.key_lengths is not None
             assert part or not hides, f"{name(row)}: no tile is seen in part"

@@ -127,7 +127,7 @@ WAYS = {
     "xla": Way(
         _OF_SMALL
         | dict(
-            sizes=((37, 53), (53, 37), (48, 48), (41, 48)),
+            sizes=((61, 83), (83, 53), (64, 64), (57, 64)),
             tiles=((8, 16, 1, True), (16, 8, 1, False), (13, 11, 1, True)),
         ),
         small_tiles,
