@@ -21,7 +21,8 @@ import oracle
 from tqdm import tqdm
 from ways import WAYS
 
-PROBLEMS = 40  # of each structure
+PROBLEMS, LARGE_PROBLEMS = 100, 8  # of each structure
+LARGE = "xla, its own tiles"
 DTYPES = "float32", "float32", "bfloat16", "float16"
 HEADS = *option_space.HEADS, (8, 1), (6, 3), (7, 1)
 FEATURES = *option_space.FEATURES, (16, 16), (64, 64), (80, 80), (40, 24)
@@ -42,7 +43,7 @@ def structure(names: list[str], rng: np.random.Generator) -> Structure:
     name = choose(names)
     way = WAYS[name]
     row = {option: choose(chosen) for option, chosen in way.structure.items()}
-    if name != "xla, its own tiles":  # whose arrays are large
+    if name != LARGE:
         row |= {"heads": choose(HEADS), "features": choose(FEATURES)}
         row["sizes"] = _sizes(row, way.tile(row["tiles"]), rng)
     while True:
@@ -102,7 +103,8 @@ def fuzz(names: list[str], minutes: float, seed: int) -> tuple[int, list[str]]:
             if time.monotonic() - start > 60 * minutes:
                 return count, failures
             of = structure(names, np.random.default_rng((seed, turn)))
-            for number, error in judged(of, list(range(PROBLEMS)), seed + turn):
+            numbers = list(range(LARGE_PROBLEMS if of.way == LARGE else PROBLEMS))
+            for number, error in judged(of, numbers, seed + turn):
                 count += 1
                 if error is not None:
                     call = f"import fuzz; fuzz.replay({of.way!r}, {of.row!r}, {of.dtype!r}, {number}, {seed + turn})"
