@@ -108,14 +108,14 @@ def program_for_values(
     attend = lambda arrays, options: mqa_jax.dot_product_attention(
         **arrays, **options, implementation=implementation, return_residual=True
     )
-    return _compiled(problem, attend, differentiated)
+    return compiled(problem, attend, differentiated)
 
 
 def plain_program_for_values(problem: Problem, differentiated: bool = True) -> Callable[[Problem], dict[str, Any]]:
-    return _compiled(problem, plain_attention, differentiated)
+    return compiled(problem, plain_attention, differentiated)
 
 
-def _compiled(problem: Problem, attend: Callable, differentiated: bool) -> Callable[[Problem], dict[str, Any]]:
+def compiled(problem: Problem, attend: Callable, differentiated: bool = True) -> Callable[[Problem], dict[str, Any]]:
     """What is an array is an argument of the program, everything else a part of it."""
     traced = lambda options: {name: x for name, x in options.items() if isinstance(x, jax.Array)}
     static = {name: x for name, x in problem.options.items() if not isinstance(x, jax.Array)}

@@ -119,8 +119,8 @@ def test_parts_with_the_sink_in_one_of_them(implementation):
 
     expected = oracle.results(whole, "reference")
     for of_sinks in range(3):
-        compute = oracle._differentiated(whole, lambda arrays, of_sinks=of_sinks: merged(arrays, of_sinks))
-        oracle.judge_float32(compute(whole.arrays), expected)
+        attend = lambda arrays, options, of_sinks=of_sinks: merged(arrays, of_sinks)
+        oracle.judge_float32(oracle.compiled(whole, attend)(whole), expected)
 
 
 @everywhere
