@@ -43,10 +43,11 @@ def table(choices: Choices, exist: Callable[[Row], bool], known: Iterable[Pair] 
     while missing:
         row: Row = dict(next(iter(missing)))
         for option in [option for option in choices if option not in row]:
-            gain = lambda choice, option=option: sum(
-                tuple(sorted([(option, choice), other])) in missing for other in row.items()
-            )
-            row[option] = max((c for c in choices[option] if exist(row | {option: c})), key=gain)
+            possible = [choice for choice in choices[option] if exist(row | {option: choice})]
+            joined = [
+                sum(tuple(sorted([(option, choice), other])) in missing for other in row.items()) for choice in possible
+            ]
+            row[option] = possible[joined.index(max(joined))]
         for pair in pairs_of(row):
             missing.pop(pair, None)
         rows.append({option: row[option] for option in choices})

@@ -3,17 +3,17 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 from mqa_jax import attention
-from mqa_jax.inputs import Sizes
+from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import (
     flash,
     tile_config,
     triton,
     triton_decode,
     triton_grid,
-
     xla_backward,
     xla_decode,
     xla_forward,
@@ -54,10 +54,11 @@ def plain_xla(shape: TileShape) -> flash.Kernels:
 
 def plain_xla_with(tiles: Callable[[Sizes], TileShape]) -> flash.Kernels:
     """With the tiles of a platform, whatever the platform."""
-    return flash.Kernels(
-        lambda inputs: xla_forward.forward(inputs, tiles(inputs.sizes)),
-        lambda inputs, *saved: xla_backward.backward(inputs, *saved, shape=tiles(inputs.sizes)),
-    )
+
+    def backward(inputs: Inputs, *saved: Any) -> Any:
+        return functools.partial(xla_backward.backward, shape=tiles(inputs.sizes))(inputs, *saved)
+
+    return flash.Kernels(lambda inputs: xla_forward.forward(inputs, tiles(inputs.sizes)), backward)
 
 
 def few_queries(columns: int, on_cpu: bool) -> flash.Kernels:
@@ -86,5 +87,3 @@ def triton_tiles(most_queries: int = 16, enough_programs: int = 64, **tiles: Til
         mock.patch.object(triton_grid, "ENOUGH_PROGRAMS", enough_programs),
     ):
         yield
-
-

@@ -97,11 +97,12 @@ def replay(way: str, row: dict[str, Any], dtype: str, number: int, seed: int) ->
 
 def fuzz(names: list[str], minutes: float, seed: int) -> tuple[int, list[str]]:
     """How many problems were judged, and the calls that replay those that failed."""
-    start, count, failures = time.monotonic(), 0, []
+    start, count = time.monotonic(), 0
+    failures: list[str] = []
     with tqdm(total=round(60 * minutes), unit="s", bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
         for turn in itertools.count():
             if time.monotonic() - start > 60 * minutes:
-                return count, failures
+                break
             of = structure(names, np.random.default_rng((seed, turn)))
             numbers = list(range(LARGE_PROBLEMS if of.way == LARGE else PROBLEMS))
             for number, error in judged(of, numbers, seed + turn):
@@ -114,6 +115,7 @@ def fuzz(names: list[str], minutes: float, seed: int) -> tuple[int, list[str]]:
             bar.set_postfix_str(f"{count} problems in {turn + 1} structures, {len(failures)} failed")
             bar.n = min(bar.total, round(time.monotonic() - start))
             bar.refresh()
+    return count, failures
 
 
 def main(arguments: list[str] | None = None) -> int:

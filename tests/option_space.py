@@ -76,10 +76,11 @@ class _Drawn:
         self.size = math.prod(self.batch)
 
     def problem(self) -> oracle.Problem:
-        row, given = self.row, {}
+        row = self.row
+        given: dict[str, Any] = {}
         ring_lengths = self.ring_lengths() if row["ring"] else None
         offset = self.offset(ring_lengths)
-        if row["ring"]:
+        if ring_lengths is not None:
             given["key_value_ring_lengths"] = self.each_row(ring_lengths)
         if offset is not None:
             given["query_offset"] = jnp.int32(offset[0]) if row["query_offset"] == "shared" else self.each_row(offset)
@@ -105,7 +106,9 @@ class _Drawn:
         if row["dropout"]:
             given |= {"dropout_rate": 0.25, "dropout_rng": jax.random.key(int(self.rng.integers(1 << 30)))}
         given |= {name: row[option] for option, name in _NUMBERS.items() if row[option] is not None}
-        sizes = dict(batch=self.batch, rows=self.rows, columns=self.columns, heads=self.heads, kv_heads=self.kv_heads)
+        sizes: dict[str, Any] = dict(
+            batch=self.batch, rows=self.rows, columns=self.columns, heads=self.heads, kv_heads=self.kv_heads
+        )
         features, value_features = row["features"]
         made = oracle.random_problem(self.rng, **sizes, features=features, value_features=value_features, **given)
         d_out, d_log_sum_exp = made.cotangents  # of one sign: sums over all queries, as those of sinks, do not cancel
@@ -119,8 +122,8 @@ class _Drawn:
         return jnp.asarray(x.reshape(self.batch), jnp.int32)
 
     def axes(self, letters: str) -> tuple[int, ...]:
-        shape = self.heads, self.rows, self.columns
-        shape = tuple(n if letter in letters else 1 for letter, n in zip("NTS", shape))
+        lengths = self.heads, self.rows, self.columns
+        shape = tuple(n if letter in letters else 1 for letter, n in zip("NTS", lengths))
         first = self.batch[:1] if "Z" in letters else (1,) * len(self.batch[:1])
         leading = (*first, *self.batch[1:]) if set(letters) & set("Zz") else ()
         return (*leading, *shape)
@@ -158,7 +161,7 @@ class _Drawn:
         return self.columns // 2 + self.ends(self.rows, self.tile[0], self.size)
 
     def segments(self, length: int, tile: int) -> jax.Array:
-        """Documents one after the other: with ends inside tiles, on boundaries; one that goes on later; a single one."""
+        """Documents one after the other: ends inside tiles, on boundaries; one that goes on later; a single one."""
         starts = np.asarray([[0.3, 0.65, 0.9]] * self.size) * length + self.rng.integers(0, 3, (self.size, 3))
         cuts = {0: starts, 1: starts // tile * tile, 2: np.asarray([[tile, 2 * tile]] * self.size)}
         if self.values == 3:
@@ -192,8 +195,6 @@ def _spoilt(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
 
 _NUMBERS = {"soft_cap": "logits_soft_cap", "scale": "scale"}
-
-
 
 
 def table(structure: covering.Choices, options: covering.Choices, leading_past: covering.Choices) -> list[covering.Row]:

@@ -144,7 +144,7 @@ def compiled(problem: Problem, attend: Callable, differentiated: bool = True) ->
 def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     """Every intermediate in the precision of the arrays except the softmax; keys in reverse order."""
     apart = {name: x for name, x in options.items() if name != "mask"}
-    operands = {name: arrays.get(name) for name in ("query", "key", "value", "bias")}
+    operands: dict[str, Any] = {name: arrays.get(name) for name in ("query", "key", "value", "bias")}
     added = {name: arrays[name] for name in ("alibi_slopes", "sinks") if name in arrays}
     inputs = checked_inputs(**operands, mask=options.get("mask"), options=Options(**apart, **added))
     return over_flat_batch(_plain_attention, inputs)
@@ -224,7 +224,9 @@ def _judge_one(name, fast, plain, expected, dtype: str, factor: int = 1) -> None
     largest = np.abs(expected[finite]).max(initial=0.0)
     floor = factor * FLOOR_ULPS[dtype] * float(jnp.finfo(dtype).eps) * largest
     error = np.where(finite, np.abs(np.where(finite, fast, 0) - np.where(finite, expected, 0)), 0)
-    assert np.isfinite(plain[finite]).all(), f"{name}: the plain computation, which says how far off is allowed, is not finite"
+    assert np.isfinite(plain[finite]).all(), (
+        f"{name}: the plain computation, which says how far off is allowed, is not finite"
+    )
     plain_error = np.where(finite, np.abs(np.where(finite, plain, 0) - np.where(finite, expected, 0)), 0)
     allowed = FACTOR * plain_error.max(initial=0.0) + floor
     if error.size and error.max() > allowed:

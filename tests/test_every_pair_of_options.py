@@ -17,6 +17,7 @@ import numpy as np
 import option_space
 import oracle
 import pytest
+from ways import WAYS, Way
 
 import mqa_jax
 from mqa_jax import masks
@@ -24,7 +25,7 @@ from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
 from mqa_jax.options import Options
-from ways import WAYS, Way
+from mqa_jax.shapes import positions
 
 
 def name(row: covering.Row) -> str:
@@ -73,7 +74,8 @@ def test_triton_of_few_queries(request, row):
 
 def _on_this_machine(request, way: Way) -> Way:
     """Interpreted, or with --gpu compiled."""
-    return replace(way, registered=functools.partial(way.registered, interpret=not request.config.getoption("--gpu")))
+    registered: Any = way.registered
+    return replace(way, registered=functools.partial(registered, interpret=not request.config.getoption("--gpu")))
 
 
 # -- the tables -------------------------------------------------------------------------------------------------------
@@ -113,7 +115,9 @@ def test_every_choice_is_there_in_8_bits(way):
     choices, table = _choices(WAYS[way]), WAYS[way].table_in_8_bits
     choices["tiles"] = WAYS[way].tiles_in_8_bits or choices["tiles"]
     there = {(row["bits"], option, row[option]) for row in table for option in choices}
-    assert there == {(bits, o, c) for bits in ("int8", "float8_e4m3fn") for o, chosen in choices.items() for c in chosen}
+    assert there == {
+        (bits, o, c) for bits in ("int8", "float8_e4m3fn") for o, chosen in choices.items() for c in chosen
+    }
 
 
 def _choices(way: Way) -> covering.Choices:
@@ -138,24 +142,26 @@ def test_the_options_are_all_there_are():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_leave_something_to_judge(way):
-    """In each row of a table, over its value sets: a quarter of the queries see a key in one of them; and where nothing leads past
+    """In each row of a table, over its value sets: a quarter of the queries see a key in one of them.
 
-    the unmasked loop, some tiles are seen as a whole and, if the mask hides anything, some in part.
+    And where nothing leads past the loop without mask, some tiles are seen as a whole and, if the mask hides anything,
+    some in part.
     """
     for row in WAYS[way].table:
-        seeing, whole, part = [], 0, 0
+        seeing: list[float] = []
+        whole = part = 0
         for problem in WAYS[way].problems(row):
             inputs, (rows, columns) = masking(problem), WAYS[way].tile(row["tiles"])
             size = inputs.sizes
-            visible = masks.visible(inputs.mask, np.arange(size.T), np.arange(size.S))
-            visible = np.broadcast_to(True if visible is None else visible, (size.B, size.N, size.T, size.S))
-            seeing.append(visible.any(-1).mean())
+            found = masks.visible(inputs.mask, positions(size.T), positions(size.S))
+            visible = np.broadcast_to(True if found is None else found, (size.B, size.N, size.T, size.S))
+            seeing.append(float(visible.any(-1).mean()))
             cut = visible[..., : size.T // rows * rows, : size.S // columns * columns]
             tiles = cut.reshape(size.B, size.N, -1, rows, cut.shape[3] // columns, columns)
             some, every = tiles.any((3, 5)), tiles.all((3, 5))
-            whole, part = whole + every.sum(), part + (some & ~every).sum()
+            whole, part = whole + int(every.sum()), part + int((some & ~every).sum())
         assert max(seeing) > 0.25, f"{name(row)}: {seeing=}"
-        if size.T > 2 * rows and not any(row[option] for option in option_space.LEADING_PAST):
+        if 2 * rows < size.T and not any(row[option] for option in option_space.LEADING_PAST):
             narrow = row["is_causal"] and row["window"] in ("both", "future")
             assert whole or narrow, f"{name(row)}: no tile is seen as a whole"
             hides = inputs.mask.hides_pairs or inputs.mask.key_lengths is not None
@@ -165,10 +171,15 @@ def test_masks_leave_something_to_judge(way):
 def masking(problem: oracle.Problem) -> Inputs:
     """With one batch axis."""
     query, key, value = (problem.arrays[name] for name in ("query", "key", "value"))
-    options, mask = dict(problem.options), problem.options.get("mask")
-    if options.pop("mask", None) is not None:
+    options = dict(problem.options)
+    mask = options.pop("mask", None)
+    if mask is not None:
         mask = jnp.broadcast_to(mask, (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]))
     inputs: list[Inputs] = []
-    run = lambda flat: (inputs.append(flat), (flat.operands.query,))[1]
-    over_flat_batch(run, checked_inputs(query, key, value, None, mask, Options(**options)))
+
+    def keep(flat: Inputs) -> tuple[Any]:
+        inputs.append(flat)
+        return (flat.operands.query,)
+
+    over_flat_batch(keep, checked_inputs(query, key, value, None, mask, Options(**options)))
     return inputs[0]

@@ -38,7 +38,10 @@ def some_inputs() -> list[tuple[Inputs, tuple[int, int]]]:
     rows = [row for row in filter(contiguous, way.table) if row["is_causal"] or row["window"] or row["query_lengths"]]
     ragged = [(Mask(window=(5, 0)), 83, 53, (8, 16)), (Mask(is_causal=True), 57, 83, (8, 4))]
     found = [(_tiling(mask, rows, columns).inputs, tile) for mask, rows, columns, tile in ragged]
-    return [*found, *((pairs.masking(problem), way.tile(row["tiles"])) for row in rows[::2] for problem in way.problems(row)[:2])]
+    return [
+        *found,
+        *((pairs.masking(problem), way.tile(row["tiles"])) for row in rows[::2] for problem in way.problems(row)[:2]),
+    ]
 
 
 def test_no_tile_is_visited_in_vain():
