@@ -184,7 +184,8 @@ def _check_not_quantized(config: Config) -> None:
 def _check_complete(module: GroupedQueryAttention, params: dict[str, Any], where: str) -> None:
     """Flax ignores parameters that a module does not have: biases that config.json denies, say."""
     x = jax.ShapeDtypeStruct((1, 1, module.dim), jnp.float32)
-    wanted = jax.eval_shape(module.init, {"params": jax.random.key(0), "dropout": jax.random.key(0)}, x)["params"]
+    initialise = functools.partial(module.init, deterministic=True)
+    wanted = jax.eval_shape(initialise, jax.random.key(0), x)["params"]
     shapes = lambda tree: {jax.tree_util.keystr(at): x.shape for at, x in jax.tree_util.tree_leaves_with_path(tree)}
     settings, file = shapes(wanted), shapes(params)
     differing = {name: (settings.get(name), file.get(name)) for name in settings | file}

@@ -205,7 +205,7 @@ def _our_results(
     results = {"output": out, "d_x": d_x, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
     if module.output_projection and theirs.shows_context:
         without = {name: x for name, x in params.items() if name != "out"}
-        headless = module.clone(output_projection=False)
+        headless = module.clone(output_projection=False, out_features=None, use_out_bias=None)
         results["context"], _ = _with_gradients(headless, without, x, None)
     return results
 

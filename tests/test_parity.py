@@ -179,8 +179,8 @@ def without_weights(path):
 
 
 CANNOT: dict[str, tuple[dict[str, Any], list[str], Any, str]] = {
-    "no such layer": ({}, ["--layer", "2"], None, r"from 0 to num_hidden_layers - 1: layer=2, num_hidden_layers=2"),
-    "a negative layer": ({}, ["--layer", "-1"], None, r"layer=-1, num_hidden_layers=2"),
+    "no such layer": ({}, ["--layer", "2"], None, r"There is no layer 2 in .*: they are 0 to 1"),
+    "a negative layer": ({}, ["--layer", "-1"], None, r"There is no layer -1 in .*: they are 0 to 1"),
     "model type": (dict(model_type="gpt2"), [], None, r"No known attention layer: model_type='gpt2'"),
     "quantised": (dict(quantization_config=dict(quant_method="fp8")), [], None, r"quant_method='fp8'"),
     "no weights": ({}, [], without_weights, r"There are no weights in"),
