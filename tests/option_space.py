@@ -40,7 +40,7 @@ LEADING_PAST: covering.Choices = dict(
 HEADS = (4, 2), (2, 2), (3, 1), (1, 1)  # GQA, MHA, MQA, one head
 BATCHES = (2,), (), (2, 2)  # leading axes
 FEATURES = (8, 8), (5, 12)  # of queries and keys, of values
-VALUE_SETS = 4  # of `problem`: ends inside a tile, on its boundary, 0 and anything, anything
+VALUE_SETS = 4  # of `problem`: ends inside tiles; on boundaries; 0 and all; one beside a boundary. From 4 on: anything
 
 
 def exists(row: covering.Row) -> bool:
@@ -63,7 +63,7 @@ def window_of(choice: str | None, tile: tuple[int, int]) -> Any:
 
 
 def problem(row: covering.Row, tile: tuple[int, int], values: int, seed: int = 0) -> oracle.Problem:
-    """`tile`: queries and keys, around whose multiples masks end; `values`: which of the VALUE_SETS."""
+    """`tile`: queries and keys, around whose multiples masks end; `values`: which of the VALUE_SETS, or a number from there on."""
     return _Drawn(row, tile, values, np.random.default_rng((seed, values))).problem()
 
 
@@ -139,7 +139,9 @@ class _Drawn:
             2: np.where(np.arange(count) == 0, 0, np.where(np.arange(count) == 1, length, anywhere)),
             3: np.where(np.arange(count) % 2, anywhere, np.minimum(on_boundary + 1, length)),
         }
-        return ends[self.values]
+        if self.values in ends:
+            return ends[self.values]
+        return np.where(self.rng.random(count) < 0.5, anywhere, ends[int(self.rng.integers(4))])
 
     def offset(self, ring_lengths: np.ndarray | None) -> np.ndarray | None:
         """Positions of the first query."""
@@ -152,6 +154,8 @@ class _Drawn:
         # and the last one that the second sees at all the first.
         in_front, behind = columns - 2 * rows - 2, columns + -(-2 * rows // columns) * columns
         ways = in_front, behind - 2 * rows + 1, self.columns - self.rows, columns
+        if self.values >= VALUE_SETS:
+            return self.rng.integers(-self.rows, self.columns, self.size)
         return np.asarray(ways)[(self.values + np.arange(self.size)) % 4]
 
     def ring_lengths(self) -> np.ndarray:
@@ -166,8 +170,9 @@ class _Drawn:
         cuts = {0: starts, 1: starts // tile * tile, 2: np.asarray([[tile, 2 * tile]] * self.size)}
         if self.values == 3:
             return jnp.zeros((*self.batch, length), jnp.int32)
-        documents = (np.arange(length)[:, None] >= cuts[self.values][:, None]).sum(-1)
-        documents = documents % 2 if self.values == 2 else documents
+        anywhere = self.rng.integers(0, length, (self.size, 3))
+        documents = (np.arange(length)[:, None] >= cuts.get(self.values, anywhere)[:, None]).sum(-1)
+        documents = documents % 2 if self.values % 4 == 2 else documents
         return jnp.asarray(documents.reshape(*self.batch, length), jnp.int32)
 
     def mask(self) -> jax.Array:
