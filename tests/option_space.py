@@ -63,7 +63,7 @@ def window_of(choice: str | None, tile: tuple[int, int]) -> Any:
 
 
 def problem(row: covering.Row, tile: tuple[int, int], values: int, seed: int = 0) -> oracle.Problem:
-    """`tile`: queries and keys, around whose multiples masks end; `values`: which of the VALUE_SETS, or a number from there on."""
+    """`tile`: queries and keys, around whose multiples masks end; `values`: one of the VALUE_SETS, or any beyond."""
     return _Drawn(row, tile, values, np.random.default_rng((seed, values))).problem()
 
 

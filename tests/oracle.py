@@ -155,7 +155,10 @@ def _plain_attention(inputs: Inputs) -> tuple[Any, Any]:
     operands, size, dtype = inputs.operands, inputs.sizes, inputs.dtype
     rows, columns = jnp.arange(size.T), jnp.arange(size.S)
     reverse = lambda x, axis: jnp.flip(x, axis) if x.shape[axis] > 1 else x
-    key, value = _restored(operands.key, operands.key_scale, dtype), _restored(operands.value, operands.value_scale, dtype)
+    key, value = (
+        _restored(operands.key, operands.key_scale, dtype),
+        _restored(operands.value, operands.value_scale, dtype),
+    )
     key, value = (reverse(_without_padding(x, inputs.mask.key_lengths), 1) for x in (key, value))
     query = _without_padding(operands.query, inputs.mask.query_lengths)
     key, value = jnp.repeat(key, size.G, axis=2), jnp.repeat(value, size.G, axis=2)
@@ -209,12 +212,12 @@ def judge_8_bits(problem: Problem, dtype: Any, bits: str, *implementations: str)
 
 
 def judge(fast: dict[str, Any], plain: dict[str, Any], reference: dict[str, Any], lenience: int = 1) -> None:
-    """Fails with the worst coordinate of the first result that breaks the rule; `lenience` allows so many times more."""
+    """Fails with the worst coordinate of the first result that breaks the rule; `lenience`: times what it allows."""
     assert set(fast) == set(reference)
     for name, expected in reference.items():
         assert fast[name].dtype == plain[name].dtype, f"{name}: {fast[name].dtype=!s}, {plain[name].dtype=!s}"
-        numbers = (np.float64(x) for x in (fast[name], plain[name], expected))
-        _judge_one(name, *numbers, fast[name].dtype.name, lenience, lenience * FACTOR)
+        found, plainly, right = (np.float64(x) for x in (fast[name], plain[name], expected))
+        _judge_one(name, found, plainly, right, fast[name].dtype.name, lenience, lenience * FACTOR)
 
 
 def judge_float32(fast: dict[str, Any], reference: dict[str, Any], factor: int = 4) -> None:
