@@ -114,7 +114,7 @@ def fuzz(names: list[str], minutes: float, seed: int) -> tuple[int, list[str]]:
     failures: list[str] = []
     with tqdm(total=round(60 * minutes), unit="s", bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
         for turn in itertools.count():
-            if time.monotonic() - start > 60 * minutes:
+            if turn and time.monotonic() - start > 60 * minutes:
                 break
             of = structure(names, np.random.default_rng((seed, turn)))
             numbers = list(range(LARGE_PROBLEMS if of.way == LARGE else PROBLEMS))
