@@ -62,7 +62,7 @@ def structure(names: list[str], rng: np.random.Generator) -> Structure:
             o: choose(chosen[1:] or chosen) if rng.random() < GIVEN else chosen[0] for o, chosen in options.items()
         }
         dtype = choose(DTYPES)
-        # Sums of millions of distances overflow; weights with scales in them are bfloat16, as `Inputs.weight_dtype` says.
+        # Sums of millions of distances overflow; weights with scales in them are bfloat16 (`weight_dtype`).
         beyond = dtype == "float16" and ((name in LARGE and given["alibi_slopes"]) or "bits" in row)
         if not beyond and not (given["ring"] and given["key_lengths"]):
             return Structure(name, row | given, dtype)
