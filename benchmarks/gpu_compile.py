@@ -34,7 +34,7 @@ import mqa_jax
 from benchmarks import environment
 from benchmarks.measure import LOCATION
 from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, ModelShape, shape_of
-from mqa_jax.kernels import tile_config
+from mqa_jax.kernels import gpu
 
 # -- what is compiled, and for what -----------------------------------------------------------------------------------
 
@@ -421,7 +421,7 @@ def compile_program(
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((arguments, named)))
     if size > target.memory << 30:
         raise ValueError(f"its arguments take {size / 2**30:.0f} GiB; the GPU has {target.memory}.")
-    with tile_config.assuming(target.architecture), lowering_for(target):
+    with gpu.assuming(target.architecture), lowering_for(target):
         lowered = jax.jit(function).trace(*arguments, **named).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options={**options, "xla_gpu_autotune_level": 0})
 

@@ -24,7 +24,8 @@ from benchmarks import timing
 from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.problems import Problem
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import flash, tile_config, triton
+from mqa_jax.kernels import flash, gpu
+from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.options import Options
 
 Attend = Callable[..., Array]  # problem, query, key, value
@@ -85,7 +86,7 @@ def structs(problem: Problem) -> list[Any]:
 
 def for_gpu() -> bool:
     """Whether what is traced now runs on a GPU, or is compiled for one."""
-    return jax.default_backend() == "gpu" or tile_config.is_assumed()
+    return jax.default_backend() == "gpu" or gpu.is_assumed()
 
 
 INTERPRETED = flash.Kernels(

@@ -36,17 +36,21 @@ from benchmarks.table import figures, in_columns
 from benchmarks.timing import QUICK, Settings
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import row_terms, tile_config, triton, triton_backward, triton_forward, triton_score_gradient
-from mqa_jax.kernels.tile_config import TileConfig
-from mqa_jax.kernels.triton_backward import Saved
+from mqa_jax.kernels import gpu, row_terms
+from mqa_jax.kernels.triton import implementation as triton
+from mqa_jax.kernels.triton import tile_config
+from mqa_jax.kernels.triton.backward import Saved, d_key_and_value, d_query
+from mqa_jax.kernels.triton.forward import forward_kernel
+from mqa_jax.kernels.triton.score_gradient import d_bias
+from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.options import Options
 
 Kernel = Callable[[Inputs, Saved, TileConfig, bool], Any]
 KERNELS: dict[str, Kernel] = {
-    "forward": lambda inputs, saved, config, interpret: triton_forward.forward(inputs, config, interpret),
-    "dq": triton_backward.d_query,
-    "dkv": triton_backward.d_key_and_value,
-    "dscore": triton_score_gradient.d_bias,
+    "forward": lambda inputs, saved, config, interpret: forward_kernel(inputs, config, interpret),
+    "dq": d_query,
+    "dkv": d_key_and_value,
+    "dscore": d_bias,
 }
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "dscore": 2}  # of matrices, in each tile
 MODELS = {64: "SmolLM2-135M", 128: "Llama-3-8B", 256: "Gemma-2B"}  # by head size, whose layers are timed
@@ -84,7 +88,7 @@ class Entry:
     def key(self) -> dict[str, Any]:
         """What names it in the table."""
         return {
-            "architecture": tile_config.architecture_at_hand(),
+            "architecture": gpu.architecture_at_hand(),
             "direction": self.direction,
             "dtype": self.dtype,
             "head_dim": self.head_dim,

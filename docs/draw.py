@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from mqa_jax.inputs import Sizes
 from mqa_jax.kernels import tile_bounds
-from mqa_jax.kernels.triton_grid import Share
+from mqa_jax.kernels.triton.grid import Share
 from mqa_jax.masks import Mask
 
 FOLDER = Path(__file__).parent

@@ -14,7 +14,8 @@ from mqa_jax.arguments import flag
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import flash, triton, xla
+from mqa_jax.kernels import flash, xla
+from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.options import Options
 
 
@@ -134,7 +135,7 @@ def dot_product_attention(
     Implementations:
       None: the first of these that can compute the call and runs on the platform that the program is lowered for:
         'triton' on an NVIDIA GPU, else 'xla', which always can. (A machine without such a GPU traces 'triton' only
-        inside `mqa_jax.kernels.tile_config.assuming`, to compile for another one.)
+        inside `mqa_jax.kernels.gpu.assuming`, to compile for another one.)
       'triton': FlashAttention-2 as Pallas-Triton kernels, for NVIDIA GPUs from compute capability 8.0; one derivative,
         in reverse mode. K/V, dK and dV exist at the size of the key/value heads only.
       'xla': FlashAttention-2 in plain XLA, on every platform. Memory linear in T and S; tiles that the mask empties

@@ -87,7 +87,8 @@ def pytest_collection_modifyitems(config, items):
 def kernels(monkeypatch, request):
     """The Triton kernels as the implementation "kernels": in interpret mode, or with --gpu compiled, on the GPU."""
     from mqa_jax import attention  # not before jaxtyping has hooked into the import of the kernels
-    from mqa_jax.kernels import flash, triton
+    from mqa_jax.kernels import flash
+    from mqa_jax.kernels.triton import implementation as triton
 
     interpret = not request.config.getoption("--gpu")
     forward = functools.partial(triton.forward, interpret=interpret)

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 
 from benchmarks import gpu_compile
-from mqa_jax.kernels import tile_config
+from mqa_jax.kernels.gpu import assuming
 
 
 def lowered_for_cuda(function: Any, *arguments: Any, target: str = "h100") -> Any:
     gpu = gpu_compile.TARGETS[target]
-    with tile_config.assuming(gpu.architecture), gpu_compile.lowering_for(gpu):
+    with assuming(gpu.architecture), gpu_compile.lowering_for(gpu):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 

@@ -8,17 +8,10 @@ from unittest import mock
 
 from mqa_jax import attention
 from mqa_jax.inputs import Inputs, Sizes
-from mqa_jax.kernels import (
-    flash,
-    tile_config,
-    triton,
-    triton_decode,
-    triton_grid,
-    xla_backward,
-    xla_decode,
-    xla_forward,
-)
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels import flash, xla_backward, xla_decode, xla_forward
+from mqa_jax.kernels.triton import decode, grid, tile_config
+from mqa_jax.kernels.triton import implementation as triton
+from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.kernels.xla_decode import Steps
 from mqa_jax.kernels.xla_tile import TileShape
 
@@ -66,8 +59,8 @@ def triton_tiles(most_queries: int = 16, enough_programs: int = 64, **tiles: Til
     choose = lambda direction, inputs, rows=None: tiles[direction]
     with (
         mock.patch.object(tile_config, "choose", choose),
-        mock.patch.object(triton_decode, "MOST_QUERIES", most_queries),
-        mock.patch.object(triton_decode, "LEAST_KEYS", 8),
-        mock.patch.object(triton_grid, "ENOUGH_PROGRAMS", enough_programs),
+        mock.patch.object(decode, "MAX_QUERIES", most_queries),
+        mock.patch.object(decode, "MIN_KEYS", 8),
+        mock.patch.object(grid, "ENOUGH_PROGRAMS", enough_programs),
     ):
         yield

@@ -7,9 +7,10 @@ Each is a change of the text of one function under `mqa_jax.kernels`. `test_muta
 import contextlib
 import importlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 
@@ -33,18 +34,33 @@ class Mutant(NamedTuple):
 @contextlib.contextmanager
 def applied(mutant: Mutant) -> Iterator[None]:
     """The package with the fault in it, for whatever is traced meanwhile."""
-    module, *classes, name = mutant.function.split(".")
-    owner = importlib.import_module(f"mqa_jax.kernels.{module}")
-    for each in classes:
-        owner = getattr(owner, each)
+    owner, name = _owner(mutant.function)
     found = inspect.getattr_static(owner, name)
     function = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", found))
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(mutant.old) == 1, f"{mutant.function} has {mutant.old!r} {source.count(mutant.old)} times"
     changed: dict = {}
     exec(compile(source.replace(mutant.old, mutant.new), f"<{mutant.function}>", "exec"), function.__globals__, changed)
-    with mock.patch.object(owner, name, changed[name]):
+    with contextlib.ExitStack() as stack:
+        for each in (owner, *_importers(found, name)):
+            stack.enter_context(mock.patch.object(each, name, changed[name]))
         yield
+
+
+def _owner(function: str) -> tuple[Any, str]:
+    """The module or class that a function belongs to, and its name there."""
+    *path, name = function.split(".")
+    owner: Any = importlib.import_module("mqa_jax.kernels")
+    for each in path:
+        found = getattr(owner, each, None)
+        owner = importlib.import_module(f"{owner.__name__}.{each}") if found is None else found
+    return owner, name
+
+
+def _importers(function: Any, name: str) -> list[Any]:
+    """Modules that have imported a function by its name."""
+    modules = [module for path, module in sys.modules.items() if path.startswith("mqa_jax.")]
+    return [module for module in modules if vars(module).get(name) is function]
 
 
 _COUNTED = "test_visits.test_no_tile_is_visited_in_vain"
@@ -380,155 +396,153 @@ BOUNDS = [
 
 TRITON = [
     Mutant(
-        "triton_tile.Program.visible",
+        "triton.mask.visible",
         "if mask.is_causal or mask.window is not None",
         "if mask.is_causal",
         "triton",
         ("window",),
     ),
     Mutant(
-        "triton_tile.Program.visible",
+        "triton.mask.visible",
         "if mask.is_causal or mask.window is not None",
         "if mask.window is not None",
         "triton",
         ("is_causal",),
     ),
-    Mutant("triton_tile.Program.visible", "if self.ragged_columns()", "if False", "triton", ("key_lengths",)),
+    Mutant("triton.mask.visible", "if program.ragged_columns()", "if False", "triton", ("key_lengths",)),
     Mutant(
-        "triton_tile.Program.visible",
-        "self.columns(place) < self.column_limit()",
-        "self.columns(place) <= self.column_limit()",
+        "triton.mask.visible",
+        "program.columns(place) < program.column_limit()",
+        "program.columns(place) <= program.column_limit()",
         "triton",
         ("key_lengths",),
     ),
-    Mutant("triton_tile.Program.visible", "if mask.query_segments is not None", "if False", "triton", ("segments",)),
-    Mutant("triton_tile.Program.visible", "if mask.allowed is not None", "if False", "triton", ("mask",)),
+    Mutant("triton.mask.visible", "if mask.query_segments is not None", "if False", "triton", ("segments",)),
+    Mutant("triton.mask.visible", "if mask.allowed is not None", "if False", "triton", ("mask",)),
+    Mutant("triton.mask.query_positions", " + _query_offset(program)", "", "triton", ("is_causal", "query_offset")),
     Mutant(
-        "triton_tile.Program.query_positions", " + self.query_offset()", "", "triton", ("is_causal", "query_offset")
-    ),
-    Mutant(
-        "triton_tile.Program.key_positions",
+        "triton.mask.key_positions",
         "columns if ring is None",
         "columns if True",
         "triton",
         ("ring", "is_causal"),
     ),
     Mutant(
-        "triton_tile.Program.row_limit",
+        "triton.program.Program.row_limit",
         "self.sizes.T if lengths is None",
         "self.sizes.T if True",
         "triton",
         ("query_lengths",),
     ),
     Mutant(
-        "triton_tile.Program.column_limit",
+        "triton.program.Program.column_limit",
         "self.sizes.S if lengths is None",
         "self.sizes.S if True",
         "triton",
         ("key_lengths",),
     ),
     Mutant(
-        "triton_tile.Program.ragged_rows",
+        "triton.program.Program.ragged_rows",
         " or self.inputs.mask.query_lengths is not None",
         "",
         "triton",
         ("query_lengths", "sizes=(96, 96)"),
     ),
     Mutant(
-        "triton_tile.Program.ragged_columns",
+        "triton.program.Program.ragged_columns",
         " or self.inputs.mask.key_lengths is not None",
         "",
         "triton",
         ("key_lengths", "sizes=(96, 96)"),
     ),
-    Mutant("triton_tile.Program.ragged_rows", "self.sizes.T % self.config.rows != 0 or", "", "triton"),
-    Mutant("triton_tile.Program.ragged_columns", "self.sizes.S % self.config.columns != 0 or", "", "triton"),
+    Mutant("triton.program.Program.ragged_rows", "self.sizes.T % self.config.rows != 0 or", "", "triton"),
+    Mutant("triton.program.Program.ragged_columns", "self.sizes.S % self.config.columns != 0 or", "", "triton"),
     Mutant(
-        "triton_tile.Program.may_mask",
-        "self.inputs.mask.hides_pairs or ",
+        "triton.mask.may_mask",
+        "program.inputs.mask.hides_pairs or ",
         "",
         "triton",
         ("is_causal", "sizes=(96, 96)"),
     ),
     Mutant(
-        "triton_tile.Program.may_mask",
-        "self.inputs.mask.hides_pairs or ragged",
-        "self.inputs.mask.hides_pairs",
+        "triton.mask.may_mask",
+        "program.inputs.mask.hides_pairs or ragged",
+        "program.inputs.mask.hides_pairs",
         "triton",
     ),
     Mutant(
-        "triton_tile.Program.may_mask", "self.ragged_rows() if self.transposed else ", "", "triton", ("sizes=(83, 64)",)
+        "triton.mask.may_mask", "program.ragged_rows() if program.transposed else ", "", "triton", ("sizes=(83, 64)",)
     ),
-    Mutant("triton_grid.KeyTiles.number", "self.full_start + step", "self.start + step", "triton", ("window",)),
-    Mutant("triton_grid.KeyTiles.number", "step < self.left", "step <= self.left", "triton", ("window",)),
+    Mutant("triton.grid.Visits.tile", "self.full_start + step", "self.start + step", "triton", ("window",)),
+    Mutant("triton.grid.Visits.tile", "step < self.left", "step <= self.left", "triton", ("window",)),
     Mutant(
-        "triton_grid.KeyTiles.number",
+        "triton.grid.Visits.tile",
         "self.full_stop + step - self.left",
         "self.full_stop + step",
         "triton",
         ("window",),
     ),
     Mutant(
-        "triton_grid.KeyTiles.masked",
+        "triton.grid.Visits.masked",
         "self.left + self.stop - self.full_stop",
         "self.stop - self.full_stop",
         "triton",
         ("window",),
     ),
     Mutant(
-        "triton_grid.KeyTiles.full",
+        "triton.grid.Visits.full",
         "self.full_stop - self.full_start",
         "self.stop - self.full_start",
         "triton",
         ("is_causal",),
     ),
-    Mutant("triton_grid.KeyTiles.left", "self.full_start - self.start", "self.start * 0", "triton", ("window",)),
-    Mutant("triton_grid.KeyTiles.previous", "self.full_stop - 1", "self.start", "triton", ("is_causal",)),
+    Mutant("triton.grid.Visits.left", "self.full_start - self.start", "self.start * 0", "triton", ("window",)),
+    Mutant("triton.grid.Visits.previous", "self.full_stop - 1", "self.start", "triton", ("is_causal",)),
     Mutant(
-        "triton_grid.KeyTiles.previous",
-        "self.number(step - 1, masked)",
-        "self.number(step, masked)",
+        "triton.grid.Visits.previous",
+        "self.tile(step - 1, masked)",
+        "self.tile(step, masked)",
         "triton",
         ("is_causal",),
     ),
     Mutant(
-        "triton_grid.KeyTiles.load",
-        "program.batch if bounds.shape[0] > 1 else program.number(0)",
-        "program.number(0)",
+        "triton.grid.Visits.load",
+        "program.batch if bounds.shape[0] > 1 else 0",
+        "0",
         "triton",
         ("key_lengths",),
     ),
     Mutant(
-        "triton_score_gradient._hull",
+        "triton.score_gradient._hull",
         "jnp.min(bounds[..., 0], axis=0)",
         "jnp.max(bounds[..., 0], axis=0)",
         "triton",
         ("alibi_slopes", "window", "query_offset=each row"),
     ),
     Mutant(
-        "triton_score_gradient._hull",
+        "triton.score_gradient._hull",
         "jnp.max(bounds[..., 3], axis=0)",
         "jnp.min(bounds[..., 3], axis=0)",
         "triton",
         ("alibi_slopes", "key_lengths"),
     ),
     Mutant(
-        "triton_score_gradient._one_tile",
+        "triton.score_gradient._one_tile",
         "(start <= column_tile) & (column_tile < stop)",
         "(start < column_tile) & (column_tile < stop)",
         "triton",
         ("bias=ZNTS",),
     ),
     Mutant(
-        "triton_score_gradient._one_tile",
+        "triton.score_gradient._one_tile",
         "(start <= column_tile) & (column_tile < stop)",
         "(start <= column_tile) & (column_tile + 1 < stop)",
         "triton",
         ("bias=ZNTS",),
     ),
     Mutant(
-        "triton_backward._one_tile_of_d_key",
-        "if program.inputs.mask.key_lengths is not None",
+        "triton.backward._one_tile_of_d_key",
+        "if inputs.mask.key_lengths is not None",
         "if False",
         "triton",
         ("key_lengths",),
@@ -542,6 +556,6 @@ WITHOUT_EFFECT = {
     "xla_decode._full: ring=mask.ring": "no block is full where there is a ring (`tile_bounds.key_tiles`)",
     "xla_decode.forward: or size.S % steps.columns": "`_visible` looks after the block that is moved back in any case",
     "tile_bounds._extremes: mode='edge'": "what is padded lies beyond the array; any id there only widens a range",
-    "triton_grid.KeyTiles._existing": "keeps an address inside the array; what is read there is multiplied by 0",
-    "triton_grid.KeyTiles.last": "`previous` of one step more",
+    "triton.grid.Visits._existing": "keeps an address inside the array; what is read there is multiplied by 0",
+    "triton.grid.Visits.last": "`previous` of one step more",
 }

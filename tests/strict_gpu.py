@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mqa_jax.kernels import triton_call
+from mqa_jax.kernels.triton import call
 
 
 class Memory:
@@ -52,10 +52,10 @@ def strict_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    monkeypatch.setattr(triton_call.pallas, "pallas_call", pallas_call)
-    monkeypatch.setattr(triton_call.pallas, "program_id", lambda axis: jnp.int32(program[axis]))
-    monkeypatch.setattr(triton_call.triton, "load", load)
-    monkeypatch.setattr(triton_call.triton, "store", store)
+    monkeypatch.setattr(call.pallas, "pallas_call", pallas_call)
+    monkeypatch.setattr(call.pallas, "program_id", lambda axis: jnp.int32(program[axis]))
+    monkeypatch.setattr(call.triton, "load", load)
+    monkeypatch.setattr(call.triton, "store", store)
     return ran
 
 

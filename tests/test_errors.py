@@ -27,8 +27,9 @@ from jax import export
 import mqa_jax
 from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import tile_config, triton_precision
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels import gpu
+from mqa_jax.kernels.triton import precision, tile_config
+from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.options import Options
 
 RNG = jax.random.key(0)
@@ -701,7 +702,7 @@ KERNELS: dict[str, Any] = {
     ),
     "stages of a tile": (lambda: TileConfig(16, 16, 4, 0), r"stages must be at least 1: stages=0"),
     "architecture": (
-        lambda: tile_config.assuming("sm70").__enter__(),
+        lambda: gpu.assuming("sm70").__enter__(),
         r"architecture must be one of \('sm80', 'sm89', 'sm90', 'sm100'\): architecture='sm70'",
     ),
     "no entry in the table": (
@@ -740,7 +741,7 @@ triton = functools.partial(attend, implementation="triton")
 
 
 def _on_an_old_gpu():
-    with mock.patch.object(tile_config, "capability_at_hand", return_value=75):
+    with mock.patch.object(gpu, "capability_at_hand", return_value=75):
         return triton()
 
 
@@ -749,7 +750,7 @@ EIGHT_BITS = mqa_jax.quantize(KEY, "int8")
 
 def _float8_on_an_a100():
     key, scale = mqa_jax.quantize(KEY, "float8_e4m3fn")
-    with tile_config.assuming("sm80"):
+    with gpu.assuming("sm80"):
         return triton(key=key, key_scale=scale, value_scale=scale)
 
 
@@ -785,7 +786,7 @@ def _another_precision_in_the_backward_pass():
     """The forward pass was traced before JAX's own switch was thrown."""
     inputs = checked_inputs(QUERY, KEY, KEY, None, None, Options())
     with jax.default_matmul_precision("BF16_BF16_F32_X3"):
-        return triton_precision.products_of(inputs)
+        return precision.products_of(inputs)
 
 
 mha = functools.partial(nn.MultiHeadDotProductAttention, num_heads=4, attention_fn=mqa_jax.attention_fn)

@@ -17,8 +17,9 @@ from benchmarks.measure import Row, measure
 from benchmarks.problems import BACKWARD, BOTH, FORWARD, Problem
 from benchmarks.timing import QUICK
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import tile_config
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.gpu import assuming
+from mqa_jax.kernels.triton import tile_config
+from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.options import Options
 
 pytestmark = pytest.mark.slow
@@ -286,7 +287,7 @@ def test_only_this_entry_of_this_architecture_is_rewritten(tmp_path, monkeypatch
         file.write_text(json.dumps({"entries": old}))
         tile_config.table.cache_clear()
         try:
-            with tile_config.assuming("sm90"):
+            with assuming("sm90"):
                 tune.write(file, entry, config, "fast")
                 plain = checked_inputs(array, array, array, None, None, Options())
                 capped = checked_inputs(array, array, array, None, None, Options(logits_soft_cap=1.0))

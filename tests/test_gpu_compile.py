@@ -22,7 +22,9 @@ from benchmarks.gpu_compile import (
 )
 from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, shape_of
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import tile_config, triton, triton_decode
+from mqa_jax.kernels import gpu
+from mqa_jax.kernels.triton import decode, tile_config
+from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.masks import Mask
 
 # Each program costs seconds, so: the sizes that differ most, other dtypes once, and the backward pass, which has the
@@ -128,9 +130,9 @@ def most_temporaries(case: Case, target: str) -> int:
         Operands(arguments["query"], arguments["key"], arguments["value"]), Mask(), precision=case.precision
     )
     size = inputs.sizes
-    with tile_config.assuming(TARGETS[target].architecture):
-        row_tiles = triton_decode.row_tiles_of(size, tile_config.choose("decode", inputs, rows=size.T * size.G))
-    partials = triton_decode.partial_bytes(size, triton_decode.splits_of(size, row_tiles))
+    with gpu.assuming(TARGETS[target].architecture):
+        row_tiles = decode.row_tiles_of(size, tile_config.choose("decode", inputs, rows=size.T * size.G))
+    partials = decode.partial_bytes(size, decode.splits_of(size, row_tiles))
     copies = size.B * size.T * size.N * (arguments["query"].dtype.itemsize * (size.H + size.V) + 4)
     return partials + 16 * size.B * row_tiles + copies + ROUNDING
 

@@ -12,11 +12,11 @@ from test_triton import SMALL, use_tiles
 from test_xla import tiled
 
 import mqa_jax
-from mqa_jax.kernels import triton_decode
+from mqa_jax.kernels.triton import decode
 from mqa_jax.kernels.xla_tile import TileShape
 
 SINKS = jnp.asarray([0.5, -jnp.inf, 2.0, -30.0])
-PLACES = {  # implementation, T, and the fewest keys of a split of `triton_decode`
+PLACES = {  # implementation, T, and the fewest keys of a split of `triton.decode`
     "reference": ("reference", 3, 128),
     "xla, few queries": ("xla", 3, 128),
     "xla, tiles": ("tiled", 19, 128),
@@ -51,7 +51,7 @@ def place(request, monkeypatch, kernels):
     implementation, rows, least_keys = PLACES[request.param]
     use_tiles(monkeypatch, **SMALL)
     tiled(monkeypatch, TileShape(rows=7, columns=9, heads=1, upcast=True))
-    monkeypatch.setattr(triton_decode, "LEAST_KEYS", least_keys)
+    monkeypatch.setattr(decode, "MIN_KEYS", least_keys)
     return implementation, rows
 
 

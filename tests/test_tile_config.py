@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import tile_config
-from mqa_jax.kernels.tile_config import ARCHITECTURES, DIRECTIONS, KINDS, TileConfig
+from mqa_jax.kernels import gpu
+from mqa_jax.kernels.gpu import ARCHITECTURES
+from mqa_jax.kernels.triton import tile_config
+from mqa_jax.kernels.triton.tile_config import DIRECTIONS, KINDS, TileConfig
 from mqa_jax.options import Options
 
 
@@ -25,7 +27,7 @@ def test_every_call_finds_tiles(architecture):
     singles = [(jnp.float32, precision) for precision in (None, "high", "TF32_TF32_F32_X3")]
     for direction, (dtype, precision) in itertools.product(DIRECTIONS, halves + singles):
         for features in (8, 64, 65, 128, 192, 256):
-            with tile_config.assuming(architecture):
+            with gpu.assuming(architecture):
                 tiles = tile_config.choose(direction, inputs(features=features, dtype=dtype, precision=precision))
             assert tiles.rows <= 128
             assert tiles.columns <= 128
@@ -41,7 +43,7 @@ def test_every_entry_is_legal_and_has_a_reason():
 
 
 def test_the_larger_of_both_head_sizes_decides():
-    with tile_config.assuming("sm90"):
+    with gpu.assuming("sm90"):
         choose = lambda **sizes: tile_config.choose("forward", inputs(**sizes))
         assert choose(features=64, value_features=128) == choose(features=128)
         assert choose(features=64) != choose(features=128)
@@ -51,7 +53,7 @@ def test_the_larger_of_both_head_sizes_decides():
 def test_products_of_tf32_have_tiles_of_their_own(architecture):
     """Those of full float32, which are unrolled, would spill kilobytes on tensor cores."""
     choose = lambda precision: tile_config.choose("forward", inputs(dtype=jnp.float32, precision=precision))
-    with tile_config.assuming(architecture):
+    with gpu.assuming(architecture):
         assert len({choose(precision) for precision in ("highest", "high", "TF32_TF32_F32_X3")}) == 3
         assert choose("high") == choose("TF32_TF32_F32")
 
@@ -68,12 +70,12 @@ def test_tiles_are_no_larger_than_the_arrays():
     [(80, "sm80"), (86, "sm89"), (87, "sm80"), (89, "sm89"), (90, "sm90"), (103, "sm100"), (120, "sm89")],
 )
 def test_the_gpu_at_hand_decides(capability, architecture):
-    with mock.patch.object(tile_config, "capability_at_hand", return_value=capability):
-        assert tile_config.architecture_at_hand() == architecture
-        with tile_config.assuming("sm100"):
-            assert tile_config.architecture_at_hand() == "sm100"
+    with mock.patch.object(gpu, "capability_at_hand", return_value=capability):
+        assert gpu.architecture_at_hand() == architecture
+        with gpu.assuming("sm100"):
+            assert gpu.architecture_at_hand() == "sm100"
 
 
 def test_without_a_gpu_the_smallest_memory_decides():
-    assert tile_config.capability_at_hand() is None
-    assert tile_config.architecture_at_hand() == "sm89"
+    assert gpu.capability_at_hand() is None
+    assert gpu.architecture_at_hand() == "sm89"

@@ -24,8 +24,11 @@ from strict_gpu import strict_gpu
 import mqa_jax
 from benchmarks import gpu_compile
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import flash, tile_config, triton, triton_decode
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels import flash, gpu
+from mqa_jax.kernels.triton import decode, tile_config
+from mqa_jax.kernels.triton import implementation as triton
+from mqa_jax.kernels.triton.program import Program
+from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.options import Options
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -85,7 +88,7 @@ def test_head_sizes_in_pieces(monkeypatch, features, value_features):
     ],
 )
 def test_products_are_as_precise_as_asked(dtype, precision, products):
-    """Triton takes HIGH for tf32, which float32 gets only where the caller says so (`triton_precision`)."""
+    """Triton takes HIGH for tf32, which float32 gets only where the caller says so (`triton.precision`)."""
     array = jnp.ones((1, 4, 1, 8), dtype)
     inputs = checked_inputs(array, array, array, None, None, Options(precision=precision))
     program = str(jax.make_jaxpr(functools.partial(triton.forward, interpret=True))(inputs))
@@ -196,7 +199,7 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
 def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeypatch):
     """Three queries of two groups of three heads, with all options, on a strict model of memory."""
     use_tiles(monkeypatch, **SMALL)
-    monkeypatch.setattr(triton_decode, "LEAST_KEYS", least_keys)
+    monkeypatch.setattr(decode, "MIN_KEYS", least_keys)
     options = everything(2, 3, 35, 6)
     bias, mask = options.pop("bias"), options.pop("mask")
     sizes: Any = dict(batch=(2,), rows=3, columns=35, heads=6, kv_heads=2, features=24, value_features=20)
@@ -222,7 +225,7 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
 def test_few_queries_with_pairs_shared_along_any_axes(shared, cache, monkeypatch):
     """Mask and bias `[#B, #N, #T, #S]`, of three queries of two groups of four heads, are read where they lie."""
     use_tiles(monkeypatch, **SMALL)
-    monkeypatch.setattr(triton_decode, "LEAST_KEYS", 16)
+    monkeypatch.setattr(decode, "MIN_KEYS", 16)
     rng, pairs = np.random.default_rng(0), (2, 8, 3, 35)
     shapes = [[1 if one != other else n for one, n in zip(shared, pairs)] for other in (True, False)]
     mask, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
@@ -242,7 +245,7 @@ def test_few_queries_with_pairs_shared_along_any_axes(shared, cache, monkeypatch
 def test_the_strict_memory_is_strict(monkeypatch):
     """A kernel that forgets to mask the tail is caught reading it."""
     use_tiles(monkeypatch, **SMALL)
-    monkeypatch.setattr(triton.triton_forward.Program, "ragged_rows", lambda program: False)
+    monkeypatch.setattr(Program, "ragged_rows", lambda program: False)
     problem = oracle.random_problem(
         np.random.default_rng(0), batch=(1,), rows=19, columns=32, heads=1, kv_heads=1, features=16
     )
@@ -353,7 +356,7 @@ def test_export_for_cuda():
     """The kernels are no stable part of StableHLO, so the caller has to say that this is known."""
     check = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     target = gpu_compile.TARGETS["h100"]
-    with tile_config.assuming("sm90"), gpu_compile.lowering_for(target), warnings.catch_warnings():
+    with gpu.assuming("sm90"), gpu_compile.lowering_for(target), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of flatbuffers, in `serialize`
         exported = export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=[check])(**PROBLEM.arrays)
         again = export.deserialize(exported.serialize())

@@ -17,7 +17,8 @@ from own_process import ROOT
 
 import mqa_jax
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import triton, triton_lowering, triton_precision
+from mqa_jax.kernels.triton import implementation as triton
+from mqa_jax.kernels.triton import lowering, precision
 from mqa_jax.options import Options
 
 Precision, Preset = jax.lax.Precision, jax.lax.DotAlgorithmPreset
@@ -47,10 +48,10 @@ PRODUCTS: dict[Any, tuple[str | None, ...]] = {  # by DTYPES; None is refused, a
     Preset.F16_F16_F32: (None, None, EXACT),
 }
 NAMES = {
-    FULL: triton_precision.FULL,
-    TF32: triton_precision.TF32,
-    TF32_3X: triton_precision.TF32_3X,
-    EXACT: triton_precision.EXACT,
+    FULL: precision.FULL,
+    TF32: precision.TF32,
+    TF32_3X: precision.TF32_3X,
+    EXACT: precision.EXACT,
 }
 EVERY = [(wish, dtype) for wish in (*Precision, *Preset) for dtype in DTYPES]
 
@@ -68,10 +69,10 @@ def test_every_precision_has_a_meaning_or_is_refused(wish, dtype):
             assert reason is not None
             assert f"(precision={wish.name})" in reason
             with pytest.raises(NotImplementedError, match=r"products of .* with float32 sums only"):
-                triton_precision.products_of(inputs)
+                precision.products_of(inputs)
         else:
             assert reason is None
-            assert triton_precision.products_of(inputs) == NAMES[expected]
+            assert precision.products_of(inputs) == NAMES[expected]
     with jax.default_matmul_precision(named) if wish is not Preset.DEFAULT else contextlib.nullcontext():
         reason = triton.cannot(inputs_of(dtype))
         assert (reason is None) == (expected is not None)
@@ -79,10 +80,10 @@ def test_every_precision_has_a_meaning_or_is_refused(wish, dtype):
 
 
 def test_without_a_wish_products_are_full():
-    assert [triton_precision.products_of(inputs_of(dtype)) for dtype in DTYPES] == [
-        triton_precision.FULL,
-        triton_precision.EXACT,
-        triton_precision.EXACT,
+    assert [precision.products_of(inputs_of(dtype)) for dtype in DTYPES] == [
+        precision.FULL,
+        precision.EXACT,
+        precision.EXACT,
     ]
 
 
@@ -97,7 +98,7 @@ def test_without_a_wish_products_are_full():
 def test_two_wishes_have_to_mean_the_same(dtype, pair, expected):
     inputs = inputs_of(dtype, precision=pair)
     assert triton.cannot(inputs) is None if expected else "(precision=HIGHEST, HIGH)" in str(triton.cannot(inputs))
-    assert expected is None or triton_precision.products_of(inputs) == NAMES[expected]
+    assert expected is None or precision.products_of(inputs) == NAMES[expected]
 
 
 def test_an_algorithm_in_its_parts_is_refused():
@@ -238,10 +239,10 @@ def test_gradients_under_vmap():
 
 @pytest.mark.parametrize("size", [2 * GIB, 4 * GIB])
 def test_both_ends_are_out_of_reach(size):
-    assert triton_lowering.is_out_of_reach(shaped(size, dtype=jnp.int8))
-    assert not triton_lowering.is_out_of_reach(shaped(size, dtype=jnp.bfloat16))
+    assert lowering.is_out_of_reach(shaped(size, dtype=jnp.int8))
+    assert not lowering.is_out_of_reach(shaped(size, dtype=jnp.bfloat16))
     beyond = size - 1 if size == 2 * GIB else size + 1
-    assert not triton_lowering.is_out_of_reach(shaped(beyond, dtype=jnp.bool_))
+    assert not lowering.is_out_of_reach(shaped(beyond, dtype=jnp.bool_))
 
 
 # -- the warning of the backend ---------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_the_deprecation_warning_of_the_backend_is_silent():
     assert warnings.filters == before
 
 
-@pytest.mark.skipif(triton_lowering.CompilerParams is triton_lowering.triton.CompilerParams, reason="JAX does not warn")
+@pytest.mark.skipif(lowering.CompilerParams is lowering.triton.CompilerParams, reason="JAX does not warn")
 def test_kernels_of_others_go_on_warning():
     from jax.experimental import pallas
 
@@ -265,7 +266,7 @@ def test_kernels_of_others_go_on_warning():
         out[...] = x[...] + 1
 
     shape = jax.ShapeDtypeStruct((16,), jnp.float32)
-    parameters = triton_lowering.triton.CompilerParams(num_warps=1)
+    parameters = lowering.triton.CompilerParams(num_warps=1)
     run = pallas.pallas_call(kernel, out_shape=shape, compiler_params=parameters)
     with pytest.warns(DeprecationWarning, match="The Pallas Triton backend is deprecated"):
         lowered_for_cuda(run, shape)

@@ -13,7 +13,7 @@ import option_space
 import oracle
 
 from mqa_jax.kernels import xla
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.kernels.xla_tile import TileShape
 
 FEWER: covering.Choices = option_space.OPTIONS | dict(window=(None, "past", "right", "both"), scale=(None, -0.3))

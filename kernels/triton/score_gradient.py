@@ -2,7 +2,7 @@
 
 Whoever does not train them does not pay: a kernel whose result nobody uses is removed by XLA. Sums over the axes that
 a bias shares are taken inside: a program owns a tile of the bias and visits every pair of tiles that reads it, so
-nothing of the size [B, N, T, S] is written unless the bias has it. What a program visits, and the axis it walks along:
+nothing of the size [B, N, T, S] is written unless the bias has it. What a program visits, and the axes it sums over:
 
     bias [1, N, T, S]    its tile, in every batch row
     bias [1, N, 1, S]    a tile of keys: down all tiles of queries, in every batch row
@@ -18,59 +18,61 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import tile_bounds, triton_call
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels import tile_bounds
 from mqa_jax.kernels.tiles import Index
-from mqa_jax.kernels.triton_backward import Rows, Saved, d_scores
-from mqa_jax.kernels.triton_call import divided, load, program_id, span, store
-from mqa_jax.kernels.triton_grid import Share, shares_of
-from mqa_jax.kernels.triton_tile import Place, Program
+from mqa_jax.kernels.triton.backward import Rows, Saved, d_scores
+from mqa_jax.kernels.triton.call import divided, kernel_call, load, program_id, span, store
+from mqa_jax.kernels.triton.grid import Share, shares_of
+from mqa_jax.kernels.triton.io import load_keys
+from mqa_jax.kernels.triton.mask import distance
+from mqa_jax.kernels.triton.program import Place, Program, line
+from mqa_jax.kernels.triton.tile_config import TileConfig
 
-MOST_SHARES = 64  # only arrays of few tiles are shared, so these sums are small
+MAX_SHARES = 64  # only arrays of few tiles are shared, so these sums are small
 
 
 def d_bias(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, "#B #N #T #S"]:
     bias = inputs.operands.bias
     assert bias is not None  # the caller asks for no gradient of nothing
-    return _summed(inputs, saved, Walk.over(inputs, bias.shape, config), config, interpret).astype(bias.dtype)
+    return _summed(inputs, saved, Reduction.over(inputs, bias.shape, config), config, interpret).astype(bias.dtype)
 
 
 def d_slopes(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, " N"]:
     """The score has - slope * distance."""
     slopes = inputs.operands.alibi_slopes
     assert slopes is not None
-    walk = Walk.over(inputs, (1, inputs.sizes.N, 1, 1), config)
-    sums = _summed(inputs, saved, walk, config, interpret, times_distance=True)
+    reduction = Reduction.over(inputs, (1, inputs.sizes.N, 1, 1), config)
+    sums = _summed(inputs, saved, reduction, config, interpret, times_distance=True)
     return -sums[0, :, 0, 0].astype(slopes.dtype)
 
 
-class Walk(NamedTuple):
-    """Which axes a program owns a part of, and which it walks along."""
+class Reduction(NamedTuple):
+    """Over which axes a program sums; of the others it owns a part."""
 
     shape: tuple[int, ...]  # of the bias
-    row_tiles: int  # owned by different programs; 1 if each walks along all of them
+    row_tiles: int  # owned by different programs; 1 if each sums over all of them
     column_tiles: int
-    batches: int  # walked along
+    batches: int  # summed over
     heads: int
     shares: int
 
     @classmethod
-    def over(cls, inputs: Inputs, shape: tuple[int, ...], config: TileConfig) -> "Walk":
+    def over(cls, inputs: Inputs, shape: tuple[int, ...], config: TileConfig) -> "Reduction":
         size = inputs.sizes
         row_tiles, column_tiles = -(-size.T // config.rows), -(-size.S // config.columns)
         columns = column_tiles if shape[3] > 1 else 1
         rows = row_tiles if shape[2] > 1 or shape[3] == 1 else 1
         batches, heads = size.B // shape[0], size.N // shape[1]
         steps = batches * heads * (row_tiles // rows) * (column_tiles // columns)
-        shares = shares_of(rows * columns * shape[0] * shape[1], most=min(MOST_SHARES, steps))
+        shares = shares_of(rows * columns * shape[0] * shape[1], most=min(MAX_SHARES, steps))
         return cls(shape, rows, columns, batches, heads, shares)
 
     @property
-    def along_rows(self) -> bool:
+    def sums_rows(self) -> bool:
         return self.shape[2] == 1 and self.shape[3] > 1
 
     @property
-    def along_columns(self) -> bool:
+    def sums_columns(self) -> bool:
         return self.shape[3] == 1
 
     @property
@@ -80,73 +82,80 @@ class Walk(NamedTuple):
     @property
     def sums(self) -> tuple[int, ...]:
         """What the programs write: a share more, and of a single sum over all queries one number a tile of them."""
-        rows = self.row_tiles if self.along_columns and self.shape[2] == 1 else self.shape[2]
+        rows = self.row_tiles if self.sums_columns and self.shape[2] == 1 else self.shape[2]
         return self.shares, *self.shape[:2], rows, self.shape[3]
 
 
 def _summed(
-    inputs: Inputs, saved: Saved, walk: Walk, config: TileConfig, interpret: bool, times_distance: bool = False
+    inputs: Inputs,
+    saved: Saved,
+    reduction: Reduction,
+    config: TileConfig,
+    interpret: bool,
+    times_distance: bool = False,
 ) -> Float[Array, "#B #N #T #S"]:
     def kernel(inputs: Inputs, saved: Saved, hull: Any, out: Any) -> None:
-        batch, head = divided(program_id(2), walk.shape[1])
-        _one_tile(Program(inputs, config, interpret, batch, head), saved, walk, hull, out, times_distance)
+        batch, head = divided(program_id(2), reduction.shape[1])
+        _one_tile(Program(inputs, config, interpret, batch, head), saved, reduction, hull, out, times_distance)
 
-    shape = jax.ShapeDtypeStruct(walk.sums, jnp.float32)
-    run = triton_call.call("mqa_dscore", kernel, walk.grid, config, shape, interpret)
-    sums = jnp.sum(run(inputs, saved, _hull(inputs, walk, config)), axis=0)
-    return sums if sums.shape == walk.shape else jnp.sum(sums, axis=2, keepdims=True)
+    shape = jax.ShapeDtypeStruct(reduction.sums, jnp.float32)
+    run = kernel_call("mqa_dscore", kernel, reduction.grid, config, shape, interpret)
+    sums = jnp.sum(run(inputs, saved, _hull(inputs, reduction, config)), axis=0)
+    return sums if sums.shape == reduction.shape else jnp.sum(sums, axis=2, keepdims=True)
 
 
-def _hull(inputs: Inputs, walk: Walk, config: TileConfig) -> Int[Array, "tiles 2"]:
+def _hull(inputs: Inputs, reduction: Reduction, config: TileConfig) -> Int[Array, "tiles 2"]:
     """The tiles that some batch row needs, for each tile on the other axis."""
-    table = tile_bounds.row_tiles if walk.along_rows else tile_bounds.key_tiles
+    table = tile_bounds.row_tiles if reduction.sums_rows else tile_bounds.key_tiles
     bounds = table(inputs.mask, inputs.sizes, config.rows, config.columns)
     return jnp.stack([jnp.min(bounds[..., 0], axis=0), jnp.max(bounds[..., 3], axis=0)], axis=-1)
 
 
-def _one_tile(program: Program, saved: Saved, walk: Walk, hull: Any, out: Any, times_distance: bool) -> None:
+def _one_tile(program: Program, saved: Saved, reduction: Reduction, hull: Any, out: Any, times_distance: bool) -> None:
     config, operands = program.config, program.inputs.operands
-    row_tile, column_tile = divided(program_id(0), walk.column_tiles)
-    fixed = column_tile if walk.along_rows else row_tile
-    start, stop = (load(hull, fixed, program.number(which)) for which in (0, 1))
-    if not (walk.along_rows or walk.along_columns):  # one tile, if it is needed at all
+    row_tile, column_tile = divided(program_id(0), reduction.column_tiles)
+    fixed = column_tile if reduction.sums_rows else row_tile
+    start, stop = (load(hull, fixed, which) for which in (0, 1))
+    if not (reduction.sums_rows or reduction.sums_columns):  # one tile, if it is needed at all
         needed = (start <= column_tile) & (column_tile < stop)
         start, stop = column_tile, column_tile + needed.astype(jnp.int32)
     tiles = jnp.maximum(stop - start, 0)
-    steps = tiles * (walk.batches * walk.heads)
+    steps = tiles * (reduction.batches * reduction.heads)
 
     def step(number: Index, total: Float[Array, "bq bk"]) -> Float[Array, "bq bk"]:
         pair, turn = divided(number, jnp.maximum(tiles, 1))
-        batch, head = divided(pair, walk.heads)  # of those walked along
+        batch, head = divided(pair, reduction.heads)  # of those summed over
         one = program.of_head(program.batch + batch, program.head + head)
-        row, column = (start + turn, column_tile) if walk.along_rows else (row_tile, start + turn)
+        row, column = (start + turn, column_tile) if reduction.sums_rows else (row_tile, start + turn)
         place = Place(row * config.rows, column * config.columns)
         rows = Rows.load(one, saved, place.row, masked=True)
-        key, value = (one.keys(x, place.column, masked=True) for x in (operands.key, operands.value))
+        key, value = (load_keys(one, x, place.column, masked=True) for x in (operands.key, operands.value))
         _, d_score, _ = d_scores(one, rows, key, value, place, masked=True)
-        return total + (d_score * one.distance(place) if times_distance else d_score)
+        return total + (d_score * distance(one, place) if times_distance else d_score)
 
     total = jnp.zeros((config.rows, config.columns), jnp.float32)
-    share = Share(program_id(1), walk.shares)
+    share = Share(program_id(1), reduction.shares)
     total = lax.fori_loop(*share.range(steps), step, total)
-    _store(program, walk, total, Place(row_tile, column_tile), share, out)
+    _store(program, reduction, total, Place(row_tile, column_tile), share, out)
 
 
-def _store(program: Program, walk: Walk, total: Float[Array, "bq bk"], tile: Place, share: Share, out: Any) -> None:
-    """Sums over the axes walked along, and writes the rest; `tile` counts tiles."""
+def _store(
+    program: Program, reduction: Reduction, total: Float[Array, "bq bk"], tile: Place, share: Share, out: Any
+) -> None:
+    """Sums over the axes of the tile, and writes what is left; `tile` counts tiles."""
     size, config = program.sizes, program.config
     index = share.number, program.batch, program.head
     row, column = tile.row * config.rows, tile.column * config.columns
-    rows, columns = row + lax.iota(jnp.int32, config.rows), column + lax.iota(jnp.int32, config.columns)
-    if walk.along_columns:
+    rows, columns = row + line(config.rows), column + line(config.columns)
+    if reduction.sums_columns:
         sums = jnp.sum(total, axis=1)
-        if walk.shape[2] == 1:
-            store(out, jnp.sum(sums, axis=0), *index, tile.row, program.number(0))
+        if reduction.shape[2] == 1:
+            store(out, jnp.sum(sums, axis=0), *index, tile.row, 0)
         else:
-            store(out, sums, *index, span(row, config.rows), program.number(0), where=rows < size.T)
-    elif walk.along_rows:
+            store(out, sums, *index, span(row, config.rows), 0, where=rows < size.T)
+    elif reduction.sums_rows:
         sums = jnp.sum(total, axis=0)
-        store(out, sums, *index, program.number(0), span(column, config.columns), where=columns < size.S)
+        store(out, sums, *index, 0, span(column, config.columns), where=columns < size.S)
     else:
         where = (rows < size.T)[:, None] & (columns < size.S)[None]
         store(out, total, *index, span(row, config.rows), span(column, config.columns), where=where)

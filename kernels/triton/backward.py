@@ -2,7 +2,7 @@
 
 One kernel writes dQ, one writes dK and dV; each recomputes the weights (seven matrix products instead of five). So each
 entry is written once, by one program, in a fixed order: no atomics, bitwise reproducible. The gradients of what is
-added to the scores are in `triton_score_gradient`.
+added to the scores are in `score_gradient`.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +13,23 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import tile_bounds, triton_call
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels import tile_bounds
 from mqa_jax.kernels.tiles import Index
-from mqa_jax.kernels.triton_grid import KeyTiles, Share, over_key_tiles, over_query_tiles
-from mqa_jax.kernels.triton_tile import Pieces, Place, Program, Scores, zeros
+from mqa_jax.kernels.triton.call import divided, kernel_call, settled
+from mqa_jax.kernels.triton.grid import Share, Visits, over_key_tiles, over_query_tiles
+from mqa_jax.kernels.triton.io import (
+    Pieces,
+    load_keys,
+    load_queries,
+    load_row_numbers,
+    store_columns,
+    store_rows,
+    zeros,
+)
+from mqa_jax.kernels.triton.products import dot, product
+from mqa_jax.kernels.triton.program import Place, Program
+from mqa_jax.kernels.triton.scores import Scores, drop, score_unit, scores, weights
+from mqa_jax.kernels.triton.tile_config import TileConfig
 
 
 class Saved(NamedTuple):
@@ -41,12 +53,12 @@ class Rows(NamedTuple):
     @classmethod
     def load(cls, program: Program, saved: Saved, row: Array, masked: bool) -> "Rows":
         # +inf, so that exp(score - highest) is 0 in rows that see no key and in those that do not exist
-        highest = program.row_numbers(saved.highest, row, masked, other=-jnp.inf)
-        highest = jnp.where(highest == -jnp.inf, jnp.inf, highest * (1 / program.unit))
-        log_total, delta = (program.row_numbers(x, row, masked) for x in (saved.log_total, saved.delta))
+        highest = load_row_numbers(program, saved.highest, row, masked, other=-jnp.inf)
+        highest = jnp.where(highest == -jnp.inf, jnp.inf, highest * (1 / score_unit(program.inputs)))
+        log_total, delta = (load_row_numbers(program, x, row, masked) for x in (saved.log_total, saved.delta))
         along = (lambda x: x[None]) if program.transposed else (lambda x: x[:, None])
-        query = program.queries(program.inputs.operands.query, row, masked)
-        d_out = program.queries(saved.d_out, row, masked)
+        query = load_queries(program, program.inputs.operands.query, row, masked)
+        d_out = load_queries(program, saved.d_out, row, masked)
         return cls(query, d_out, *(along(x) for x in (highest, log_total, delta)))
 
 
@@ -54,14 +66,13 @@ def d_scores(
     program: Program, rows: Rows, key: Pieces, value: Pieces, place: Place, masked: bool
 ) -> tuple[Scores, Scores, Scores]:
     """The weights, and the gradients of the scores: before and after the soft cap, which act on different things."""
-    ours, theirs = (
-        ((key, value), (rows.query, rows.d_out)) if program.transposed else ((rows.query, rows.d_out), (key, value))
-    )
-    raw = program.dot(ours[0], theirs[0])
-    d_weight = program.dot(ours[1], theirs[1])  # before the exponentials, which then run beside the tensor cores
-    score, tanh = program.scores(raw, place, masked)
-    weight = program.weights(score, rows.highest, rows.log_total)
-    d_score = weight * (program.drop(d_weight, place) - rows.delta)
+    in_order = lambda of_rows, of_columns: (of_columns, of_rows) if program.transposed else (of_rows, of_columns)
+    raw = dot(program.inputs, *in_order(rows.query, key))
+    # Before the exponentials, which then run beside the tensor cores.
+    d_weight = dot(program.inputs, *in_order(rows.d_out, value))
+    score, tanh = scores(program, raw, place, masked)
+    weight = weights(program, score, rows.highest, rows.log_total)
+    d_score = weight * (drop(program, d_weight, place) - rows.delta)
     return weight, d_score, d_score if tanh is None else d_score * (1 - tanh * tanh)
 
 
@@ -75,28 +86,28 @@ def d_query(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -
 
     shape = jax.ShapeDtypeStruct(inputs.operands.query.shape, inputs.dtype)
     bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
-    return triton_call.call("mqa_dq", kernel, grid, config, shape, interpret)(inputs, saved, bounds)
+    return kernel_call("mqa_dq", kernel, grid, config, shape, interpret)(inputs, saved, bounds)
 
 
 def _one_tile_of_d_query(program: Program, saved: Saved, tile: Array, bounds: Any, out: Any) -> None:
-    config, operands = program.config, program.inputs.operands
+    config, inputs, operands = program.config, program.inputs, program.inputs.operands
     row = tile * config.rows
     rows = Rows.load(program, saved, row, masked=True)
-    key_tiles = KeyTiles.load(program, bounds, tile)
+    visits = Visits.load(program, bounds, tile)
 
     def step(number: Index, total: Pieces, masked: bool) -> Pieces:
-        place = Place(row, key_tiles.number(number, masked) * config.columns)
-        key = program.keys(operands.key, place.column, masked)
-        value = program.keys(operands.value, place.column, masked)
+        place = Place(row, visits.tile(number, masked) * config.columns)
+        key = load_keys(program, operands.key, place.column, masked)
+        value = load_keys(program, operands.value, place.column, masked)
         _, _, d_score = d_scores(program, rows, key, value, place, masked)
-        d_score = d_score.astype(program.inputs.dtype)
-        return tuple(x + program.product(d_score, k) for x, k in zip(total, key))
+        d_score = d_score.astype(inputs.dtype)
+        return tuple(x + product(inputs, d_score, k) for x, k in zip(total, key))
 
     total = zeros(config.rows, program.sizes.H, config)
-    total = lax.fori_loop(0, key_tiles.full, lambda number, total: step(number, total, masked=False), total)
-    if key_tiles.some_masked:
-        total = lax.fori_loop(0, key_tiles.masked, lambda number, total: step(number, total, masked=True), total)
-    program.store_rows(out, tuple(x * program.inputs.scale for x in total), row)
+    total = lax.fori_loop(0, visits.full, lambda number, total: step(number, total, masked=False), total)
+    if visits.any_masked:
+        total = lax.fori_loop(0, visits.masked, lambda number, total: step(number, total, masked=True), total)
+    store_rows(program, out, tuple(x * inputs.scale for x in total), row)
 
 
 def d_key_and_value(
@@ -118,7 +129,7 @@ def d_key_and_value(
     shape = lambda x: jax.ShapeDtypeStruct((shares, *x.shape), inputs.dtype if shares == 1 else jnp.float32)
     shapes = shape(inputs.operands.key), shape(inputs.operands.value)
     bounds = tile_bounds.row_tiles(inputs.mask, size, config.rows, config.columns)
-    sums = triton_call.call("mqa_dkv", kernel, grid, config, shapes, interpret)(inputs, saved, bounds)
+    sums = kernel_call("mqa_dkv", kernel, grid, config, shapes, interpret)(inputs, saved, bounds)
     d_key, d_value = (x[0] if shares == 1 else jnp.sum(x, axis=0).astype(inputs.dtype) for x in sums)
     return d_key, d_value
 
@@ -126,38 +137,38 @@ def d_key_and_value(
 def _one_tile_of_d_key(
     program: Program, saved: Saved, tile: Array, share: Share, bounds: Any, out: tuple[Any, Any]
 ) -> None:
-    config, operands, size = program.config, program.inputs.operands, program.sizes
+    config, inputs, operands, size = program.config, program.inputs, program.inputs.operands, program.sizes
     column = tile * config.columns
-    key = program.keys(operands.key, column, masked=True)
-    value = program.keys(operands.value, column, masked=True)
-    row_tiles = KeyTiles.load(program, bounds, tile)
-    settled = lambda sums: tuple(triton_call.settled(x, program.interpret) for x in sums)
+    key = load_keys(program, operands.key, column, masked=True)
+    value = load_keys(program, operands.value, column, masked=True)
+    visits = Visits.load(program, bounds, tile)
+    settle = lambda sums: tuple(settled(x, program.interpret) for x in sums)
 
     def loop(total: tuple[Pieces, Pieces], masked: bool) -> tuple[Pieces, Pieces]:
         """Over query heads and tiles of queries, as one loop, so that memory stays busy from one head to the next."""
-        tiles = row_tiles.masked if masked else row_tiles.full
+        tiles = visits.masked if masked else visits.full
 
         def step(number: Index, total: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
-            head, turn = triton_call.divided(number, jnp.maximum(tiles, 1))
+            head, turn = divided(number, jnp.maximum(tiles, 1))
             one = program.of_head(program.batch, program.head + head)
-            place = Place(row_tiles.number(turn, masked) * config.rows, column)
+            place = Place(visits.tile(turn, masked) * config.rows, column)
             rows = Rows.load(one, saved, place.row, masked)
             weight, _, d_score = d_scores(one, rows, key, value, place, masked)
-            weight, d_score = (x.astype(program.inputs.dtype) for x in (one.drop(weight, place), d_score))
-            d_value = tuple(x + one.product(weight, d) for x, d in zip(total[1], rows.d_out))
-            d_key = tuple(x + one.product(d_score, q) for x, q in zip(total[0], rows.query))
-            return (settled(d_key), settled(d_value)) if config.settle_sums else (d_key, d_value)
+            weight, d_score = (x.astype(inputs.dtype) for x in (drop(one, weight, place), d_score))
+            d_value = tuple(x + product(inputs, weight, d) for x, d in zip(total[1], rows.d_out))
+            d_key = tuple(x + product(inputs, d_score, q) for x, q in zip(total[0], rows.query))
+            return (settle(d_key), settle(d_value)) if config.settle_sums else (d_key, d_value)
 
         return lax.fori_loop(*share.range(tiles * size.G), step, total)
 
     total = zeros(config.columns, size.H, config), zeros(config.columns, size.V, config)
     total = loop(total, masked=False)
-    if row_tiles.some_masked:
+    if visits.any_masked:
         total = loop(total, masked=True)
     d_key, d_value = total
-    d_key = tuple(x * program.inputs.scale for x in d_key)
-    if program.inputs.mask.key_lengths is not None:  # sums over keys that are padding mean nothing
+    d_key = tuple(x * inputs.scale for x in d_key)
+    if inputs.mask.key_lengths is not None:  # sums over keys that are padding mean nothing
         exists = program.columns(Place(column, column)) < program.column_limit()
         d_key, d_value = (tuple(jnp.where(exists, x, 0.0) for x in y) for y in (d_key, d_value))
     for into, values in zip(out, (d_key, d_value)):
-        program.store_columns(into, values, column, share.number)
+        store_columns(program, into, values, column, share.number)

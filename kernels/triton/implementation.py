@@ -7,21 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import (
-    row_terms,
-    tile_config,
-    triton_backward,
-    triton_decode,
-    triton_forward,
-    triton_lowering,
-    triton_precision,
-    triton_score_gradient,
-)
+from mqa_jax.kernels import gpu, row_terms
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.triton_backward import Saved
+from mqa_jax.kernels.triton import decode, lowering, precision, tile_config
+from mqa_jax.kernels.triton.backward import Saved, d_key_and_value, d_query
+from mqa_jax.kernels.triton.decode import decode_kernel
+from mqa_jax.kernels.triton.forward import forward_kernel
+from mqa_jax.kernels.triton.score_gradient import d_bias, d_slopes
 from mqa_jax.shapes import LogSumExp, Output
 
-LARGEST_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
+MAX_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
 BIAS_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)  # smaller ones are not compiled for all GPUs
 
 
@@ -32,23 +27,22 @@ def cannot(inputs: Inputs) -> str | None:
 
 
 def _reasons(inputs: Inputs) -> Iterator[str]:
-    size, operands, capability = inputs.sizes, inputs.operands, tile_config.capability()
+    size, operands, capability = inputs.sizes, inputs.operands, gpu.capability()
     if not all(isinstance(n, int) for n in (size.B, size.T, size.S)):
         yield f"batches and lengths that are known, no symbols of jax.export (B={size.B}, T={size.T}, S={size.S})"
-    if max(size.H, size.V) > LARGEST_HEAD:
-        yield f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})"
+    if max(size.H, size.V) > MAX_HEAD:
+        yield f"head sizes of at most {MAX_HEAD} only (H={size.H}, V={size.V})"
     if inputs.dtype == jnp.float64:
         yield f"float32, bfloat16 and float16 only ({inputs.dtype=!s})"
     if operands.bias is not None and operands.bias.dtype not in BIAS_DTYPES:
         names = ", ".join(jnp.dtype(dtype).name for dtype in BIAS_DTYPES)
         yield f"a bias of {names} only (bias.dtype={operands.bias.dtype!s})"
     bytewise = {"mask": inputs.mask.allowed, "key": operands.key, "value": operands.value}
-    out_of_reach = triton_lowering.is_out_of_reach
-    found = [f"{name}.shape={x.shape}" for name, x in bytewise.items() if x is not None and out_of_reach(x)]
+    found = [f"{name}.shape={x.shape}" for name, x in bytewise.items() if x is not None and lowering.is_out_of_reach(x)]
     if found:
         yield f"arrays of bytes of less than 2 or more than 4 GiB only ({', '.join(found)})"
-    if precision := triton_precision.refusal(inputs):
-        yield precision
+    if refusal := precision.refusal(inputs):
+        yield refusal
     if capability is not None and capability < 80:
         yield f"GPUs from compute capability 8.0 on only (this one: {capability / 10})"
     if capability is not None and capability < 89 and operands.key.dtype == jnp.float8_e4m3fn:
@@ -57,15 +51,15 @@ def _reasons(inputs: Inputs) -> Iterator[str]:
 
 def in_reach() -> bool:
     """Whether there is an NVIDIA GPU, or one is compiled for."""
-    return tile_config.is_assumed() or tile_config.capability_at_hand() is not None
+    return gpu.is_assumed() or gpu.capability_at_hand() is not None
 
 
 def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, Normalizer]:
     inputs, size = _readable(inputs), inputs.sizes
-    if size.T <= triton_decode.MOST_QUERIES:
+    if size.T <= decode.MAX_QUERIES:
         tiles = tile_config.choose("decode", inputs, rows=size.T * size.G)
-        return triton_decode.forward(inputs, tiles, interpret)
-    return triton_forward.forward(inputs, tile_config.choose("forward", inputs), interpret)
+        return decode_kernel(inputs, tiles, interpret)
+    return forward_kernel(inputs, tile_config.choose("forward", inputs), interpret)
 
 
 def backward(
@@ -81,13 +75,13 @@ def backward(
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
     saved = Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))
     run = lambda kernel, direction: kernel(inputs, saved, tile_config.choose(direction, inputs), interpret)
-    d_key, d_value = run(triton_backward.d_key_and_value, "dkv")
+    d_key, d_value = run(d_key_and_value, "dkv")
     gradients = Operands(
-        query=run(triton_backward.d_query, "dq"),
+        query=run(d_query, "dq"),
         key=d_key,
         value=d_value,
-        bias=run(triton_score_gradient.d_bias, "dscore") if inputs.needs_gradient("bias") else None,
-        alibi_slopes=run(triton_score_gradient.d_slopes, "dscore") if inputs.needs_gradient("alibi_slopes") else None,
+        bias=run(d_bias, "dscore") if inputs.needs_gradient("bias") else None,
+        alibi_slopes=run(d_slopes, "dscore") if inputs.needs_gradient("alibi_slopes") else None,
         sinks=row_terms.d_sinks(operands.sinks, normalizer, delta),
     )
     in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(x.dtype)

@@ -1,6 +1,6 @@
 """The one place that starts a Pallas-Triton kernel, and the operations that differ between a GPU and interpret mode.
 
-JAX 0.11 deprecates this backend in favour of Mosaic GPU. What has to be replaced then is `kernels/triton*.py`.
+JAX 0.11 deprecates this backend in favour of Mosaic GPU. What has to be replaced then is the folder `kernels/triton`.
 """
 
 import math
@@ -15,13 +15,13 @@ from jax.experimental import pallas
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from mqa_jax.kernels import triton_lowering
-from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.triton import lowering
+from mqa_jax.kernels.triton.tile_config import TileConfig
 
 LOG2_E = math.log2(math.e)
 
 
-def call(
+def kernel_call(
     name: str, kernel: Callable[..., None], grid: tuple[int, ...], config: TileConfig, out: Any, interpret: bool
 ) -> Callable[..., Any]:
     """Runs `kernel(*arguments, results)` for each point of the grid; both are trees of references to whole arrays.
@@ -36,16 +36,16 @@ def call(
         kernel(*references)
 
     body.__name__ = name  # Triton takes the name of the function, whatever `pallas_call` is told
-    parameters = triton_lowering.CompilerParams(num_warps=config.warps, num_stages=config.stages)
+    parameters = lowering.CompilerParams(num_warps=config.warps, num_stages=config.stages)
     launch = pallas.pallas_call(
         body, out_shape=out, grid=grid, compiler_params=parameters, interpret=interpret, name=name
     )
-    return launch if interpret else lambda *arguments: launch(*triton_lowering.in_reach(name, arguments))
+    return launch if interpret else lambda *arguments: launch(*lowering.in_reach(name, arguments))
 
 
 def load(reference: Any, *index: Any, where: Any = None) -> Array:
     """Part of an array; 0 where `where` is False, and then no memory is touched. `index` holds numbers and spans."""
-    part = reference.at[index]
+    part = reference.at[_traced(index)]
     if where is None:
         return triton.load(part)
     return triton.load(part, mask=where, other=jnp.zeros((), reference.dtype))
@@ -53,7 +53,12 @@ def load(reference: Any, *index: Any, where: Any = None) -> Array:
 
 def store(reference: Any, value: Array, *index: Any, where: Any = None) -> None:
     """Writes part of an array, only where `where` is True."""
-    triton.store(reference.at[index], value.astype(reference.dtype), mask=where)
+    triton.store(reference.at[_traced(index)], value.astype(reference.dtype), mask=where)
+
+
+def _traced(index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Interpret mode has no rule for an index that is a Python number."""
+    return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
 
 
 def span(start: Any, size: int) -> Any:
@@ -99,15 +104,3 @@ def settled(x: Float[Array, "..."], interpret: bool) -> Array:
         "mov.b32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
     )
     return copy
-
-
-def product(left: Array, right: Array, precision: Any) -> Float[Array, "rows columns"]:
-    """A matrix product with float32 sums."""
-    numbers = (((1,), (0,)), ((), ()))
-    return lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
-
-
-def product_transposed(left: Array, right: Array, precision: Any) -> Float[Array, "rows columns"]:
-    """Left @ right.T"""
-    numbers = (((1,), (1,)), ((), ()))
-    return lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)

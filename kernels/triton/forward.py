@@ -12,30 +12,43 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import online_softmax, tile_bounds, triton_call
+from mqa_jax.kernels import online_softmax, tile_bounds
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.tiles import Index
-from mqa_jax.kernels.triton_grid import KeyTiles, over_query_tiles
-from mqa_jax.kernels.triton_tile import Pieces, Place, Program, zeros
+from mqa_jax.kernels.triton.call import kernel_call
+from mqa_jax.kernels.triton.grid import Visits, over_query_tiles
+from mqa_jax.kernels.triton.io import (
+    Pieces,
+    load_head_numbers,
+    load_keys,
+    load_queries,
+    load_scales,
+    store_row_numbers,
+    store_rows,
+    zeros,
+)
+from mqa_jax.kernels.triton.products import dot, product
+from mqa_jax.kernels.triton.program import Place, Program
+from mqa_jax.kernels.triton.scores import drop, exp_of_difference, score_unit, scores, weights
+from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.shapes import Output
 
 
-def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, Normalizer]:
+def forward_kernel(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     grid, place_of_program = over_query_tiles(inputs, config)
 
     def kernel(inputs: Inputs, bounds: Any, out: Any, normalizer: Any) -> None:
         batch, head, tile = place_of_program()
         program, row = Program(inputs, config, interpret, batch, head), tile * config.rows
-        key_tiles = KeyTiles.load(program, bounds, tile)
-        state = attend(program, row, key_tiles, ((0, key_tiles.full), (0, key_tiles.masked)))
+        visits = Visits.load(program, bounds, tile)
+        state = attend(program, row, visits, ((0, visits.full), (0, visits.masked)))
         finish(program, state, row, out, normalizer)
 
     number: Any = jax.ShapeDtypeStruct((size.B, size.N, size.T), jnp.float32)
     shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
     bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
-    run = triton_call.call("mqa_forward", kernel, grid, config, shapes, interpret)
+    run = kernel_call("mqa_forward", kernel, grid, config, shapes, interpret)
     out, normalizer = run(inputs, bounds)
     return out, jax.tree.map(lambda x: x.swapaxes(1, 2), normalizer)
 
@@ -46,48 +59,48 @@ Loops = tuple[tuple[Index, Index], tuple[Index, Index]]  # first and last + 1 of
 class State(NamedTuple):
     """A running softmax (see `online_softmax.State`), and the weights whose product with the values is still due."""
 
-    highest: Float[Array, " bq"]  # of scores / unit
+    highest: Float[Array, " bq"]  # of scores / score_unit
     total: Float[Array, " bq"]
     weighted: Pieces
     due: Array | None  # [bq, bk]
 
 
-def attend(program: Program, row: Array, key_tiles: KeyTiles, loops: Loops) -> State:
+def attend(program: Program, row: Array, visits: Visits, loops: Loops) -> State:
     """The running softmax of a tile of queries over the steps of two loops: tiles without mask, and with it."""
-    config, operands = program.config, program.inputs.operands
-    query = program.queries(operands.query, row, masked=True)
+    config, inputs, operands = program.config, program.inputs, program.inputs.operands
+    query = load_queries(program, operands.query, row, masked=True)
 
     def step(number: Index, state: State, masked: bool) -> State:
-        place = Place(row, key_tiles.number(number, masked) * config.columns)
-        raw = program.dot(query, program.keys(operands.key, place.column, masked))
-        score, _ = program.scores(raw, place, masked)
+        place = Place(row, visits.tile(number, masked) * config.columns)
+        raw = dot(inputs, query, load_keys(program, operands.key, place.column, masked))
+        score, _ = scores(program, raw, place, masked)
         highest = jnp.maximum(state.highest, jnp.max(score, axis=1))
         shift = online_softmax.finite(highest)
-        weight = program.weights(score, shift[:, None])
-        rescale = program.exp_of_difference(state.highest, shift)
+        weight = weights(program, score, shift[:, None])
+        rescale = exp_of_difference(program, state.highest, shift)
         total = state.total * rescale + jnp.sum(weight, axis=1)
-        dropped = program.drop(weight, place)
+        dropped = drop(program, weight, place)
         if operands.value_scale is not None:
-            dropped = dropped * program.scales(operands.value_scale, place.column, masked)
-        dropped = dropped.astype(program.inputs.weight_dtype)
+            dropped = dropped * load_scales(program, operands.value_scale, place.column, masked)
+        dropped = dropped.astype(inputs.weight_dtype)
         weighted = state.weighted
         if state.due is None:
-            value = program.keys(operands.value, place.column, masked)
-            weighted = tuple(x * rescale[:, None] + program.product(dropped, v) for x, v in zip(weighted, value))
+            value = load_keys(program, operands.value, place.column, masked)
+            weighted = tuple(x * rescale[:, None] + product(inputs, dropped, v) for x, v in zip(weighted, value))
             return State(highest, total, weighted, None)
-        weighted = add_due(state.weighted, state.due, key_tiles.previous(number, masked), masked)
+        weighted = add_due(state.weighted, state.due, visits.previous(number, masked), masked)
         return State(highest, total, tuple(x * rescale[:, None] for x in weighted), dropped)
 
     def add_due(weighted: Pieces, due: Array, tile: Array, masked: bool) -> Pieces:
-        value = program.keys(operands.value, tile * config.columns, masked)
-        return tuple(x + program.product(due, v) for x, v in zip(weighted, value))
+        value = load_keys(program, operands.value, tile * config.columns, masked)
+        return tuple(x + product(inputs, due, v) for x, v in zip(weighted, value))
 
     state = empty(program)
     state = lax.fori_loop(*loops[0], lambda number, state: step(number, state, masked=False), state)
-    if key_tiles.some_masked:
+    if visits.any_masked:
         state = lax.fori_loop(*loops[1], lambda number, state: step(number, state, masked=True), state)
     if state.due is not None:
-        state = state._replace(weighted=add_due(state.weighted, state.due, key_tiles.last(), masked=True))
+        state = state._replace(weighted=add_due(state.weighted, state.due, visits.last(), masked=True))
     return state
 
 
@@ -101,10 +114,10 @@ def empty(program: Program) -> State:
 
 def finish(program: Program, state: State, row: Array, out: Any, normalizer: Any, *leading: Array) -> None:
     """Divides, with the sink in the denominator, and writes; 0 and -inf in rows that saw nothing, or are padding."""
-    highest, sink = (state.highest * program.unit)[:, None], program.inputs.operands.sinks
+    highest, sink = (state.highest * score_unit(program.inputs))[:, None], program.inputs.operands.sinks
     seen = highest > -jnp.inf
     if sink is not None:
-        sink = jnp.broadcast_to(program.of_heads(sink, row), highest.shape)
+        sink = jnp.broadcast_to(load_head_numbers(program, sink, row), highest.shape)
         for part in leading:  # of the keys: the first one has the sink
             sink = jnp.where(part == 0, sink, -jnp.inf)
     # Of one number for each row instead of all features: what these have to be multiplied by.
@@ -113,6 +126,6 @@ def finish(program: Program, state: State, row: Array, out: Any, normalizer: Any
     if program.inputs.mask.query_lengths is not None:
         exists = program.rows(Place(row, row)) < program.row_limit()
         seen, result = seen & exists, result._replace(highest=jnp.where(exists, result.highest, -jnp.inf))
-    program.store_rows(out, tuple(jnp.where(seen, x * factor, 0.0) for x in state.weighted), row, *leading)
+    store_rows(program, out, tuple(jnp.where(seen, x * factor, 0.0) for x in state.weighted), row, *leading)
     for into, numbers in zip(normalizer, result):
-        program.store_row_numbers(into, numbers[:, 0], row, *leading)
+        store_row_numbers(program, into, numbers[:, 0], row, *leading)

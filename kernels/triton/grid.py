@@ -9,13 +9,14 @@ from jax import lax
 from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs, Sizes
-from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.tiles import Index
-from mqa_jax.kernels.triton_call import divided, load, program_id
-from mqa_jax.kernels.triton_tile import Program
+from mqa_jax.kernels.triton.call import divided, load, program_id
+from mqa_jax.kernels.triton.mask import may_mask
+from mqa_jax.kernels.triton.program import Program
+from mqa_jax.kernels.triton.tile_config import TileConfig
 
-ENOUGH_PROGRAMS = 512
-MOST_SHARES = 4  # each costs as much memory as dK and dV in float32
+ENOUGH_PROGRAMS = 512  # about four on each of 128 multiprocessors
+MAX_SHARES = 4  # each costs as much memory as dK and dV in float32
 L2_SHARE = 24 << 20  # bytes of keys and values that neighbouring programs may read at once; H100 has 50 MB, A100 40
 
 
@@ -44,7 +45,7 @@ def over_key_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...],
     """
     size = inputs.sizes
     tiles = -(-size.S // config.columns)
-    shares = shares_of(tiles * size.B * size.K, most=min(MOST_SHARES, size.G * -(-size.T // config.rows)))
+    shares = shares_of(tiles * size.B * size.K, most=min(MAX_SHARES, size.G * -(-size.T // config.rows)))
     grid = tiles, shares, size.B * size.K
 
     def place() -> tuple[Array, ...]:
@@ -77,23 +78,27 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KeyTiles:
-    """The tiles that a program visits, in order: `full` ones without mask, then `masked` ones on both sides of them."""
+class Visits:
+    """The tiles that a program visits, in order: `full` ones without mask, then `masked` ones on both sides of them.
+
+    A program that owns queries visits tiles of keys, one that owns keys tiles of queries.
+    """
 
     start: Array
     full_start: Array
     full_stop: Array
     stop: Array
     count: int  # of all tiles there are
-    some_masked: bool  # static: whether any program may have a masked tile
+    any_masked: bool  # static: whether some program may have a masked tile
 
     @classmethod
-    def load(cls, program: Program, bounds: Any, tile: Array) -> "KeyTiles":
-        batch = program.batch if bounds.shape[0] > 1 else program.number(0)
-        start, full_start, full_stop, stop = (load(bounds, batch, tile, program.number(i)) for i in range(4))
+    def load(cls, program: Program, bounds: Any, tile: Array) -> "Visits":
+        """From a table of `tile_bounds`."""
+        batch = program.batch if bounds.shape[0] > 1 else 0
+        start, full_start, full_stop, stop = (load(bounds, batch, tile, i) for i in range(4))
         sides = (program.sizes.T, program.config.rows), (program.sizes.S, program.config.columns)
         length, side = sides[0 if program.transposed else 1]
-        return cls(start, full_start, full_stop, stop, -(-length // side), program.may_mask())
+        return cls(start, full_start, full_stop, stop, -(-length // side), may_mask(program))
 
     @property
     def full(self) -> Array:
@@ -107,7 +112,7 @@ class KeyTiles:
     def masked(self) -> Array:
         return self.left + self.stop - self.full_stop
 
-    def number(self, step: Index, masked: bool) -> Array:
+    def tile(self, step: Index, masked: bool) -> Array:
         """Which tile a step of either loop visits."""
         if not masked:
             return self.full_start + step
@@ -118,7 +123,7 @@ class KeyTiles:
         if not masked:
             return jnp.maximum(self.full_start + step - 1, self.full_start)
         before = jnp.where(self.full > 0, self.full_stop - 1, self.start)
-        return self._existing(jnp.where(step == 0, before, self.number(step - 1, masked)))
+        return self._existing(jnp.where(step == 0, before, self.tile(step - 1, masked)))
 
     def last(self) -> Array:
         """The tile visited last, if any."""

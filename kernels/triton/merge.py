@@ -12,10 +12,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import online_softmax, triton_call
+from mqa_jax.kernels import online_softmax
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.tile_config import TileConfig, power_of_two
-from mqa_jax.kernels.triton_call import divided, load, program_id, span, store
+from mqa_jax.kernels.triton.call import divided, kernel_call, load, program_id, span, store
+from mqa_jax.kernels.triton.tile_config import TileConfig, power_of_two
 from mqa_jax.shapes import Output
 
 NUMBERS = 4096  # of a program, 32 for each thread: many small programs, as one query may be all there is
@@ -24,7 +24,7 @@ NUMBERS = 4096  # of a program, 32 for each thread: many small programs, as one 
 def merge(
     inputs: Inputs, outs: Float[Array, "P B TG K V"], normalizers: Normalizer, interpret: bool
 ) -> tuple[Output, Normalizer]:
-    """P parts, packed as in `triton_decode`; their normalizers are `[P, B, K, TG]`."""
+    """P parts, packed (`pack`); their normalizers are `[P, B, K, TG]`."""
     size, parts = inputs.sizes, outs.shape[0]
     tile = tile_of(parts, size.V)
 
@@ -53,7 +53,7 @@ def merge(
     number: Any = jax.ShapeDtypeStruct((size.B, size.T, size.N), jnp.float32)
     shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
     grid = -(-size.V // tile.columns), size.T * size.G, size.B * size.K
-    run = triton_call.call("mqa_merge", kernel, grid, tile, shapes, interpret)
+    run = kernel_call("mqa_merge", kernel, grid, tile, shapes, interpret)
     return run(outs, normalizers)
 
 

@@ -1,0 +1,67 @@
+"""Which pairs of a tile the mask leaves (`mqa_jax.masks` has the meaning), and how far apart their positions are."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mqa_jax import masks
+from mqa_jax.kernels.triton.call import load, span
+from mqa_jax.kernels.triton.pairs import load_pairs
+from mqa_jax.kernels.triton.program import Place, Program, line
+
+
+def may_mask(program: Program) -> bool:
+    """Whether some tile has pairs that the mask hides or that do not exist (on the owned axis these do no harm)."""
+    ragged = program.ragged_rows() if program.transposed else program.ragged_columns()
+    return program.inputs.mask.hides_pairs or ragged
+
+
+def visible(program: Program, place: Place) -> Bool[Array, "..."] | None:
+    """True where a pair exists and the mask leaves it. Padded queries are left to the caller."""
+    mask, conditions = program.inputs.mask, []
+    if mask.is_causal or mask.window is not None:
+        conditions += masks.in_reach(mask, query_positions(program, place), key_positions(program, place))
+    if program.ragged_columns():
+        conditions.append(program.columns(place) < program.column_limit())
+    if mask.query_segments is not None:
+        conditions.append(_row_segments(program, place) == _column_segments(program, place))
+    if mask.allowed is not None:
+        conditions.append(load_pairs(program, mask.allowed, place, True))
+    result = None
+    for condition in conditions:
+        result = condition if result is None else result & condition
+    return result
+
+
+def distance(program: Program, place: Place) -> Float[Array, "..."]:
+    """|query position - key position|"""
+    return masks.apart(query_positions(program, place), key_positions(program, place)).astype(jnp.float32)
+
+
+def query_positions(program: Program, place: Place) -> Array:
+    return program.queries_of_rows(place) + _query_offset(program)
+
+
+def key_positions(program: Program, place: Place) -> Array:
+    columns, ring = program.columns(place), program.inputs.mask.ring
+    return columns if ring is None else masks.ring_positions(columns, load(ring.lengths, program.batch), ring.slots)
+
+
+def _query_offset(program: Program) -> Any:
+    offset = program.inputs.mask.query_offset
+    return 0 if offset is None else load(offset, program.batch if offset.shape[0] > 1 else 0)
+
+
+def _row_segments(program: Program, place: Place) -> Array:
+    ids, rows, length = program.inputs.mask.query_segments, program.config.rows, program.sizes.T
+    where = place.row + line(rows) < length if length % rows else None
+    ids = load(ids, program.batch, span(place.row, rows), where=where)
+    return ids[None] if program.transposed else ids[:, None]
+
+
+def _column_segments(program: Program, place: Place) -> Array:
+    ids, columns, length = program.inputs.mask.key_segments, program.config.columns, program.sizes.S
+    where = place.column + line(columns) < length if length % columns else None
+    ids = load(ids, program.batch, span(place.column, columns), where=where)
+    return ids[:, None] if program.transposed else ids[None]

@@ -1,0 +1,89 @@
+"""From products of queries and keys to scores, and from scores to weights.
+
+Where a score is scale * q . k and nothing else, the scale is folded into the exponential: scores are then kept in units
+of the scale (`score_unit`), which saves one multiplication for each.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mqa_jax import dropout
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels.triton import mask
+from mqa_jax.kernels.triton.call import LOG2_E, divided, exp2_of_line, load
+from mqa_jax.kernels.triton.io import load_head_numbers, load_scales
+from mqa_jax.kernels.triton.pairs import load_pairs
+from mqa_jax.kernels.triton.program import Place, Program
+
+Scores = Float[Array, "..."]  # [bq, bk], or transposed
+
+
+def is_only_scaled(inputs: Inputs) -> bool:
+    """Whether a score is scale * q . k and nothing else."""
+    operands = inputs.operands
+    added = operands.bias is not None or operands.alibi_slopes is not None
+    return not added and inputs.logits_soft_cap is None and inputs.scale > 0
+
+
+def score_unit(inputs: Inputs) -> float:
+    """What a score as `scores` returns it has to be multiplied by to become a score."""
+    return inputs.scale if is_only_scaled(inputs) else 1.0
+
+
+def scores(program: Program, raw: Scores, place: Place, masked: bool) -> tuple[Scores, Scores | None]:
+    """From q . k to scores / `score_unit`, -inf where hidden; and tanh of the soft cap."""
+    inputs, operands, tanh = program.inputs, program.inputs.operands, None
+    if operands.key_scale is not None:
+        raw = raw * load_scales(program, operands.key_scale, place.column, masked)
+    if not is_only_scaled(inputs):
+        raw = raw * inputs.scale
+    if inputs.logits_soft_cap is not None:
+        tanh = jnp.tanh(raw / inputs.logits_soft_cap)
+        raw = tanh * inputs.logits_soft_cap
+    if operands.bias is not None:
+        raw = raw + load_pairs(program, operands.bias, place, masked).astype(jnp.float32)
+    if operands.alibi_slopes is not None:
+        slopes = load_head_numbers(program, operands.alibi_slopes, place.row)
+        raw = raw - slopes * mask.distance(program, place)
+    visible = mask.visible(program, place) if masked else None
+    return raw if visible is None else jnp.where(visible, raw, -jnp.inf), tanh
+
+
+def weights(
+    program: Program, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
+) -> Float[Array, "..."]:
+    """exp(score - shift - log_total), the first two / `score_unit`; the last two broadcast."""
+    inputs = program.inputs
+    if not is_only_scaled(inputs) or inputs.dtype == jnp.float32:
+        return exp_of_difference(program, scores, shift, log_total)
+    slope = score_unit(inputs) * LOG2_E  # one instruction less, and an error that 16-bit weights do not show
+    total = 0.0 if log_total is None else log_total * LOG2_E
+    return exp2_of_line(scores, slope, shift * -slope - total, program.interpret)
+
+
+def exp_of_difference(
+    program: Program, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
+) -> Float[Array, "..."]:
+    """The same, and exactly 1 where both are equal, so that rescaling a sum many times by 1 leaves it as it is.
+
+    Subtracting first also keeps finfo.min, the usual bias of a hidden pair, from overflowing.
+    """
+    total = jnp.zeros_like(shift) if log_total is None else log_total * -LOG2_E
+    return exp2_of_line(scores - shift, score_unit(program.inputs) * LOG2_E, total, program.interpret)
+
+
+def drop(program: Program, weights: Float[Array, "..."], place: Place) -> Float[Array, "..."]:
+    """Dropout, of the weights or of their gradients."""
+    spec = program.inputs.dropout
+    if spec is None:
+        return weights
+    seed: Any = load(spec.seed, 0), load(spec.seed, 1)  # a kernel cannot index an array that it has loaded
+    loaded, batch = replace(spec, seed=seed), load(spec.batch, program.batch)
+    head = program.head
+    if program.group > 1:
+        head = head * program.group + divided(program.rows(place), program.group)[1]
+    kept = dropout.keep(loaded, batch, head, program.queries_of_rows(place), program.columns(place))
+    return jnp.where(kept, weights * spec.scale, 0.0)
