@@ -1,5 +1,10 @@
-"""The Pallas-Triton implementation: what it cannot do, and which kernel computes what."""
+"""The Pallas-Triton implementation: what it cannot do, and which kernel computes what.
 
+The kernels are imported when a program that has one is traced: this takes a sixth as long as importing JAX, and a JAX
+that no longer has Pallas-Triton computes everything else.
+"""
+
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -7,18 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import (
-    row_terms,
-    tile_config,
-    triton_backward,
-    triton_decode,
-    triton_forward,
-    triton_lowering,
-    triton_precision,
-    triton_score_gradient,
-)
+from mqa_jax.kernels import row_terms, tile_config, triton_lowering, triton_precision
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.triton_backward import Saved
 from mqa_jax.shapes import LogSumExp, Output
 
 LARGEST_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
@@ -33,6 +28,8 @@ def cannot(inputs: Inputs) -> str | None:
 
 def _reasons(inputs: Inputs) -> Iterator[str]:
     size, operands, capability = inputs.sizes, inputs.operands, tile_config.capability()
+    if absent := _absent():
+        yield absent
     if not all(isinstance(n, int) for n in (size.B, size.T, size.S)):
         yield f"batches and lengths that are known, no symbols of jax.export (B={size.B}, T={size.T}, S={size.S})"
     if max(size.H, size.V) > LARGEST_HEAD:
@@ -55,12 +52,23 @@ def _reasons(inputs: Inputs) -> Iterator[str]:
         yield f"float8_e4m3fn from compute capability 8.9 on only (this one: {capability / 10})"
 
 
+@functools.cache
+def _absent() -> str | None:
+    try:
+        from jax.experimental.pallas.triton import CompilerParams, elementwise_inline_asm, load, store  # noqa: F401
+    except ImportError as error:
+        return f"a JAX with Pallas-Triton only (jax.__version__={jax.__version__!r}: {error})"
+    return None
+
+
 def in_reach() -> bool:
     """Whether there is an NVIDIA GPU, or one is compiled for."""
     return tile_config.is_assumed() or tile_config.capability_at_hand() is not None
 
 
 def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, Normalizer]:
+    from mqa_jax.kernels import triton_decode, triton_forward
+
     inputs, size = _readable(inputs), inputs.sizes
     if size.T <= triton_decode.MOST_QUERIES:
         tiles = tile_config.choose("decode", inputs, rows=size.T * size.G)
@@ -76,10 +84,12 @@ def backward(
     d_log_sum_exp: LogSumExp,
     interpret: bool = False,
 ) -> Operands:
+    from mqa_jax.kernels import triton_backward, triton_score_gradient
+
     inputs, given = _readable(inputs), inputs.operands
     operands = inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
-    saved = Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))
+    saved = triton_backward.Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))
     run = lambda kernel, direction: kernel(inputs, saved, tile_config.choose(direction, inputs), interpret)
     d_key, d_value = run(triton_backward.d_key_and_value, "dkv")
     gradients = Operands(
