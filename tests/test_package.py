@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -62,6 +63,60 @@ def test_import_loads_none_of_the_extras():
 
 def test_the_test_above_can_fail():
     assert _loaded_by("import mqa_jax, tqdm") - _loaded_by("import flax.linen") == {"tqdm"}
+
+
+CALLS = """
+import sys
+import jax
+import jax.numpy as jnp
+import mqa_jax
+
+query, key = jnp.ones((1, 3, 4, 8)), jnp.ones((1, 5, 2, 8))
+attend = lambda query, **chosen: mqa_jax.dot_product_attention(query, key, key, is_causal=True, **chosen)
+loss = lambda query, **chosen: attend(query, **chosen).sum()
+"""
+
+
+def _printed_by(code: str) -> str:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_pallas_is_imported_when_a_kernel_is_traced():
+    """By no import, and by no call on a machine without an NVIDIA GPU, unless it asks for "triton"."""
+    code = """
+loaded = lambda: [name for name in sys.modules if "experimental.pallas" in name or "triton.forward" in name]
+assert not loaded()
+jax.grad(loss)(query)
+module = mqa_jax.MultiQueryAttention(16, 4, attn_impl="triton")
+module.init(jax.random.key(0), jnp.ones((2, 5, 16)))
+assert not loaded(), loaded()
+jax.eval_shape(lambda query: attend(query, implementation="triton"), query)
+assert "jax.experimental.pallas.triton" in loaded()
+"""
+    _printed_by(CALLS + code)
+
+
+@pytest.mark.parametrize("hidden", ["jax.experimental.pallas", "jax.experimental.pallas.triton"])
+def test_a_jax_without_pallas_triton(hidden):
+    """Everything else computes; None takes plain XLA, also for a GPU, and "triton" says why it does not."""
+    hide = f"import sys; sys.modules[{hidden!r}] = None\n"
+    code = """
+from mqa_jax.kernels import tile_config
+
+jax.grad(loss)(query)
+with tile_config.assuming("sm90"):
+    text = jax.jit(jax.grad(loss)).trace(query).lower(lowering_platforms=("cuda",)).as_text()
+assert "triton" not in text
+try:
+    attend(query, implementation="triton")
+except NotImplementedError as error:
+    print(error)
+"""
+    printed = _printed_by(hide + CALLS + code)
+    rule = r"implementation='triton' cannot compute this call: a JAX with Pallas-Triton only \(jax.__version__='\S+': "
+    assert re.match(rule + f".*{hidden}.*; use implementation=None", printed), printed
 
 
 def test_public_names():

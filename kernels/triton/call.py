@@ -36,7 +36,7 @@ def kernel_call(
         kernel(*references)
 
     body.__name__ = name  # Triton takes the name of the function, whatever `pallas_call` is told
-    parameters = lowering.CompilerParams(num_warps=config.warps, num_stages=config.stages)
+    parameters = lowering.quiet_parameters()(num_warps=config.warps, num_stages=config.stages)
     launch = pallas.pallas_call(
         body, out_shape=out, grid=grid, compiler_params=parameters, interpret=interpret, name=name
     )

@@ -1,5 +1,10 @@
-"""The Pallas-Triton implementation: what it cannot do, and which kernel computes what."""
+"""The Pallas-Triton implementation: what it cannot do, and which kernel computes what.
 
+The kernels are imported when a program that has one is traced: this takes a sixth as long as importing JAX, and a JAX
+that no longer has Pallas-Triton computes everything else.
+"""
+
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,11 +14,7 @@ import jax.numpy as jnp
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import gpu, row_terms
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.triton import decode, lowering, precision, tile_config
-from mqa_jax.kernels.triton.backward import Saved, d_key_and_value, d_query
-from mqa_jax.kernels.triton.decode import decode_kernel
-from mqa_jax.kernels.triton.forward import forward_kernel
-from mqa_jax.kernels.triton.score_gradient import d_bias, d_slopes
+from mqa_jax.kernels.triton import lowering, precision, tile_config
 from mqa_jax.shapes import LogSumExp, Output
 
 MAX_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
@@ -28,6 +29,8 @@ def cannot(inputs: Inputs) -> str | None:
 
 def _reasons(inputs: Inputs) -> Iterator[str]:
     size, operands, capability = inputs.sizes, inputs.operands, gpu.capability()
+    if absent := _absent():
+        yield absent
     if not all(isinstance(n, int) for n in (size.B, size.T, size.S)):
         yield f"batches and lengths that are known, no symbols of jax.export (B={size.B}, T={size.T}, S={size.S})"
     if max(size.H, size.V) > MAX_HEAD:
@@ -49,14 +52,26 @@ def _reasons(inputs: Inputs) -> Iterator[str]:
         yield f"float8_e4m3fn from compute capability 8.9 on only (this one: {capability / 10})"
 
 
+@functools.cache
+def _absent() -> str | None:
+    try:
+        from jax.experimental.pallas.triton import CompilerParams, elementwise_inline_asm, load, store  # noqa: F401
+    except ImportError as error:
+        return f"a JAX with Pallas-Triton only (jax.__version__={jax.__version__!r}: {error})"
+    return None
+
+
 def in_reach() -> bool:
     """Whether there is an NVIDIA GPU, or one is compiled for."""
     return gpu.is_assumed() or gpu.capability_at_hand() is not None
 
 
 def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, Normalizer]:
+    from mqa_jax.kernels.triton.decode import MAX_QUERIES, decode_kernel
+    from mqa_jax.kernels.triton.forward import forward_kernel
+
     inputs, size = _readable(inputs), inputs.sizes
-    if size.T <= decode.MAX_QUERIES:
+    if size.T <= MAX_QUERIES:
         tiles = tile_config.choose("decode", inputs, rows=size.T * size.G)
         return decode_kernel(inputs, tiles, interpret)
     return forward_kernel(inputs, tile_config.choose("forward", inputs), interpret)
@@ -70,6 +85,9 @@ def backward(
     d_log_sum_exp: LogSumExp,
     interpret: bool = False,
 ) -> Operands:
+    from mqa_jax.kernels.triton.backward import Saved, d_key_and_value, d_query
+    from mqa_jax.kernels.triton.score_gradient import d_bias, d_slopes
+
     inputs, given = _readable(inputs), inputs.operands
     operands = inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)

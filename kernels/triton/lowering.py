@@ -3,11 +3,11 @@
 Both are settled when a program is lowered: JAX warns then, and only then is known how large `vmap` has made the arrays.
 """
 
+import functools
 import types
 from typing import Any
 
 import jax
-from jax.experimental.pallas import triton
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
@@ -61,8 +61,9 @@ batching.defvectorized(_in_reach_p)
 # -- the warning ------------------------------------------------------------------------------------------------------
 
 
-def _quiet_parameters() -> type[triton.CompilerParams]:
-    """Compiler parameters with a lowering rule that does not warn.
+@functools.cache
+def quiet_parameters() -> Any:
+    """The class of a kernel's compiler parameters, Pallas-Triton's own but for a lowering rule that does not warn.
 
     From 0.11 on JAX's rule begins with a DeprecationWarning, each time a kernel is lowered. Whoever calls this library
     can do nothing about it, and under `-W error` it would end the call. Filters for warnings belong to the process and
@@ -70,6 +71,8 @@ def _quiet_parameters() -> type[triton.CompilerParams]:
     whose globals the name `deprecations` is something that says nothing. JAX's own module stays as it is, and so do the
     warnings of other people's kernels. All this is private to JAX. Where it is not found, JAX warns.
     """
+    from jax.experimental.pallas import triton
+
     try:
         from jax._src.pallas.core import register_lowering_rule
         from jax._src.pallas.triton import pallas_call_registration as backend
@@ -87,6 +90,3 @@ def _quiet_parameters() -> type[triton.CompilerParams]:
 
     register_lowering_rule(QuietCompilerParams, quiet, "gpu")
     return QuietCompilerParams
-
-
-CompilerParams = _quiet_parameters()
