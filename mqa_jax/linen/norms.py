@@ -5,20 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-NORM_TYPES = ("layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm")
-
-
-def check_norm_type(norm_type: str) -> None:
-    if norm_type not in NORM_TYPES:
-        raise ValueError(f"Unknown norm_type={norm_type!r}: use one of {', '.join(NORM_TYPES)}.")
-
 
 def make_norm(norm_type: str, *, epsilon: float, dtype: Any, param_dtype: Any, name: str) -> nn.Module:
     """A norm over the last axis.
 
     The low-precision ones stay in `dtype`; the others take mean and variance in float32, as `flax.linen` does.
     """
-    check_norm_type(norm_type)
     low = norm_type.startswith("low_precision_")
     settings: dict[str, Any] = dict(
         epsilon=epsilon,
