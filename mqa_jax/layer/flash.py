@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from mqa_jax.attention import dot_product_attention
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FlashAttentionLayer(ABC):
     """Attention without parameters, on heads that come before positions.
 
@@ -80,7 +80,7 @@ class FlashAttentionLayer(ABC):
         return jnp.swapaxes(out, 1, 2)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FlashMHASettings:
     """Multi-head attention of query, key and value inputs, each through its own projection.
 

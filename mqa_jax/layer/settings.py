@@ -16,7 +16,7 @@ from mqa_jax.setting_types import check_types
 NORM_TYPES = ("layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AttentionSettings(upstream.UpstreamSettings):
     """Settings and defaults are those of mqa's and zeta's `MultiQueryAttention` (dim to device), then llm-foundry's and
     Flax's. Axis letters are those of `mqa_jax.shapes`: D = dim, N = heads, K = kv_heads, H = head_dim.
@@ -101,7 +101,7 @@ class AttentionSettings(upstream.UpstreamSettings):
         check_settings(self)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MultiQuery(AttentionSettings):
     kv_heads: int | None = 1
 
@@ -110,14 +110,14 @@ class MultiQuery(AttentionSettings):
         super().check()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MultiHead(AttentionSettings):
     def check(self) -> None:
         _check_fixed(self, kv_heads=self.heads)
         super().check()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class OneHead(MultiQuery):
     heads: int = 1
     causal: bool = False

@@ -25,7 +25,7 @@ from mqa_jax.attention import IMPLEMENTATIONS
 UPSTREAM_IMPLEMENTATIONS = {"torch": "xla", "flash": None, "triton": None}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class UpstreamSettings:
     """Upstream's settings with its defaults, in the order of its constructor, in which `dim` is called `d_model`."""
 
