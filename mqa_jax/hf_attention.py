@@ -10,7 +10,7 @@ from typing import Any
 
 from mqa_jax.hf_config import Fields
 from mqa_jax.hf_rope import rope_of as rope_of
-from mqa_jax.modules import GroupedQueryAttention
+from mqa_jax.linen import GroupedQueryAttention
 
 Config = Mapping[str, Any]
 

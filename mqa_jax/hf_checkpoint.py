@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mqa_jax import hf_attention, torch_arrays, torch_state_dict
-from mqa_jax.modules import GroupedQueryAttention
+from mqa_jax.linen import GroupedQueryAttention
 from mqa_jax.positions import Rope
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"

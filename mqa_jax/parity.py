@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mqa_jax import torch_arrays, torch_layouts, torch_modules, torch_state_dict
-from mqa_jax.modules import GroupedQueryAttention
+from mqa_jax.linen import GroupedQueryAttention
 
 if TYPE_CHECKING:
     import torch

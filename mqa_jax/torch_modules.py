@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mqa_jax import hf_attention, torch_arrays, torch_layouts, torch_state_dict, torch_wrappers
-from mqa_jax.modules import GroupedQueryAttention
+from mqa_jax.linen import GroupedQueryAttention
 from mqa_jax.positions import TemperatureTuning
 
 

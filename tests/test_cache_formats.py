@@ -17,7 +17,8 @@ from llama import Llama, LlamaConfig
 from tokens import load_text
 
 import mqa_jax
-from mqa_jax import kv_cache, quantization
+from mqa_jax import quantization
+from mqa_jax.cache import layout
 
 pytestmark = pytest.mark.slow
 
@@ -81,9 +82,9 @@ def test_error_of_each_layer_with_an_int8_cache(measured):
 
 
 def test_every_layer_caches_in_int8(measured):
-    stored = dict.fromkeys((kv_cache.KEY, kv_cache.VALUE), "int8")
-    scales = dict.fromkeys((kv_cache.KEY_SCALE, kv_cache.VALUE_SCALE), "float32")
-    assert measured["dtypes"] == [{**stored, **scales, kv_cache.INDEX: "int32"}] * 30
+    stored = dict.fromkeys((layout.KEY, layout.VALUE), "int8")
+    scales = dict.fromkeys((layout.KEY_SCALE, layout.VALUE_SCALE), "float32")
+    assert measured["dtypes"] == [{**stored, **scales, layout.INDEX: "int32"}] * 30
 
 
 # -- a small one ------------------------------------------------------------------------------------------------------

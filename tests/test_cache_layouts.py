@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from jax.experimental import checkify
 
 import mqa_jax
-from mqa_jax import kv_cache, modules, quantization
+from mqa_jax import quantization
+from mqa_jax.cache import layout
+from mqa_jax.layer import attention_layer
 
 WINDOW = (6, 0)
-SLOTS = kv_cache.ring_slots(WINDOW[0])
+SLOTS = layout.ring_slots(WINDOW[0])
 LENGTH = 3 * SLOTS + 5
 TEXT = jax.random.normal(RNG, (3, LENGTH, 24))
 EIGHT_BITS = "int8", "float8_e4m3fn"
@@ -196,7 +198,7 @@ def attending_to(module, params, x, contents, **arguments):
     key = mqa_jax.dequantize(contents["cached_key"], contents["cached_key_scale"])[:, :length]
     value = mqa_jax.dequantize(contents["cached_value"], contents["cached_value_scale"])[:, :length]
     attend = lambda query, _, __, *pairs, **options: mqa_jax.dot_product_attention(query, key, value, *pairs, **options)
-    with mock.patch.object(modules, "dot_product_attention", attend):
+    with mock.patch.object(attention_layer, "dot_product_attention", attend):
         return module.apply({"params": params}, x, **arguments)[0]
 
 

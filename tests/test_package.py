@@ -134,19 +134,23 @@ def test_the_kernels_are_not_a_package_of_their_own():
     assert result.stdout.strip() == "None"
 
 
+FILES = [path for path in (ROOT / "mqa_jax").rglob("*.py") if "kernels" not in path.parts]
+
+
 def test_only_the_table_knows_the_kernels():
     """Nothing but `attention.py` imports a kernel, so that another one can take its place."""
-    for path in (ROOT / "mqa_jax").glob("*.py"):
-        if path.name != "attention.py":
-            assert "mqa_jax.kernels" not in path.read_text(), path.name
+    for path in FILES:
+        if path != ROOT / "mqa_jax/attention.py":
+            assert "mqa_jax.kernels" not in path.read_text(), path
 
 
 MODULES = ["mqa_jax", *(m.name for m in pkgutil.walk_packages(mqa_jax.__path__, "mqa_jax."))]
 
 
 def test_every_module_is_found():
-    files = {path.stem for folder in ("mqa_jax", "kernels") for path in (ROOT / folder).glob("*.py")} - {"__init__"}
-    assert {name.rpartition(".")[2] for name in MODULES} == files | {"mqa_jax", "kernels"}
+    kernels = [Path("mqa_jax", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")]
+    files = [*(path.relative_to(ROOT) for path in FILES), *kernels]
+    assert set(MODULES) == {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,11 @@ def compiled_anew():
 
 def test_a_wrong_cache_is_caught(monkeypatch, compiled_anew):
     """The full pass is right; only decoding is not."""
-    from mqa_jax import cache_append
+    from mqa_jax.cache import append
 
     layer = hf_layer("llama")
-    really = cache_append._write
-    monkeypatch.setattr(cache_append, "_write", lambda old, new, start, fits: really(old, new, start * 0, fits))
+    really = append._write
+    monkeypatch.setattr(append, "_write", lambda old, new, start, fits: really(old, new, start * 0, fits))
     report = compare(layer, *from_torch(layer))
     assert [x.name for x in report.differences if not x.passed] == ["decoded"]
     assert report.worst.name == "decoded"

@@ -15,7 +15,7 @@ from jax import export
 from jax.experimental import checkify
 
 import mqa_jax
-from mqa_jax import cache_append
+from mqa_jax.cache import append
 
 PROBLEM = oracle.random_problem(
     np.random.default_rng(0), batch=(2,), rows=13, columns=17, heads=4, kv_heads=2, features=8, value_features=4
@@ -439,7 +439,7 @@ def test_what_checkify_does_not_look_into_can_be_mapped_and_differentiated():
     """Writing into a static cache is a primitive of ours, with the rules that JAX asks of one."""
     old, new = jnp.zeros((3, 2, 7, 1, 4)), jax.random.normal(jax.random.key(0), (3, 2, 2, 1, 4))
     start = jnp.array([[0, 5], [2, 3], [1, 1]])
-    write = lambda old, new, start: cache_append._write(old, new, start, jnp.ones(2, bool))
+    write = lambda old, new, start: append._write(old, new, start, jnp.ones(2, bool))
     written = jax.vmap(write)(old, new, start)
     for row, (old_row, new_row, at) in enumerate(zip(old, new, start)):
         np.testing.assert_array_equal(written[row], write(old_row, new_row, at))

@@ -5,20 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-NORM_TYPES = ("layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm")
 
-
-def check_norm_type(norm_type: str) -> None:
-    if norm_type not in NORM_TYPES:
-        raise ValueError(f"Unknown norm_type={norm_type!r}: use one of {', '.join(NORM_TYPES)}.")
-
-
-def make_norm(norm_type: str, *, epsilon: float, dtype: Any, param_dtype: Any, name: str) -> nn.Module:
-    """A norm over the last axis.
+def make_norm(norm_type: str, *, epsilon: float, dtype: Any, param_dtype: Any, **place: Any) -> nn.Module:
+    """A norm over the last axis. `place`: name or parent of the module.
 
     The low-precision ones stay in `dtype`; the others take mean and variance in float32, as `flax.linen` does.
     """
-    check_norm_type(norm_type)
     low = norm_type.startswith("low_precision_")
     settings: dict[str, Any] = dict(
         epsilon=epsilon,
@@ -26,6 +18,5 @@ def make_norm(norm_type: str, *, epsilon: float, dtype: Any, param_dtype: Any, n
         param_dtype=param_dtype,
         use_fast_variance=False,  # E[x^2] - E[x]^2 cancels; torch takes the mean of (x - E[x])^2
         force_float32_reductions=not low,
-        name=name,
     )
-    return nn.RMSNorm(**settings) if norm_type.endswith("rmsnorm") else nn.LayerNorm(**settings)
+    return nn.RMSNorm(**settings, **place) if norm_type.endswith("rmsnorm") else nn.LayerNorm(**settings, **place)

@@ -1,4 +1,4 @@
-"""How new tokens get into a cache (`mqa_jax.kv_cache`), and what the queries of the same call attend to."""
+"""How new tokens get into a cache (`mqa_jax.cache`), and what the queries of the same call attend to."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from mqa_jax import kv_cache, masks, quantization
-from mqa_jax.cache_checks import FULL, LARGEST, SPOILED, unchecked, within
-from mqa_jax.kv_cache import INDEX, KEY, KEY_SCALE, RING_INDEX, VALUE, VALUE_SCALE
+from mqa_jax import masks, quantization
+from mqa_jax.cache import layout
+from mqa_jax.cache.checks import FULL, LARGEST, SPOILED, unchecked, within
+from mqa_jax.cache.layout import INDEX, KEY, KEY_SCALE, OTHER_CALLS, RING_INDEX, VALUE, VALUE_SCALE
 from mqa_jax.shapes import positions
 
-Contents = dict[str, Array]  # by the names of `kv_cache`, each [B, positions, K, ...]
+Contents = dict[str, Array]  # by the names of `layout`, each [B, positions, K, ...]
 
 
 class Keys(NamedTuple):
@@ -72,15 +73,17 @@ class New(NamedTuple):
 
 
 def append(
-    cache: Mapping[str, Array],
+    cache: Mapping[str, Any],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     lengths: Lengths | None,
     *,
     window: tuple[int | None, int | None] | None = None,
     limits: Sequence[tuple[int, str]] = (),
-) -> tuple[Contents, Keys]:
+) -> tuple[dict[str, Any], Keys]:
     """Writes new keys and values behind what is there; returns the new cache, and what to attend to.
+
+    Of the caches for several calls the one that was written goes behind the others.
 
     Too many tokens for a row are never clamped or dropped quietly: with concrete arrays a `ValueError`; under jit a
     check that `checkify` can see, nothing written to that row, and `spoiled` set.
@@ -90,9 +93,11 @@ def append(
       window: of the module. A ring buffer needs one.
       limits: how many positions the masks and biases of this call reach, and what to say where that is too few.
     """
-    kv_cache.check_format(cache)
+    others = cache.get(OTHER_CALLS, ())
+    cache = {name: x for name, x in cache.items() if name != OTHER_CALLS}
+    layout.check_format(cache)
     _check_shape(cache, key)
-    start, spoiled = within(kv_cache.index_of(cache), 0, LARGEST, SPOILED)
+    start, spoiled = within(layout.index_of(cache), 0, LARGEST, SPOILED)
     count = jnp.full(key.shape[0], key.shape[1], jnp.int32)
     if lengths is not None:
         count, spoiled = lengths.tokens, spoiled | lengths.wrong
@@ -110,9 +115,15 @@ def append(
         contents, keys = _past_ring(cache, new)
     short = [within(stop, 0, limit, message)[1] for limit, message in limits]
     index = {RING_INDEX if in_ring else INDEX: jnp.where(spoiled, -1, stop)}
-    return {**contents, **index}, keys._replace(
-        start=start, spoiled=functools.reduce(jnp.logical_or, short, spoiled | full)
-    )
+    keys = keys._replace(start=start, spoiled=functools.reduce(jnp.logical_or, short, spoiled | full))
+    return _behind({**contents, **index}, others), keys
+
+
+def _behind(written: Contents, others: Sequence[Contents]) -> dict[str, Any]:
+    if not others:
+        return written
+    following, *rest = others
+    return {**following, OTHER_CALLS: (*rest, written)}
 
 
 # -- three ways -------------------------------------------------------------------------------------------------------
@@ -223,7 +234,7 @@ def _check_shape(cache: Mapping[str, Array], key: Array) -> None:
 
 def _window_left(cache: Mapping[str, Array], window: tuple[int | None, int | None] | None) -> int:
     slots, left = cache[KEY].shape[1], None if window is None else window[0]
-    if left is None or kv_cache.ring_slots(left) > slots:
+    if left is None or layout.ring_slots(left) > slots:
         raise ValueError(
             "A ring buffer holds one window; this module's is not in it: "
             f"local_window_size={window}, slots={slots}. Make the cache with this module's init_cache."

@@ -7,8 +7,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from mqa_jax.cache_append import Keys, Lengths
-from mqa_jax.cache_checks import SHORT_COLUMNS, SHORT_ROWS, within
+from mqa_jax.cache.append import Keys, Lengths
+from mqa_jax.cache.checks import SHORT_COLUMNS, SHORT_ROWS, within
 from mqa_jax.setting_types import is_flag
 
 
@@ -23,14 +23,13 @@ class Call(NamedTuple):
     segment_ids: ArrayLike | None
     seq_lengths: ArrayLike | None
     causal: bool
-    cached: bool
     sizes: tuple[int, int, int]
 
-    def check(self) -> None:
-        self._check_x()
+    def check(self, cached: bool) -> None:
+        self._check_x(cached)
         for name in ("past_key_value", "prev_layer_key_value"):
             self._check_key_value(name, getattr(self, name))
-        given = self._check_sources()
+        given = self._check_sources(cached)
         self._check_inputs()
         if self.segment_ids is not None:
             if given:
@@ -44,22 +43,22 @@ class Call(NamedTuple):
         if self.seq_lengths is not None and names:
             raise ValueError(
                 f"seq_lengths say which tokens of x are padding, and {names[0]} has keys of which they say nothing, in "
-                "this call or a later one: pass a mask [..., S] of the keys, or use the cache collection."
+                "this call or a later one: pass a mask [..., S] of the keys, or use a cache."
             )
 
-    def _check_x(self) -> None:
+    def _check_x(self, cached: bool) -> None:
         x, (dim, *_) = self.x, self.sizes
         if x.ndim < 2 or x.shape[-1] != dim:
             raise ValueError(f"x must be [..., T, D]: x.shape={x.shape}, dim={dim}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating: x.dtype={x.dtype!s}. Embed tokens first, or cast with .astype().")
-        if self.cached and x.ndim != 3:
+        if cached and x.ndim != 3:
             raise ValueError(f"With a cache x must be [batch, T, D]: x.shape={x.shape}.")
 
-    def _check_sources(self) -> list[str]:
+    def _check_sources(self, cached: bool) -> list[str]:
         """Where earlier keys and values are, of which there is one place."""
         sources = {
-            "a cache collection": self.cached,
+            "a cache": cached,
             "past_key_value": self.past_key_value is not None and len(self.past_key_value) > 0,
             "inputs_k": self.inputs_k is not None,
             "prev_layer_key_value": self.prev_layer_key_value is not None,
@@ -118,10 +117,9 @@ class Call(NamedTuple):
             )
 
     @property
-    def has_earlier(self) -> bool:
-        """Whether keys come from elsewhere than x alone, a cache aside."""
-        elsewhere = self.past_key_value, self.inputs_k, self.prev_layer_key_value
-        return any(x is not None for x in elsewhere)
+    def is_self_attention(self) -> bool:
+        """Whether a cache is what could hold earlier keys."""
+        return self.past_key_value is None and self.inputs_k is None and self.prev_layer_key_value is None
 
     @property
     def query_offset(self) -> int:
@@ -151,7 +149,7 @@ def integers(name: str, x: ArrayLike, shape: tuple[int, ...], what: str, remedy:
 
 
 def checked_lengths(seq_lengths: ArrayLike | None, x: Array) -> Lengths | None:
-    """For each row a number of tokens that is there; see `cache_checks.within` for what cannot be known yet."""
+    """For each row a number of tokens that is there; see `cache.checks.within` for what cannot be known yet."""
     if seq_lengths is None:
         return None
     remedy = " A mask of the tokens goes to attention_mask=; how many it has in each row is mask.sum(-1)."
@@ -170,12 +168,8 @@ def checked_positions(positions: ArrayLike, x: Array) -> Int[Array, "..."]:
     return jnp.asarray(integers("positions", positions, shape if broadcasts else x.shape[:-1], what))
 
 
-def pair_mask(mask: ArrayLike | None, attention_mask: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
-    """`[..., S]` (keys), `[..., T, S]` or `[..., N, T, S]`, bool, as `[..., N, T, S]`; the two are one argument."""
-    if mask is not None and attention_mask is not None:
-        raise ValueError("mask and attention_mask are two names of one argument: pass one.")
-    name = "attention_mask" if mask is None else "mask"
-    mask = attention_mask if mask is None else mask
+def pair_mask(name: str, mask: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
+    """`[..., S]` (keys), `[..., T, S]` or `[..., N, T, S]`, bool, as `[..., N, T, S]`."""
     if mask is None:
         return None
     mask = jnp.asarray(mask)
@@ -208,7 +202,7 @@ def pair_bias(bias: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
 
 
 def limits(rows: int, in_ring: bool, *pairs: Array | None) -> list[tuple[int, str]]:
-    """How many positions masks and biases reach that are read by position, for `cache_append.append`."""
+    """How many positions masks and biases reach that are read by position, for `cache.append.append`."""
     given = [x.shape for x in pairs if x is not None]
     tables = [(shape[-2], SHORT_ROWS) for shape in given if shape[-2] > rows]
     return tables + [(shape[-1], SHORT_COLUMNS) for shape in given if shape[-1] > 1 and in_ring]

@@ -13,8 +13,8 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from mqa_jax.cache_checks import FULL, LARGEST, SPOILED, within
-from mqa_jax.kv_cache import CONTENTS, INDEX, KEY, NAMES, RING_INDEX
+from mqa_jax.cache.checks import FULL, LARGEST, SPOILED, within
+from mqa_jax.cache.layout import CONTENTS, INDEX, KEY, NAMES, RING_INDEX
 
 
 class Leaf(NamedTuple):
@@ -23,7 +23,7 @@ class Leaf(NamedTuple):
     Attributes:
       path: where it is, as JAX writes it.
       owner: path of the attention module to whose cache it belongs; None for arrays of other modules.
-      name: one of `kv_cache.NAMES`, if it belongs to one.
+      name: one of `layout.NAMES`, if it belongs to one.
     """
 
     path: str

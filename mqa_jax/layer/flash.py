@@ -1,24 +1,24 @@
 """`FlashAttention` and `FlashMHA`: the FlashMHA repository's two classes, doing what its README says."""
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from mqa_jax.attention import dot_product_attention
-from mqa_jax.modules import GroupedQueryAttention
-from mqa_jax.setting_types import check_types
 
 
-class FlashAttention(nn.Module):
+@dataclass(eq=False, repr=False)
+class FlashAttentionLayer(ABC):
     """Attention without parameters, on heads that come before positions.
 
     Attributes:
       causal: a query attends to keys up to its own position, the last query standing at the last key (as flash-attn).
-      dropout: dropout rate of the weights; its random key is the `dropout` collection.
+      dropout: dropout rate of the weights; its random key is the `dropout` collection or stream.
       flash: True for the fastest implementation, False for the textbook.
       deterministic: no dropout; may be given to the call instead.
     """
@@ -28,11 +28,10 @@ class FlashAttention(nn.Module):
     flash: bool = True
     deterministic: bool | None = None
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        super().__post_init__()
+    @abstractmethod
+    def _dropout_key(self, deterministic: bool | None) -> Array | None:
+        """A new random key, or None where this call has no dropout; asked only where there is a rate."""
 
-    @nn.compact
     def __call__(
         self,
         q: Float[ArrayLike, "B N T H"],
@@ -65,7 +64,7 @@ class FlashAttention(nn.Module):
         k, v = (x[:, None] if x.ndim == 3 else x for x in (k, v))
         if mask is not None and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
             attn_bias, mask = (mask if attn_bias is None else jnp.add(mask, attn_bias)), None
-        drop = bool(self.dropout) and not nn.merge_param("deterministic", self.deterministic, deterministic)
+        key = self._dropout_key(deterministic) if self.dropout else None
         out = dot_product_attention(
             q.swapaxes(1, 2),
             k.swapaxes(1, 2),
@@ -74,14 +73,15 @@ class FlashAttention(nn.Module):
             mask,
             is_causal=self.causal,
             query_offset=k.shape[2] - q.shape[2],
-            dropout_rate=self.dropout if drop else 0.0,
-            dropout_rng=self.make_rng("dropout") if drop else None,
+            dropout_rate=0.0 if key is None else self.dropout,
+            dropout_rng=key,
             implementation=None if self.flash else "reference",
         )
         return jnp.swapaxes(out, 1, 2)
 
 
-class FlashMHA(nn.Module):
+@dataclass(eq=False, repr=False)
+class FlashMHASettings:
     """Multi-head attention of query, key and value inputs, each through its own projection.
 
     Attributes:
@@ -89,7 +89,7 @@ class FlashMHA(nn.Module):
       num_heads: heads, N.
       bias: biases of the projections.
       batch_first: True is the only layout, `[batch, length, features]`.
-      dropout: dropout rate of the weights; its random key is the `dropout` collection.
+      dropout: dropout rate of the weights; its random key is the `dropout` collection or stream.
       causal: a query attends to keys up to its own position.
       device: accepted, and explained in a warning: JAX places arrays, not modules.
       dtype: of the parameters, as upstream. Default float32.
@@ -108,26 +108,13 @@ class FlashMHA(nn.Module):
     deterministic: bool | None = None
     precision: jax.lax.PrecisionLike = None
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        query: Float[ArrayLike, "B T D"],
-        key: Float[ArrayLike, "B S _"] | None = None,
-        value: Float[ArrayLike, "B S _"] | None = None,
-        *,
-        deterministic: bool | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Key defaults to query, value to key. Returns `[B, T, D]`."""
+    def attention_settings(self) -> dict[str, Any]:
+        """Of the `GroupedQueryAttention` that computes it."""
         if not self.batch_first:
             raise NotImplementedError("batch_first=False is not supported: swap the first two axes of the inputs.")
-        attention = GroupedQueryAttention(
-            self.embed_dim,
-            self.num_heads,
-            kv_heads=self.num_heads,
+        return dict(
+            dim=self.embed_dim,
+            heads=self.num_heads,
             attn_pdrop=self.dropout,
             use_bias=self.bias,
             causal=self.causal,
@@ -136,6 +123,3 @@ class FlashMHA(nn.Module):
             deterministic=self.deterministic,
             precision=self.precision,
         )
-        nn.share_scope(self, attention)  # the parameters are ours: query, key, value, out
-        out, _, _ = attention(query, inputs_k=key, inputs_v=value, deterministic=deterministic)
-        return out

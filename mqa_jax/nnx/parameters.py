@@ -1,0 +1,74 @@
+"""Parameters between linen and NNX: they have the same names and shapes, so only their containers differ."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+from flax import nnx
+
+import mqa_jax.linen
+from mqa_jax.layer.settings import AttentionSettings
+from mqa_jax.nnx import attention
+
+Params = dict[str, Any]
+
+
+def to_linen(model: nnx.Module) -> Params:
+    """The `params` collection of linen: nested dicts of arrays. Members of a list `layers` are `layers_0`, `layers_1`."""
+    return _named(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def to_nnx(model: nnx.Module, params: Params) -> None:
+    """Puts a `params` collection of linen, such as `from_torch` and checkpoints give, into an NNX model, in place."""
+    state = nnx.state(model, nnx.Param)
+    expected = {_joined(path): variable for path, variable in nnx.to_flat_state(state)}
+    found = dict(_paths(params))
+    shapes = lambda arrays: {path: x.shape for path, x in arrays.items()}
+    if shapes(found) != shapes(expected):
+        different = sorted(set(shapes(found).items()) ^ set(shapes(expected).items()))
+        raise ValueError(
+            f"These are no parameters of {type(model).__name__}: {different[:4]} are in one of both only; the model has "
+            f"{len(expected)}, params {len(found)}."
+        )
+    for path, variable in expected.items():
+        variable[...] = jax.numpy.asarray(found[path], variable[...].dtype)
+    nnx.update(model, state)
+
+
+def from_linen(module: AttentionSettings, params: Params) -> attention.GroupedQueryAttention:
+    """The NNX module with the settings of one of linen and its parameters, such as `torch_interop.from_torch` returns."""
+    kind = getattr(attention, type(module).__name__, attention.GroupedQueryAttention)
+    names = [field.name for field in dataclasses.fields(AttentionSettings)]
+    widths = {name: params[name]["kernel"].shape[0] for name in ("key", "value") if name in params}
+    made = kind(
+        **{name: getattr(module, name) for name in names},
+        key_value_projections="key" in params,
+        in_kv_features=widths.get("key"),
+        in_v_features=widths.get("value"),
+        rngs=nnx.Rngs(0),
+    )
+    to_nnx(made, params)
+    return made
+
+
+def _named(tree: Params) -> Params:
+    named: Params = {}
+    for name, x in tree.items():
+        if isinstance(x, dict) and x and all(isinstance(key, int) for key in x):
+            named |= {f"{name}_{key}": _named(part) for key, part in x.items()}
+        else:
+            named[name] = _named(x) if isinstance(x, dict) else x
+    return named
+
+
+def _joined(path: tuple) -> str:
+    return re.sub(r"/(\d+)(?=/|$)", r"_\1", "/".join(map(str, path)))
+
+
+def _paths(params: Params, prefix: str = "") -> Any:
+    for name, x in params.items():
+        if hasattr(x, "items"):
+            yield from _paths(x, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", x

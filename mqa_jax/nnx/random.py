@@ -1,0 +1,46 @@
+"""Random keys of `flax.nnx` modules: for parameters, when they are made; for dropout, a stream that they keep."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+
+def check_rngs(module: Any, rngs: Any) -> None:
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(
+            f"{type(module).__name__} draws its parameters when it is made, from nnx.Rngs: rngs={rngs!r}. "
+            "Pass rngs=nnx.Rngs(0), or with another seed."
+        )
+
+
+def stream_of(rngs: Any) -> Callable[[], Array]:
+    """What gives the keys of dropout: a stream, the one called so of `nnx.Rngs`, or one key."""
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.dropout
+    if isinstance(rngs, nnx.RngStream):
+        return rngs
+    if isinstance(rngs, jax.Array) and (jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.shape == (2,)):
+        return lambda: rngs
+    raise ValueError(f"rngs must be nnx.Rngs, a stream of it, or a key of jax.random: rngs={rngs!r}.")
+
+
+def dropout_key(module: Any, deterministic: bool | None) -> Array | None:
+    """None without dropout. As in Flax's own modules the call comes before the module."""
+    deterministic = module.deterministic if deterministic is None else deterministic
+    if deterministic is None:
+        raise ValueError(
+            'Parameter "deterministic" must be passed to the constructor or at call time, or to '
+            "nnx.view(model, deterministic=...)."
+        )
+    if deterministic:
+        return None
+    if module.rngs is None:
+        raise ValueError(
+            "Dropout needs random keys, and this module keeps no stream of them: keep_rngs=False, or made without rngs. "
+            "Pass rngs=nnx.Rngs(dropout=seed) to the call."
+        )
+    return module.rngs()
