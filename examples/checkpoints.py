@@ -15,7 +15,8 @@ from gguf_files import load_gguf
 from llama import LlamaConfig
 from llama_params import Checkpoint, Names, Params, Source, read_params
 
-from mqa_jax import hf_attention, hf_checkpoint
+from mqa_jax.torch_interop.hugging_face import attention as hf_attention
+from mqa_jax.torch_interop.hugging_face import checkpoint as hf_checkpoint
 
 NAMES = Names(
     layer="layers.{}.",

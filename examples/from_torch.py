@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 from checkpoints import default_model
 
-from mqa_jax import hf_attention, parity
-from mqa_jax.torch_interop import from_torch, to_jax, to_tensor
+from mqa_jax.torch_interop import from_torch, parity, to_jax, to_tensor
+from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 
 try:
     import torch

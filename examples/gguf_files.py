@@ -10,7 +10,8 @@ from llama import LlamaConfig
 from llama_params import Checkpoint, Names, Params, Source, read_params
 
 import mqa_jax
-from mqa_jax import hf_checkpoint, torch_interop
+from mqa_jax import torch_interop
+from mqa_jax.torch_interop.hugging_face import checkpoint as hf_checkpoint
 
 NAMES = Names(
     layer="blk.{}.",

@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
 import mqa_jax
-from mqa_jax import hf_attention
-from mqa_jax.hf_checkpoint import Checkpoint
+from mqa_jax.torch_interop.hugging_face import attention as hf_attention
+from mqa_jax.torch_interop.hugging_face.checkpoint import Checkpoint
 
 Params = dict[str, Any]
 SENTENCES = ["A man is eating.", "Someone has lunch.", "The stock market fell.", "Shares lost a tenth of their value."]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mqa_jax.hf_attention import FAMILIES
+from mqa_jax.torch_interop.hugging_face.attention import FAMILIES
 
 _LLAMA = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, intermediate_size=8)
 _FALCON = dict(hidden_size=24, num_attention_heads=6)

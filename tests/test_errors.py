@@ -25,12 +25,16 @@ from cuda_programs import lowered_for_cuda
 from jax import export
 
 import mqa_jax
-from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
+from mqa_jax import torch_interop
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import gpu
 from mqa_jax.kernels.triton import precision, tile_config
 from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.options import Options
+from mqa_jax.torch_interop import arrays as torch_arrays
+from mqa_jax.torch_interop import modules as torch_modules
+from mqa_jax.torch_interop import parity
+from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 
 RNG = jax.random.key(0)
 ones = jnp.ones

@@ -17,8 +17,9 @@ import pytest
 from golden_modules import FOLDER
 
 import mqa_jax
-from mqa_jax import hf_attention, torch_interop
+from mqa_jax import torch_interop
 from mqa_jax.positions import falcon_alibi
+from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 
 NAMES = sorted(path.stem for path in FOLDER.glob("hf_*.npz"))
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.flax import save_file
 
-from mqa_jax import hf_checkpoint
-from mqa_jax.hf_checkpoint import Checkpoint
+from mqa_jax.torch_interop.hugging_face import checkpoint as hf_checkpoint
+from mqa_jax.torch_interop.hugging_face.checkpoint import Checkpoint
 
 CONFIG: dict[str, Any] = dict(
     model_type="llama", hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=2

@@ -11,7 +11,7 @@ from checkpoints import check_settings, load_checkpoint
 from safetensors.numpy import load_file
 from small_files import PLAIN, also, folder_with, logits, of_transformers, without
 
-from mqa_jax.hf_checkpoint import Config
+from mqa_jax.torch_interop.hugging_face.checkpoint import Config
 
 pytestmark = pytest.mark.slow
 

@@ -148,13 +148,13 @@ MODULES = ["mqa_jax", *(m.name for m in pkgutil.walk_packages(mqa_jax.__path__, 
 
 
 def test_every_module_is_found():
-    kernels = [Path("mqa_jax", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")]
+    kernels = [Path("mqa_jax", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")]
     files = [*(path.relative_to(ROOT) for path in FILES), *kernels]
     assert set(MODULES) == {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_calls") else ()) for name in MODULES]
+    "name", [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_interop.calls") else ()) for name in MODULES]
 )
 def test_examples_in_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -13,8 +13,7 @@ import upstream_layers
 from hf_layers import CONFIGS, hf_layer
 
 import mqa_jax
-from mqa_jax import parity
-from mqa_jax.torch_interop import from_torch
+from mqa_jax.torch_interop import from_torch, parity
 
 pytestmark = pytest.mark.torch
 
@@ -232,8 +231,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert list(reports) == [0, 1]
     assert "2 of 2 layers agree in float32" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "p.json").read_text())) == {"0", "1"}
-    really = mqa_jax.hf_attention.rope_of
+    really = mqa_jax.torch_interop.hugging_face.attention.rope_of
     wrong = lambda config: dataclasses.replace(really(config), interleaved=True)
-    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", wrong)
+    monkeypatch.setattr(mqa_jax.torch_interop.hugging_face.attention, "rope_of", wrong)
     with pytest.raises(SystemExit, match=r"1 of 1 layers differ; the worst tensor of each: \{1: "):
         parity.main([str(tmp_path), "--layer", "1", "--length", "7"])

@@ -10,8 +10,7 @@ import pytest
 import sentences
 from hf_layers import CONFIGS
 
-from mqa_jax import parity
-from mqa_jax.torch_interop import from_torch
+from mqa_jax.torch_interop import from_torch, parity
 
 pytestmark = pytest.mark.torch
 

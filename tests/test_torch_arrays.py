@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mqa_jax import parity, torch_arrays
+from mqa_jax.torch_interop import arrays as torch_arrays
+from mqa_jax.torch_interop import parity
 
 pytestmark = pytest.mark.torch
 DTYPES = ["float32", "bfloat16", "float16", "int32", "int8", "bool", "float8_e4m3fn"]

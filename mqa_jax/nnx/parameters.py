@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-import mqa_jax.linen
 from mqa_jax.layer.settings import AttentionSettings
 from mqa_jax.nnx import attention
 

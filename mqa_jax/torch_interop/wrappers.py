@@ -38,7 +38,7 @@ def check(module: Any) -> None:
     if changed:
         warnings.warn(
             f"Hooks and replaced forward methods are not converted, and this {kind} has some in {changed}: where they "
-            "change results, our module has others. mqa_jax.parity.compare tells.",
+            "change results, our module has others. mqa_jax.torch_interop.parity.compare tells.",
             stacklevel=3,
         )
 

@@ -1,16 +1,16 @@
 """What a Hugging Face `config.json` says of its attention layers: our module's settings, and where the weights are.
 
 One line for each `model_type`, as transformers 5 reads it. What transformers would silently ignore is refused, and so
-is every field that may concern attention and that nobody reads here (`mqa_jax.hf_config`).
+is every field that may concern attention and that nobody reads here (`mqa_jax.torch_interop.hugging_face.config`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mqa_jax.hf_config import Fields
-from mqa_jax.hf_rope import rope_of as rope_of
 from mqa_jax.linen import GroupedQueryAttention
+from mqa_jax.torch_interop.hugging_face.config import Fields
+from mqa_jax.torch_interop.hugging_face.rope import rope_of as rope_of
 
 Config = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ class Family:
     """Attributes:
     settings: of `GroupedQueryAttention` for a layer, from the config and the layer's number.
     prefix: of a layer's tensors, `{}` being its number.
-    layout: how they are laid out (`mqa_jax.torch_layouts`).
+    layout: how they are laid out (`mqa_jax.torch_interop.layouts`).
     classes: of transformers' layers.
     layers: the field that says how many there are.
     aliases: other names of fields.

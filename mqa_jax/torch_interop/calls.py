@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from mqa_jax import hf_attention, torch_modules
+from mqa_jax.torch_interop import modules
+from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 
 
 class Call(Protocol):
@@ -74,7 +75,7 @@ def _rotary(layer: Any, x: torch.Tensor, cache: Any) -> Any:
 
 
 def _llama(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
-    window = hf_attention.attention_of(torch_modules.config_of(layer) or {}, layer.layer_idx)[0].local_window_size
+    window = hf_attention.attention_of(modules.config_of(layer) or {}, layer.layer_idx)[0].local_window_size
     size = window[0] + 1 if isinstance(window, tuple) else None
     mask = _additive(_hidden(layer, x, cache, size), x.dtype)
     return layer(x, _rotary(layer, x, cache), mask, **_cached(layer, cache))[0]

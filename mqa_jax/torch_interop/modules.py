@@ -8,9 +8,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from mqa_jax import hf_attention, torch_arrays, torch_layouts, torch_state_dict, torch_wrappers
 from mqa_jax.linen import GroupedQueryAttention
 from mqa_jax.positions import TemperatureTuning
+from mqa_jax.torch_interop import arrays, layouts, state_dict, wrappers
+from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 
 
 def from_torch(
@@ -23,7 +24,7 @@ def from_torch(
 
     Args:
       module: a `torch.nn.MultiheadAttention`, an attention layer of a Hugging Face model
-        (`mqa_jax.hf_attention.FAMILIES`), or any other whose state dict is in `mqa_jax.torch_layouts`.
+        (`hugging_face.attention.FAMILIES`), or any other whose state dict is in `torch_interop.layouts`.
       heads, kv_heads: of the other classes; kv_heads is as heads by default.
       layout: how the weights lie, if their names do not tell.
       **settings: of `GroupedQueryAttention`, where the class does not tell them: causal, rope, clip_qkv, ...
@@ -36,7 +37,7 @@ def from_torch(
         known; or its weights are quantised, or are computed by what is wrapped around them (LoRA, weight norm).
       ValueError: something about the layer is not told; or its weights are in no memory, or in no known layout.
     """
-    torch_wrappers.check(module)
+    wrappers.check(module)
     told = _told_by_class(module)
     given = {name: x for name, x in dict(heads=heads, kv_heads=kv_heads).items() if x is not None}
     wrong = {name: told[name] for name, x in given.items() if told.get(name, x) not in (None, x)}
@@ -49,12 +50,12 @@ def from_torch(
             f"{type(module).__name__} does not tell its number of heads: heads=None. Pass heads=, and kv_heads= "
             "where keys and values have fewer."
         )
-    rotary = torch_wrappers.rotary(module)
+    rotary = wrappers.rotary(module)
     if rotary and "rope" not in {*told, *settings}:
         raise ValueError(
             f"{type(module).__name__} has rotary positions in {rotary}, and does not tell which: pass rope=."
         )
-    params = torch_state_dict.from_state_dict(module.state_dict(), layout=layout_of(module, layout), **counts)
+    params = state_dict.from_state_dict(module.state_dict(), layout=layout_of(module, layout), **counts)
     return GroupedQueryAttention(**counts, **{**settings_of(params), **told, **settings}), {"params": params}
 
 
@@ -69,14 +70,14 @@ def to_torch(
     Raises:
       ValueError: the layer says that it has other heads, or the parameters do not fit it.
     """
-    torch_wrappers.check(like)
+    wrappers.check(like)
     theirs, told = like.state_dict(), _told_by_class(like)
     ours = dict(heads=module.heads, kv_heads=module.kv_heads or module.heads)
     other = {name: told[name] for name, count in ours.items() if told.get(name) not in (None, count)}
     if other:
         raise ValueError(f"{type(like).__name__} has other heads than our module: its {other}, ours {ours}.")
-    name, _ = torch_layouts.find(layout_of(like, layout), theirs, **ours)
-    written = torch_state_dict.to_state_dict(variables["params"], layout=name)
+    name, _ = layouts.find(layout_of(like, layout), theirs, **ours)
+    written = state_dict.to_state_dict(variables["params"], layout=name)
     wrong = {
         name: (x.shape, tuple(theirs[name].shape) if name in theirs else None)
         for name, x in written.items()
@@ -84,18 +85,14 @@ def to_torch(
     }
     if wrong:
         raise ValueError(f"These parameters do not fit {type(like).__name__}; ours and its shapes: {wrong}.")
-    unwritten = [name for name, x in theirs.items() if name not in written and not torch_layouts.is_ignored(name, x)]
+    unwritten = [name for name, x in theirs.items() if name not in written and not layouts.is_ignored(name, x)]
     if unwritten:
         raise ValueError(f"These parameters of {type(like).__name__} have no counterpart among ours: {unwritten}.")
     result = copy.deepcopy(like)
     state = result.state_dict()
     for name, x in written.items():
-        state[name].copy_(torch_arrays.to_tensor(x))
-    lost = [
-        name
-        for name, x in written.items()
-        if not bool((state[name] == torch_arrays.to_tensor(x).to(state[name])).all())
-    ]
+        state[name].copy_(arrays.to_tensor(x))
+    lost = [name for name, x in written.items() if not bool((state[name] == arrays.to_tensor(x).to(state[name])).all())]
     if lost:
         raise ValueError(f"{type(like).__name__} has one tensor where ours are several and differ: {lost}.")
     return result
@@ -168,7 +165,7 @@ def _told_by_class(module: Any) -> dict[str, Any]:
         told["kv_heads"] = 1
     if kind == "MptAttention":
         told["alibi"] = True
-    return torch_layouts.knotgrass_settings(module.state_dict()) | told
+    return layouts.knotgrass_settings(module.state_dict()) | told
 
 
 def _told_by_config(module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +208,6 @@ def _way_out(module: Any) -> str:
     return (
         "A way that remains: GroupedQueryAttention(...) with the settings that the layer has, and its weights by "
         "torch_interop.from_state_dict(tensors, heads=..., kv_heads=..., layout=...), with a layout of "
-        f"{list(torch_layouts.LAYOUTS)} and tensors under its names (mqa_jax/torch_layouts.py). The layer has "
-        f"{torch_layouts.shapes(module.state_dict())}."
+        f"{list(layouts.LAYOUTS)} and tensors under its names (mqa_jax/torch_interop/layouts.py). The layer has "
+        f"{layouts.shapes(module.state_dict())}."
     )

@@ -1,4 +1,4 @@
-"""Parameters of our modules from the tensors of a PyTorch layer, and back, by its layout (`mqa_jax.torch_layouts`).
+"""Parameters of our modules from the tensors of a PyTorch layer, and back, by its layout (`layouts`).
 
 Nothing is computed, so that both ways together are bitwise; but for two output projections, which become their product.
 """
@@ -9,17 +9,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mqa_jax import torch_layouts
-from mqa_jax.torch_layouts import Layout, Params, Rows
+from mqa_jax.torch_interop import layouts
+from mqa_jax.torch_interop.layouts import Layout, Params, Rows
 
 # -- from a state dict ------------------------------------------------------------------------------------------------
 
 
 def read(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv_heads: int) -> Params:
     """Parameters of our modules."""
-    tensors = {name: x for name, x in tensors.items() if not torch_layouts.is_ignored(name, x)}
+    tensors = {name: x for name, x in tensors.items() if not layouts.is_ignored(name, x)}
     _check_dtypes(tensors)
-    tensors = torch_layouts.upright(layout, tensors)
+    tensors = layouts.upright(layout, tensors)
     head_dim = _check(name, layout, tensors, heads, kv_heads)
     counts = {"query": heads, "key": kv_heads, "value": kv_heads}
     params: Params = {}
@@ -85,7 +85,7 @@ def write(layout: Layout, params: Mapping[str, Any]) -> dict[str, Any]:
         if ours[0] in params and (len(ours) == 1 or ours[1] in params[ours[0]]):
             found = params[ours[0]] if len(ours) == 1 else params[ours[0]][ours[1]]
             tensors[theirs] = found if split is None else found.reshape(1, 1, -1)
-    return dict(torch_layouts.upright(layout, tensors))
+    return dict(layouts.upright(layout, tensors))
 
 
 def _head(x: Any, head: int) -> Any:
@@ -110,21 +110,21 @@ def _check(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv
     """Names and shapes; returns the head size H."""
     first, blocks = next(iter(layout.weights.items()))
     rows = tensors[first].shape[0] if first in tensors else len(blocks)
-    head_dim = torch_layouts.head_dim_of(layout, tensors)
-    expected = torch_layouts.expected(layout, tensors, head_dim, heads)
+    head_dim = layouts.head_dim_of(layout, tensors)
+    expected = layouts.expected(layout, tensors, head_dim, heads)
     has_biases = any(bias in tensors for bias in layout.biases)
     optional = {*layout.others, f"{layout.out}.bias", *([] if has_biases else layout.biases)}
     faults = {
         "missing": [tensor for tensor in expected if tensor not in tensors and tensor not in optional],
         "unexpected": [tensor for tensor in tensors if tensor not in expected],
-        "misshapen": [x for x in expected if x in tensors and not torch_layouts.fits(tensors[x].shape, expected[x])],
+        "misshapen": [x for x in expected if x in tensors and not layouts.fits(tensors[x].shape, expected[x])],
         "not divisible by heads": [first] if rows % len(blocks) else [],
     }
     if any(faults.values()):
         told = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
         raise ValueError(
             f"These tensors are no attention layer of layout={name!r} with heads={heads}, kv_heads={kv_heads}. {told}. "
-            f"Found {torch_layouts.shapes(tensors)}, expected {expected}, where None is any length"
+            f"Found {layouts.shapes(tensors)}, expected {expected}, where None is any length"
             f"{', both transposed' if layout.transposed else ''}."
         )
     return head_dim

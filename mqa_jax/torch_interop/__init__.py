@@ -10,12 +10,12 @@
 Checkpoints on disk are read by `mqa_jax.hf_checkpoint`, and `mqa_jax.parity` proves that nothing changed.
 """
 
-from mqa_jax.torch_arrays import to_jax as to_jax
-from mqa_jax.torch_arrays import to_tensor as to_tensor
-from mqa_jax.torch_modules import from_torch as from_torch
-from mqa_jax.torch_modules import to_torch as to_torch
-from mqa_jax.torch_state_dict import from_state_dict as from_state_dict
-from mqa_jax.torch_state_dict import halves_to_interleaved as halves_to_interleaved
-from mqa_jax.torch_state_dict import interleaved_to_halves as interleaved_to_halves
-from mqa_jax.torch_state_dict import past_key_value_from_torch as past_key_value_from_torch
-from mqa_jax.torch_state_dict import to_state_dict as to_state_dict
+from mqa_jax.torch_interop.arrays import to_jax as to_jax
+from mqa_jax.torch_interop.arrays import to_tensor as to_tensor
+from mqa_jax.torch_interop.modules import from_torch as from_torch
+from mqa_jax.torch_interop.modules import to_torch as to_torch
+from mqa_jax.torch_interop.state_dict import from_state_dict as from_state_dict
+from mqa_jax.torch_interop.state_dict import halves_to_interleaved as halves_to_interleaved
+from mqa_jax.torch_interop.state_dict import interleaved_to_halves as interleaved_to_halves
+from mqa_jax.torch_interop.state_dict import past_key_value_from_torch as past_key_value_from_torch
+from mqa_jax.torch_interop.state_dict import to_state_dict as to_state_dict
