@@ -23,10 +23,9 @@ import mqa_jax
 from benchmarks import timing
 from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.problems import Problem
-from mqa_jax.checks import checked_inputs
+from mqa_jax.attention import inputs_of
 from mqa_jax.kernels import flash, gpu
 from mqa_jax.kernels.triton import implementation as triton
-from mqa_jax.options import Options
 
 Attend = Callable[..., Array]  # problem, query, key, value
 
@@ -99,7 +98,7 @@ def ours(problem: Problem, query: Array, key: Any, value: Any, implementation: s
     if isinstance(key, tuple):
         (key, options["key_scale"]), (value, options["value_scale"]) = key, value
     if implementation == "triton" and not for_gpu():
-        inputs = checked_inputs(query, key, value, None, None, Options(**options))
+        inputs = inputs_of(query, key, value, **options)
         return flash.attend(INTERPRETED, inputs)[0]
     return mqa_jax.dot_product_attention(query, key, value, **options, implementation=implementation)
 

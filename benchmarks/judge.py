@@ -18,8 +18,7 @@ from jaxtyping import Array
 from benchmarks.jax_peers import KEPT, ours, plain_arrays, precision_of, program_of
 from benchmarks.problems import Problem
 from mqa_jax import reference
-from mqa_jax.checks import checked_inputs
-from mqa_jax.options import Options
+from mqa_jax.attention import inputs_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle
@@ -87,7 +86,7 @@ def _allowed(problem: Problem) -> list[float]:
 
 def plain_attention(problem: Problem, query: Array, key: Array, value: Array) -> Array:
     """The oracle's, which knows masks and ALiBi as a bias: the scores of a query that is 0."""
-    inputs = checked_inputs(jnp.zeros_like(query), key, value, None, None, Options(**problem.options()))
+    inputs = inputs_of(jnp.zeros_like(query), key, value, **problem.options())
     bias = jax.lax.stop_gradient(reference.scores(inputs))
     out, _ = oracle.plain_attention({"query": query, "key": key, "value": value, "bias": bias}, {})
     return out

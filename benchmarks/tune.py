@@ -34,7 +34,7 @@ from benchmarks.problems import Problem, attention_of
 from benchmarks.progress import progress_bar
 from benchmarks.table import figures, in_columns
 from benchmarks.timing import QUICK, Settings
-from mqa_jax.checks import checked_inputs
+from mqa_jax.attention import inputs_of
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import gpu, row_terms
 from mqa_jax.kernels.triton import implementation as triton
@@ -43,7 +43,6 @@ from mqa_jax.kernels.triton.backward import Saved, d_key_and_value, d_query
 from mqa_jax.kernels.triton.forward import forward_kernel
 from mqa_jax.kernels.triton.score_gradient import d_bias
 from mqa_jax.kernels.triton.tile_config import TileConfig
-from mqa_jax.options import Options
 
 Kernel = Callable[[Inputs, Saved, TileConfig, bool], Any]
 KERNELS: dict[str, Kernel] = {
@@ -107,8 +106,7 @@ class Entry:
         query, key, value, d_out = jax_peers.on_device(self.problem)
         scores = (1, query.shape[2], self.length, self.length)
         bias = jax.random.normal(jax.random.key(4), scores, query.dtype) if self.direction == "dscore" else None
-        options = Options(is_causal=True, precision=PRECISIONS.get(self.dtype))
-        inputs = checked_inputs(query, key, value, bias, None, options)
+        inputs = inputs_of(query, key, value, bias, is_causal=True, precision=PRECISIONS.get(self.dtype))
         out, normalizer = jax.jit(functools.partial(triton.forward, interpret=interpret))(inputs)
         delta = row_terms.delta(out, d_out, jnp.zeros_like(normalizer.highest))
         return inputs, Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))

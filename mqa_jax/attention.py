@@ -1,8 +1,10 @@
 """`dot_product_attention`, and the table of implementations behind it."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,13 +12,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from mqa_jax import cudnn, reference
-from mqa_jax.arguments import flag
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import flash, xla
 from mqa_jax.kernels.triton import implementation as triton
-from mqa_jax.options import Options
 
 
 @dataclass(frozen=True)
@@ -150,29 +150,10 @@ def dot_product_attention(
       >>> mqa_jax.dot_product_attention(query, key, value, is_causal=True, query_offset=2).shape
       (2, 5, 8, 64)
     """
-    options = Options(
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        logits_soft_cap=logits_soft_cap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        key_value_ring_lengths=key_value_ring_lengths,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        precision=precision,
-    )
-    return_residual = flag("return_residual", return_residual)
-    inputs = replace(checked_inputs(query, key, value, bias, mask, options), residual=return_residual)
+    call = SimpleNamespace(**locals())  # the signature is the one list of the options
+    inputs = checked_inputs(call)
     out, log_sum_exp = over_flat_batch(choose(implementation, inputs), inputs)
-    if not return_residual:
+    if not inputs.residual:
         return out
     if log_sum_exp is None:
         raise NotImplementedError(
@@ -182,12 +163,19 @@ def dot_product_attention(
     return out, log_sum_exp
 
 
-def attention_with_weights(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None, mask: ArrayLike | None, options: Options
-) -> tuple[Array, Array, Array]:
-    """Output, log-sum-exp and the weights `[..., N, T, S]`, float32, after dropout. Computed by the reference."""
-    inputs = checked_inputs(query, key, value, bias, mask, options)
-    return over_flat_batch(jax.jit(reference.forward_with_weights), inputs)
+def inputs_of(*arguments: Any, **options: Any) -> Inputs:
+    """The checked inputs of a call of `dot_product_attention` with these arguments."""
+    call = inspect.signature(dot_product_attention).bind(*arguments, **options)
+    call.apply_defaults()
+    return checked_inputs(SimpleNamespace(**call.arguments))
+
+
+def attention_with_weights(*arguments: Any, **options: Any) -> tuple[Array, Array, Array]:
+    """Output, log-sum-exp and the weights `[..., N, T, S]`, float32, after dropout. Computed by the reference.
+
+    The arguments are those of `dot_product_attention`.
+    """
+    return over_flat_batch(jax.jit(reference.forward_with_weights), inputs_of(*arguments, **options))
 
 
 def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tuple[Array, Array | None]]:

@@ -5,33 +5,37 @@ a `NotImplementedError` and lives with the implementation.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from mqa_jax import quantization
 from mqa_jax.arguments import STATIC, array, flag, in_32_bits, integers, may_exceed_32_bits, number, shown, whole_number
-from mqa_jax.batch_axes import without_batch_of_one
 from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.masks import LEAST, MOST, Mask, Ring
-from mqa_jax.options import Options
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
-def checked_inputs(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None, mask: ArrayLike | None, options: Options
-) -> Inputs:
+class Call(Protocol):
+    """The arguments of `mqa_jax.dot_product_attention` by their names, as the caller gave them."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+def checked_inputs(call: Call) -> Inputs:
     """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1)."""
-    found = [array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
-    (*found, bias, mask), options = without_batch_of_one([*found, bias, mask], options)
-    query, key, value = (jnp.asarray(x) for x in found)
+    query = array("query", call.query)
+    key, value = (
+        array(name, of_batch(x, query.shape[:-3], 3)) for name, x in (("key", call.key), ("value", call.value))
+    )
     _check_shapes(query, key, value)
-    scales = {"key_scale": options.key_scale, "value_scale": options.value_scale}
+    scales = {"key_scale": call.key_scale, "value_scale": call.value_scale}
     _check_dtypes(query, key, value, are_scaled=any(scale is not None for scale in scales.values()))
     *batch, rows, heads, features = query.shape
     columns = key.shape[-3]
@@ -41,17 +45,29 @@ def checked_inputs(
             query,
             key,
             value,
-            bias=_pair_array("bias", bias, pairs, jnp.floating),
-            alibi_slopes=_head_array("alibi_slopes", options.alibi_slopes, heads),
-            sinks=_head_array("sinks", options.sinks, heads),
+            bias=_pair_array("bias", call.bias, pairs, jnp.floating),
+            alibi_slopes=_head_array("alibi_slopes", call.alibi_slopes, heads),
+            sinks=_head_array("sinks", call.sinks, heads),
             **{name: _scale(name, scale, key) for name, scale in scales.items()},
         ),
-        mask=_checked_mask(mask, options, tuple(batch), pairs),
-        dropout=_checked_dropout(options, tuple(batch)),
-        scale=_scale_of_scores(options.scale, features),
-        logits_soft_cap=_checked_soft_cap(options.logits_soft_cap),
-        precision=options.precision,
+        mask=_checked_mask(call, tuple(batch), pairs),
+        dropout=_checked_dropout(call, tuple(batch)),
+        scale=_scale_of_scores(call.scale, features),
+        logits_soft_cap=_checked_soft_cap(call.logits_soft_cap),
+        precision=call.precision,
+        residual=flag("return_residual", call.return_residual),
     )
+
+
+def of_batch(x: ArrayLike | None, batch: tuple, axes: int) -> ArrayLike | None:
+    """One sequence `[T, N, H]` may come with other arrays that are a batch of one, `[1, S, K, H]`, as in `jax.nn`.
+
+    `axes`: how many axes the array has behind those of the batch.
+    """
+    shape = () if x is None else np.shape(x)
+    if batch or len(shape) != axes + 1 or shape[0] != 1:
+        return x
+    return x[0] if isinstance(x, jax.Array) else np.asarray(x)[0]  # 64 bits stay, outside JAX
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:
@@ -102,7 +118,7 @@ def _check_dtypes(query: Array, key: Array, value: Array, are_scaled: bool) -> N
 def _scale(name: str, scale: ArrayLike | None, key: Array) -> Array | None:
     if key.dtype not in quantization.DTYPES:
         return None
-    numbers = None if scale is None else array(name, scale)
+    numbers = None if scale is None else array(name, of_batch(scale, key.shape[:-3], 2))
     shape, dtype = (None, None) if numbers is None else (numbers.shape, numbers.dtype)
     if shape != key.shape[:-1] or dtype != jnp.float32:
         raise ValueError(
@@ -129,7 +145,7 @@ def _pair_array(name: str, x: ArrayLike | None, pairs: tuple, kind: Any) -> Arra
     """An array that broadcasts to `[..., N, T, S]`, with missing leading axes filled in."""
     if x is None:
         return None
-    x = array(name, x)
+    x = array(name, of_batch(x, pairs[:-3], 3))
     if not jnp.issubdtype(x.dtype, kind):
         hints = [hint for other, hint in OTHER_KINDS[name].items() if jnp.issubdtype(x.dtype, other)]
         hint = "".join(hints) or f"Cast it with .astype({'bool' if kind is jnp.bool_ else 'float'})."
@@ -154,20 +170,20 @@ def _head_array(name: str, x: ArrayLike | None, heads: int) -> Array | None:
     return x
 
 
-def _checked_mask(mask: ArrayLike | None, options: Options, batch: tuple, pairs: tuple) -> Mask:
+def _checked_mask(call: Call, batch: tuple, pairs: tuple) -> Mask:
     rows, columns = pairs[-2:]
-    key_lengths, ring = _key_lengths(options, batch, columns)
-    query_segments, key_segments = _segments(options, (*batch, rows), (*batch, columns))
+    key_lengths, ring = _key_lengths(call, batch, columns)
+    query_segments, key_segments = _segments(call, batch, rows, columns)
     return Mask(
-        query_offset=_query_offset(options.query_offset, batch, rows),
-        allowed=_pair_array("mask", mask, pairs, jnp.bool_),
-        query_lengths=_lengths("query_seq_lengths", options.query_seq_lengths, batch, rows),
+        query_offset=_query_offset(call.query_offset, batch, rows),
+        allowed=_pair_array("mask", call.mask, pairs, jnp.bool_),
+        query_lengths=_lengths("query_seq_lengths", call.query_seq_lengths, batch, rows),
         key_lengths=key_lengths,
         query_segments=query_segments,
         key_segments=key_segments,
         ring=ring,
-        is_causal=flag("is_causal", options.is_causal),
-        window=checked_window(options.local_window_size),
+        is_causal=flag("is_causal", call.is_causal),
+        window=checked_window(call.local_window_size),
     )
 
 
@@ -175,28 +191,28 @@ def _lengths(name: str, x: ArrayLike | None, batch: tuple, longest: int) -> Arra
     if x is None:
         return None
     rule, remedy = "lie between 0 and the length of the array", f"length={longest}"
-    return in_32_bits(name, integers(name, x, batch), rule, remedy, 0, longest)
+    return in_32_bits(name, integers(name, of_batch(x, batch, 0), batch), rule, remedy, 0, longest)
 
 
-def _key_lengths(options: Options, batch: tuple, columns: int) -> tuple[Array | None, Ring | None]:
+def _key_lengths(call: Call, batch: tuple, columns: int) -> tuple[Array | None, Ring | None]:
     """How many keys of the array are there, and whether they are in a ring."""
-    name, lengths = "key_value_ring_lengths", options.key_value_ring_lengths
+    name, lengths = "key_value_ring_lengths", call.key_value_ring_lengths
     if lengths is None:
-        return _lengths("key_value_seq_lengths", options.key_value_seq_lengths, batch, columns), None
-    if options.key_value_seq_lengths is not None:
+        return _lengths("key_value_seq_lengths", call.key_value_seq_lengths, batch, columns), None
+    if call.key_value_seq_lengths is not None:
         raise ValueError(
             "key_value_ring_lengths says how many keys there are, so key_value_seq_lengths must be None: "
-            f"key_value_ring_lengths={lengths}, key_value_seq_lengths={options.key_value_seq_lengths}."
+            f"key_value_ring_lengths={lengths}, key_value_seq_lengths={call.key_value_seq_lengths}."
         )
     rule, remedy = "not be negative, and fit 32 bits", "which counts all tokens so far"
-    lengths = in_32_bits(name, integers(name, lengths, batch), rule, remedy, 0)
+    lengths = in_32_bits(name, integers(name, of_batch(lengths, batch, 0), batch), rule, remedy, 0)
     return jnp.minimum(lengths, columns), Ring(lengths, columns)
 
 
-def _segments(options: Options, *shapes: tuple) -> tuple[Array | None, Array | None]:
+def _segments(call: Call, batch: tuple, *lengths: int) -> tuple[Array | None, Array | None]:
     """int32; ids that are traced, so that nothing says whether they fit 32 bits, are compared as they are."""
     names = "query_segment_ids", "key_value_segment_ids"
-    query, key = (getattr(options, name) for name in names)
+    query, key = (of_batch(getattr(call, name), batch, 1) for name in names)
     if query is None and key is None:
         return None, None
     if query is None or key is None:
@@ -206,7 +222,7 @@ def _segments(options: Options, *shapes: tuple) -> tuple[Array | None, Array | N
             f"key_value_segment_ids is {'' if key is None else 'not '}None. "
             "In self-attention, pass the same array twice."
         )
-    query, key = (integers(name, x, shape) for name, x, shape in zip(names, (query, key), shapes))
+    query, key = (integers(name, x, (*batch, n)) for name, x, n in zip(names, (query, key), lengths))
     if any(isinstance(x, jax.core.Tracer) and may_exceed_32_bits(x) for x in (query, key)):
         if query.dtype != key.dtype:
             raise ValueError(
@@ -222,7 +238,7 @@ def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
     """int32 with the batch axes, or as many of size 1; None for a plain 0."""
     if type(x) is int and x == 0:
         return None
-    offset = integers("query_offset", x, (), batch)
+    offset = integers("query_offset", of_batch(x, batch, 0), (), batch)
     most = MOST + 1 - max(rows, 1) if isinstance(rows, int) else MOST  # a symbol, of `jax.export`
     rule = f"leave the positions of all queries in 32 bits, from {LEAST} to {most}"
     offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", most=most)
@@ -257,17 +273,17 @@ def _checked_soft_cap(cap: float | None) -> float | None:
     return cap
 
 
-def _checked_dropout(options: Options, batch: tuple) -> Dropout | None:
-    rate = number("dropout_rate", options.dropout_rate, "Each rate is a program of its own; 0 is no dropout.")
+def _checked_dropout(call: Call, batch: tuple) -> Dropout | None:
+    rate = number("dropout_rate", call.dropout_rate, "Each rate is a program of its own; 0 is no dropout.")
     if not 0 <= rate <= 1:
         raise ValueError(f"dropout_rate must lie between 0 and 1: dropout_rate={rate}. 0 is no dropout.")
     if rate == 0:
         return None
     numbers = jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch)
     try:
-        return Dropout.make(options.dropout_rng, rate, numbers)  # type: ignore[arg-type]
+        return Dropout.make(call.dropout_rng, rate, numbers)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"dropout_rate={rate} needs a key: pass dropout_rng=jax.random.key(...), one key; "
-            f"dropout_rng={shown(options.dropout_rng)}."
+            f"dropout_rng={shown(call.dropout_rng)}."
         ) from error

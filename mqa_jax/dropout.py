@@ -27,7 +27,7 @@ class Dropout:
       threshold: how many of LEVELS are dropped; static.
     """
 
-    seed: UInt32[Array, "2"]
+    seed: UInt32[Array, "2"] = field(metadata={"for_all_rows": True})
     batch: Int[Array, " B"]
     threshold: int = field(metadata={"static": True})
 

@@ -18,6 +18,11 @@ def static(default=None):
     return field(default=default, metadata={"static": True})
 
 
+def for_all_rows(default=None):
+    """A field with an array that has no batch axis; all others lead with one (`batch_axes`)."""
+    return field(default=default, metadata={"for_all_rows": True})
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Operands:
@@ -31,8 +36,8 @@ class Operands:
     key: Key
     value: Value
     bias: Bias | None = None
-    alibi_slopes: Float[Array, " N"] | None = None
-    sinks: Float[Array, " N"] | None = None
+    alibi_slopes: Float[Array, " N"] | None = for_all_rows()
+    sinks: Float[Array, " N"] | None = for_all_rows()
     key_scale: Float[Array, "B S K"] | None = None
     value_scale: Float[Array, "B S K"] | None = None
 

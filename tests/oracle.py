@@ -15,10 +15,9 @@ import numpy as np
 
 import mqa_jax
 from mqa_jax import dropout, masks, reference
+from mqa_jax.attention import inputs_of
 from mqa_jax.batch_axes import over_flat_batch
-from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
-from mqa_jax.options import Options
 
 FACTOR = 2  # times the error of the plain computation
 # Units in the last place of the largest expected entry: rounding the result itself, and, in float32, where the plain
@@ -147,7 +146,7 @@ def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[An
     apart = {name: x for name, x in options.items() if name != "mask"}
     operands: dict[str, Any] = {name: arrays.get(name) for name in ("query", "key", "value", "bias")}
     added = {name: arrays[name] for name in ("alibi_slopes", "sinks") if name in arrays}
-    inputs = checked_inputs(**operands, mask=options.get("mask"), options=Options(**apart, **added))
+    inputs = inputs_of(**operands, mask=options.get("mask"), **apart, **added)
     return over_flat_batch(_plain_attention, inputs)
 
 

@@ -26,11 +26,10 @@ from jax import export
 
 import mqa_jax
 from mqa_jax import torch_interop
-from mqa_jax.checks import checked_inputs
+from mqa_jax.attention import inputs_of
 from mqa_jax.kernels import gpu
 from mqa_jax.kernels.triton import precision, tile_config
 from mqa_jax.kernels.triton.tile_config import TileConfig
-from mqa_jax.options import Options
 from mqa_jax.torch_interop import arrays as torch_arrays
 from mqa_jax.torch_interop import modules as torch_modules
 from mqa_jax.torch_interop import parity
@@ -710,7 +709,7 @@ KERNELS: dict[str, Any] = {
         r"architecture must be one of \('sm80', 'sm89', 'sm90', 'sm100'\): architecture='sm70'",
     ),
     "no entry in the table": (
-        lambda: tile_config.choose("sideways", checked_inputs(QUERY, KEY, KEY, None, None, Options())),
+        lambda: tile_config.choose("sideways", inputs_of(QUERY, KEY, KEY)),
         r"no tiles for direction='sideways', dtype='float32', .*, head_dim=8. `python -m benchmarks.tune`",
     ),
 }
@@ -788,7 +787,7 @@ def _a_mask_that_vmap_makes_large():
 
 def _another_precision_in_the_backward_pass():
     """The forward pass was traced before JAX's own switch was thrown."""
-    inputs = checked_inputs(QUERY, KEY, KEY, None, None, Options())
+    inputs = inputs_of(QUERY, KEY, KEY)
     with jax.default_matmul_precision("BF16_BF16_F32_X3"):
         return precision.products_of(inputs)
 

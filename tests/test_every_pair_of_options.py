@@ -21,10 +21,9 @@ from ways import WAYS, Way
 
 import mqa_jax
 from mqa_jax import masks
+from mqa_jax.attention import inputs_of
 from mqa_jax.batch_axes import over_flat_batch
-from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
-from mqa_jax.options import Options
 from mqa_jax.shapes import positions
 
 
@@ -187,5 +186,5 @@ def masking(problem: oracle.Problem) -> Inputs:
         inputs.append(flat)
         return (flat.operands.query,)
 
-    over_flat_batch(keep, checked_inputs(query, key, value, None, mask, Options(**options)))
+    over_flat_batch(keep, inputs_of(query, key, value, mask=mask, **options))
     return inputs[0]

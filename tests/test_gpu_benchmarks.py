@@ -16,11 +16,10 @@ from benchmarks.cases import Case, Peers, lines_of
 from benchmarks.measure import Row, measure
 from benchmarks.problems import BACKWARD, BOTH, FORWARD, Problem
 from benchmarks.timing import QUICK
-from mqa_jax.checks import checked_inputs
+from mqa_jax.attention import inputs_of
 from mqa_jax.kernels.gpu import assuming
 from mqa_jax.kernels.triton import tile_config
 from mqa_jax.kernels.triton.tile_config import TileConfig
-from mqa_jax.options import Options
 
 pytestmark = pytest.mark.slow
 
@@ -289,8 +288,8 @@ def test_only_this_entry_of_this_architecture_is_rewritten(tmp_path, monkeypatch
         try:
             with assuming("sm90"):
                 tune.write(file, entry, config, "fast")
-                plain = checked_inputs(array, array, array, None, None, Options())
-                capped = checked_inputs(array, array, array, None, None, Options(logits_soft_cap=1.0))
+                plain = inputs_of(array, array, array)
+                capped = inputs_of(array, array, array, logits_soft_cap=1.0)
                 assert tile_config.choose("forward", plain) == config
                 assert tile_config.choose("forward", capped).rows == 64
         finally:
@@ -327,8 +326,7 @@ def test_the_search_starts_from_the_table_and_stays_within_the_registers():
                 entry = tune.Entry(direction, dtype, head_dim)
                 first, *others = tune.candidates(entry)
                 array = jnp.zeros((1, 4096, 1, head_dim), tune.DTYPES[dtype])
-                options = Options(precision=tune.PRECISIONS.get(dtype))
-                inputs = checked_inputs(array, array, array, None, None, options)
+                inputs = inputs_of(array, array, array, precision=tune.PRECISIONS.get(dtype))
                 assert first == tile_config.choose(direction, inputs)
                 assert others
                 assert all(tune.numbers_of_a_thread(entry, config) <= tune.MOST_NUMBERS for config in others)

@@ -154,7 +154,8 @@ def test_every_module_is_found():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_interop.calls") else ()) for name in MODULES]
+    "name",
+    [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_interop.calls") else ()) for name in MODULES],
 )
 def test_examples_in_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

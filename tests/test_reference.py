@@ -101,15 +101,14 @@ def test_its_gradients_are_differences_of_its_values(name):
 
 def test_dropped_weights_are_the_weights_that_multiply_the_values():
     from mqa_jax.attention import attention_with_weights
-    from mqa_jax.options import Options
 
     problem = oracle.random_problem(np.random.default_rng(0), rows=9, columns=11, heads=4, kv_heads=2, features=8)
     query, key, value = (problem.arrays[name] for name in ("query", "key", "value"))
-    options = Options(dropout_rate=0.5, dropout_rng=jax.random.key(0))
-    out, log_sum_exp, weights = attention_with_weights(query, key, value, None, None, options)
+    options = dict(dropout_rate=0.5, dropout_rng=jax.random.key(0))
+    out, log_sum_exp, weights = attention_with_weights(query, key, value, **options)
     np.testing.assert_allclose(jnp.einsum("bnts,bsnv->btnv", weights, jnp.repeat(value, 2, axis=2)), out, atol=1e-6)
     assert 0.3 < float(jnp.mean(weights == 0)) < 0.7
-    plain = attention_with_weights(query, key, value, None, None, Options())
+    plain = attention_with_weights(query, key, value)
     np.testing.assert_allclose(plain[1], log_sum_exp, rtol=1e-6)
     np.testing.assert_allclose(jnp.sum(plain[2], axis=-1), 1.0, rtol=1e-6)
     np.testing.assert_allclose(weights, jnp.where(weights == 0, 0, 2 * plain[2]), rtol=1e-6)

@@ -6,19 +6,18 @@ from unittest import mock
 import jax.numpy as jnp
 import pytest
 
-from mqa_jax.checks import checked_inputs
+from mqa_jax.attention import inputs_of
 from mqa_jax.kernels import gpu
 from mqa_jax.kernels.gpu import ARCHITECTURES
 from mqa_jax.kernels.triton import tile_config
 from mqa_jax.kernels.triton.tile_config import DIRECTIONS, KINDS, TileConfig
-from mqa_jax.options import Options
 
 
 def inputs(rows=4096, columns=4096, features=128, value_features=None, dtype=jnp.bfloat16, precision=None):
     query = jnp.zeros((1, rows, 2, features), dtype)
     key = jnp.zeros((1, columns, 1, features), dtype)
     value = jnp.zeros((1, columns, 1, value_features or features), dtype)
-    return checked_inputs(query, key, value, None, None, Options(precision=precision))
+    return inputs_of(query, key, value, precision=precision)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -23,13 +23,12 @@ from strict_gpu import strict_gpu
 
 import mqa_jax
 from benchmarks import gpu_compile
-from mqa_jax.checks import checked_inputs
+from mqa_jax.attention import inputs_of
 from mqa_jax.kernels import flash, gpu
 from mqa_jax.kernels.triton import decode, tile_config
 from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.kernels.triton.program import Program
 from mqa_jax.kernels.triton.tile_config import TileConfig
-from mqa_jax.options import Options
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -90,7 +89,7 @@ def test_head_sizes_in_pieces(monkeypatch, features, value_features):
 def test_products_are_as_precise_as_asked(dtype, precision, products):
     """Triton takes HIGH for tf32, which float32 gets only where the caller says so (`triton.precision`)."""
     array = jnp.ones((1, 4, 1, 8), dtype)
-    inputs = checked_inputs(array, array, array, None, None, Options(precision=precision))
+    inputs = inputs_of(array, array, array, precision=precision)
     program = str(jax.make_jaxpr(functools.partial(triton.forward, interpret=True))(inputs))
     assert set(re.findall(r"precision=\(?(?:Precision\.|DotAlgorithmPreset\.)?(\w+)", program)) == {products}
 
@@ -169,7 +168,7 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     bias, mask = options.pop("bias", None), options.pop("mask", None)
     sizes: Any = dict(batch=(1,), rows=19, columns=35, heads=2, kv_heads=1, features=24, value_features=20)
     problem = oracle.random_problem(np.random.default_rng(0), **sizes)
-    inputs = checked_inputs(**problem.arrays, bias=bias, mask=mask, options=Options(**options))
+    inputs = inputs_of(**problem.arrays, bias=bias, mask=mask, **options)
     cotangents = problem.cotangents
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
@@ -209,7 +208,7 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
         problem = oracle.quantized(problem, "int8")
         lengths = jnp.array([50, 17], jnp.int32)
         options |= problem.options | dict(key_value_ring_lengths=lengths, query_offset=lengths - 3)
-    inputs = checked_inputs(**problem.arrays, bias=bias, mask=mask, options=Options(**options))
+    inputs = inputs_of(**problem.arrays, bias=bias, mask=mask, **options)
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
         out, normalizer = triton.forward(inputs, interpret=True)
@@ -249,7 +248,7 @@ def test_the_strict_memory_is_strict(monkeypatch):
     problem = oracle.random_problem(
         np.random.default_rng(0), batch=(1,), rows=19, columns=32, heads=1, kv_heads=1, features=16
     )
-    inputs = checked_inputs(**problem.arrays, bias=None, mask=None, options=Options())
+    inputs = inputs_of(**problem.arrays)
     strict_gpu(monkeypatch)
     with jax.disable_jit(), pytest.raises(AssertionError, match=r"19 on axis 1 of \(1, 19, 1, 16\) is read"):
         triton.forward(inputs, interpret=True)

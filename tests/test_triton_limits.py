@@ -18,18 +18,17 @@ from jax.experimental.pallas import triton as pallas_triton
 from own_process import ROOT
 
 import mqa_jax
-from mqa_jax.checks import checked_inputs
+from mqa_jax.attention import inputs_of
 from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.kernels.triton import lowering, precision
-from mqa_jax.options import Options
 
 Precision, Preset = jax.lax.Precision, jax.lax.DotAlgorithmPreset
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def inputs_of(dtype: str, **options: Any):
+def problem(dtype: str, **options: Any):
     array = jnp.ones((1, 4, 1, 8), dtype)
-    return checked_inputs(array, array, array, None, None, Options(**options))
+    return inputs_of(array, array, array, **options)
 
 
 # -- precision --------------------------------------------------------------------------------------------------------
@@ -65,7 +64,7 @@ def test_every_precision_has_a_meaning_or_is_refused(wish, dtype):
     named = wish.name if wish in Preset else wish.name.lower()
     pairs = [] if wish in Preset else [(wish, wish), (named, named)]
     for given in (wish, named, *pairs):
-        inputs = inputs_of(dtype, precision=given)
+        inputs = problem(dtype, precision=given)
         reason = triton.cannot(inputs)
         if expected is None:
             assert reason is not None
@@ -76,13 +75,13 @@ def test_every_precision_has_a_meaning_or_is_refused(wish, dtype):
             assert reason is None
             assert precision.products_of(inputs) == NAMES[expected]
     with jax.default_matmul_precision(named) if wish is not Preset.DEFAULT else contextlib.nullcontext():
-        reason = triton.cannot(inputs_of(dtype))
+        reason = triton.cannot(problem(dtype))
         assert (reason is None) == (expected is not None)
         assert reason is None or f"(precision={wish.name})" in reason
 
 
 def test_without_a_wish_products_are_full():
-    assert [precision.products_of(inputs_of(dtype)) for dtype in DTYPES] == [
+    assert [precision.products_of(problem(dtype)) for dtype in DTYPES] == [
         precision.FULL,
         precision.EXACT,
         precision.EXACT,
@@ -98,7 +97,7 @@ def test_without_a_wish_products_are_full():
     ],
 )
 def test_two_wishes_have_to_mean_the_same(dtype, pair, expected):
-    inputs = inputs_of(dtype, precision=pair)
+    inputs = problem(dtype, precision=pair)
     assert triton.cannot(inputs) is None if expected else "(precision=HIGHEST, HIGH)" in str(triton.cannot(inputs))
     assert expected is None or precision.products_of(inputs) == NAMES[expected]
 
@@ -106,7 +105,7 @@ def test_two_wishes_have_to_mean_the_same(dtype, pair, expected):
 def test_an_algorithm_in_its_parts_is_refused():
     algorithm = jax.lax.DotAlgorithm("float32", "float32", "float32")
     assert "with float32 sums only (precision=DotAlgorithm" in str(
-        triton.cannot(inputs_of("float32", precision=algorithm))
+        triton.cannot(problem("float32", precision=algorithm))
     )
 
 

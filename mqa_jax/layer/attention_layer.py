@@ -20,7 +20,6 @@ from mqa_jax.cache import append, layout
 from mqa_jax.cache.append import Keys, Lengths
 from mqa_jax.layer import calls, upstream
 from mqa_jax.layer.settings import AttentionSettings
-from mqa_jax.options import Options
 from mqa_jax.positions import alibi_slopes, falcon_alibi
 
 KeyValue = tuple[Float[Array, "... S K H"], Float[Array, "... S K H"]]
@@ -220,7 +219,7 @@ class AttentionLayer(AttentionSettings, ABC):
         weights = None
         if needs_weights:
             calls.check_weights(keys)
-            out, log_sum_exp, weights = attention_with_weights(*arrays, Options(**options))
+            out, log_sum_exp, weights = attention_with_weights(*arrays, **options)
         else:
             implementation = upstream.implementation_of(self.attn_impl)
             found = dot_product_attention(
