@@ -49,7 +49,7 @@ class Costs:
 
 # Fitted to 2 cores with AVX-512, float32: 300 tiles of the shapes of GPT-2, BERT, SmolLM2, Falcon, Llama and of 8/1
 # heads. AVX2 multiplies at half the rate, so that all else weighs less there.
-FORWARD = Costs(start=2e3, row=0.05, key=0.6, parallel_from=1 << 19, parallel=0.7, in_cache=1 << 14, spilled=0.75)
+FORWARD = Costs(start=2e3, row=0.5, key=0.6, parallel_from=1 << 19, parallel=0.7, in_cache=1 << 14, spilled=0.75)
 BACKWARD = Costs(start=2e3, row=0.3, key=0.3, parallel_from=1 << 18, parallel=0.9, in_cache=1 << 19, spilled=0.45)
 
 
