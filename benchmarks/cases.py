@@ -125,6 +125,7 @@ def attention(
 decode = functools.partial(attention, directions=(FORWARD,))
 LLAMA, MISTRAL, FALCON = SHAPES["Llama-3-8B"], SHAPES["Mistral-7B"], SHAPES["Falcon-7B"]
 MQA, MHA = shape_of(8, 1, 64), shape_of(16, 16, 128)
+GPT_2 = BERT = shape_of(12, 12, 64)  # their base models
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
@@ -135,11 +136,17 @@ LINES = (
     attention("StarCoder", SHAPES["StarCoder"], cpu=(1, 512), gpu=(4, 4096)),
     attention("Gemma-2B", SHAPES["Gemma-2B"], cpu=(1, 512), gpu=(4, 4096)),
     attention("SmolLM2-135M", SHAPES["SmolLM2-135M"], cpu=(1, 1024), gpu=(8, 4096)),
+    attention("GPT-2", GPT_2, cpu=(4, 640)),
+    attention("BERT", BERT, cpu=(8, 512), is_causal=False),
+    attention("BERT-sentences", BERT, cpu=(16, 128), is_causal=False),
     attention("MPT-7B", SHAPES["MPT-7B"], cpu=(1, 512), gpu=(4, 4096), with_flex=True),
     attention("Mistral-7B", MISTRAL, gpu=(1, 16384), with_flex=True),
     attention("Phi-2", SHAPES["Phi-2"], gpu=(4, 4096)),
     attention("Phi-3-mini", SHAPES["Phi-3-mini"], gpu=(4, 4096)),
     attention("documents", LLAMA, cpu=(1, 1024), gpu=(2, 8192), with_flex=True, documents=4),
+    # Lengths that are no multiple of anything, and features of no power of two.
+    attention("awkward-777", shape_of(6, 6, 80), cpu=(2, 777)),
+    attention("awkward-301", FALCON, cpu=(1, 301)),
     # One shape at several lengths.
     *(attention(f"length-{length}", MQA, cpu=(1, length)) for length in (512, 1024, 2048, 4096)),
     *(

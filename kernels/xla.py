@@ -5,7 +5,7 @@ import functools
 from jax import core, lax
 
 from mqa_jax.inputs import Inputs, Operands, Sizes
-from mqa_jax.kernels import xla_backward, xla_decode, xla_forward
+from mqa_jax.kernels import xla_backward, xla_decode, xla_forward, xla_tiles
 from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.xla_tile import TileShape
 from mqa_jax.shapes import Length, LogSumExp, Output
@@ -17,34 +17,24 @@ def forward(inputs: Inputs) -> tuple[Output, Normalizer]:
 
 def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp) -> Operands:
     arguments = inputs, out, normalizer, d_out, d_log_sum_exp
-    with_tiles = lambda tiles: functools.partial(xla_backward.backward, shape=tiles(inputs.sizes))
-    return lax.platform_dependent(*arguments, cpu=with_tiles(tiles_for_cpu), default=with_tiles(tiles_for_accelerator))
+    with_tiles = lambda tiles: functools.partial(xla_backward.backward, shape=tiles)
+    cpu = tiles_for_cpu(inputs.sizes, inputs.mask.is_causal, xla_tiles.BACKWARD)
+    return lax.platform_dependent(
+        *arguments, cpu=with_tiles(cpu), default=with_tiles(tiles_for_accelerator(inputs.sizes))
+    )
 
 
-def tiles_for_cpu(size: Sizes) -> TileShape:
-    """Measured on 2 AVX2 cores, float32, H = 64 and 128.
-
-    A product runs on all cores only from about 2**17 scores on, and slows down once scores leave the caches, beyond
-    2**19. A causal mask wastes half a tile of each row: heads fill a tile better than rows do, where there are heads.
-    """
-    few = 512 if size.G <= 2 else 256
-    rows = min(_length(size.T), max(64, min(few, 2048 // size.G // 8 * 8)))
-    columns = 128 if rows * size.G > 2048 else few
-    if rows * size.G < 128:  # few rows: wider, so that the work of a step still outweighs its start
-        columns = 512
-    columns = min(_length(size.S), columns)
-    return _tile(size, rows, columns, scores=3 << 18, upcast=True)
+def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: xla_tiles.Costs = xla_tiles.FORWARD) -> TileShape:
+    """The cheapest by the model in `xla_tiles`; no larger than the arrays, also where their lengths are symbols."""
+    rows, columns, heads = xla_tiles.choose(size, costs, is_causal)
+    return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=True)
 
 
 def tiles_for_accelerator(size: Sizes) -> TileShape:
     """Every step starts several GPU kernels, so steps are large: up to 2**25 scores, 128 MiB. Not tuned on a device."""
-    return _tile(size, min(_length(size.T), 512), min(_length(size.S), 1024), scores=1 << 25, upcast=False)
-
-
-def _tile(size: Sizes, rows: int, columns: int, scores: int, upcast: bool) -> TileShape:
-    """No larger than the arrays: for a length that is a symbol that is settled when it gets its value."""
-    heads = _heads(size, rows, columns, scores)
-    return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast)
+    rows, columns = min(_length(size.T), 512), min(_length(size.S), 1024)
+    heads = _heads(size, rows, columns, scores=1 << 25)
+    return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=False)
 
 
 def _length(n: Length, symbol: int = 1 << 20) -> int:
@@ -79,7 +69,7 @@ def _forward_on_cpu(inputs: Inputs) -> tuple[Output, Normalizer]:
     few = _length(size.T) * size.G <= 16 and _length(size.B) * size.K > 3
     if few and isinstance(size.S, int):  # blocks of a constant length
         return xla_decode.forward(inputs, steps_for_cpu(size))
-    return xla_forward.forward(inputs, tiles_for_cpu(size))
+    return xla_forward.forward(inputs, tiles_for_cpu(size, inputs.mask.is_causal))
 
 
 def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, Normalizer]:

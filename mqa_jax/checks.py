@@ -64,10 +64,15 @@ def of_batch(x: ArrayLike | None, batch: tuple, axes: int) -> ArrayLike | None:
 
     `axes`: how many axes the array has behind those of the batch.
     """
-    shape = () if x is None else np.shape(x)
-    if batch or len(shape) != axes + 1 or shape[0] != 1:
+    if isinstance(x, list | tuple):
+        return of_batch(x[0], batch, axes) if not batch and len(x) == 1 and _depth(x) == axes + 1 else x
+    if batch or not hasattr(x, "shape") or len(x.shape) != axes + 1 or x.shape[0] != 1:
         return x
-    return x[0] if isinstance(x, jax.Array) else np.asarray(x)[0]  # 64 bits stay, outside JAX
+    return x.reshape(x.shape[1:])  # not by JAX, which would cut 64 bits of numpy's down to 32
+
+
+def _depth(x: Any) -> int:
+    return 1 + _depth(x[0]) if isinstance(x, list | tuple) and x else np.ndim(x)
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:
