@@ -15,8 +15,9 @@ from mqa_jax import cudnn, reference
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels import flash, xla
+from mqa_jax.kernels import flash
 from mqa_jax.kernels.triton import implementation as triton
+from mqa_jax.kernels.xla import implementation as xla
 
 
 @dataclass(frozen=True)

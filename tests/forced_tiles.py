@@ -8,12 +8,15 @@ from unittest import mock
 
 from mqa_jax import attention
 from mqa_jax.inputs import Inputs, Sizes
-from mqa_jax.kernels import flash, xla_backward, xla_decode, xla_forward
+from mqa_jax.kernels import flash
 from mqa_jax.kernels.triton import decode, grid, tile_config
 from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.kernels.triton.tile_config import TileConfig
-from mqa_jax.kernels.xla_decode import Steps
-from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.kernels.xla import decode as xla_decode
+from mqa_jax.kernels.xla.backward import backward_in_tiles
+from mqa_jax.kernels.xla.decode import Steps, forward_few_queries
+from mqa_jax.kernels.xla.forward import forward_in_tiles
+from mqa_jax.kernels.xla.tile import TileShape
 
 
 @contextlib.contextmanager
@@ -25,7 +28,7 @@ def registered(kernels: flash.Kernels) -> Iterator[str]:
 
 def plain_xla(shape: TileShape) -> flash.Kernels:
     return flash.Kernels(
-        functools.partial(xla_forward.forward, shape=shape), functools.partial(xla_backward.backward, shape=shape)
+        functools.partial(forward_in_tiles, shape=shape), functools.partial(backward_in_tiles, shape=shape)
     )
 
 
@@ -33,9 +36,9 @@ def plain_xla_with(tiles: Callable[[Sizes], TileShape]) -> flash.Kernels:
     """With the tiles of a platform, whatever the platform."""
 
     def backward(inputs: Inputs, *saved: Any) -> Any:
-        return functools.partial(xla_backward.backward, shape=tiles(inputs.sizes))(inputs, *saved)
+        return functools.partial(backward_in_tiles, shape=tiles(inputs.sizes))(inputs, *saved)
 
-    return flash.Kernels(lambda inputs: xla_forward.forward(inputs, tiles(inputs.sizes)), backward)
+    return flash.Kernels(lambda inputs: forward_in_tiles(inputs, tiles(inputs.sizes)), backward)
 
 
 def few_queries(columns: int, on_cpu: bool) -> flash.Kernels:
@@ -44,7 +47,7 @@ def few_queries(columns: int, on_cpu: bool) -> flash.Kernels:
     steps = cpu if on_cpu else Steps(columns, xla_decode.plain_scores, xla_decode.plain_values)
     tiles = lambda size: TileShape(min(size.T, 2), columns, 1, upcast=on_cpu)
     backward = plain_xla_with(tiles).backward
-    return flash.Kernels(functools.partial(xla_decode.forward, steps=steps), backward)
+    return flash.Kernels(functools.partial(forward_few_queries, steps=steps), backward)
 
 
 def triton_kernels(interpret: bool) -> flash.Kernels:

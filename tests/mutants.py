@@ -191,141 +191,145 @@ RANGES = [
 XLA = [
     # The fault that nobody saw: gradients of keys that are padding, in tiles that straddle the length.
     Mutant(
-        "xla_tile.Tiling._owns_every_key",
+        "xla.tile.Tiling._owns_every_key",
         "owned if lengths is None else owned & (place.column + self.shape.columns <= lengths[place.batch])",
         "owned",
         "xla",
         ("key_lengths",),
     ),
     Mutant(
-        "xla_tile.Tiling._owns_every_key",
+        "xla.tile.Tiling._owns_every_key",
         "owned & (place.column + self.shape.columns",
         "owned & (place.column",
         "xla",
         ("key_lengths",),
     ),
-    Mutant("xla_tile.Tiling._owns_every_key", "owned if lengths is None", "True if lengths is None", "xla"),
-    Mutant("xla_tile.Tiling._owns_every_key", "else owned & (", "else (", "xla", ("key_lengths",)),
+    Mutant("xla.tile.Tiling._owns_every_key", "owned if lengths is None", "True if lengths is None", "xla"),
+    Mutant("xla.tile.Tiling._owns_every_key", "else owned & (", "else (", "xla", ("key_lengths",)),
     Mutant(
-        "xla_tile.Tiling.over_row_tiles",
+        "xla.tile.Tiling.over_row_tiles",
         "jnp.where(self._owns_every_key(place), stop, 0)",
         "stop",
         "xla",
         ("key_lengths",),
     ),
-    Mutant("xla_tile.Tiling.over_column_tiles", "tiles.full_key_range)", "tiles.key_range)", "xla", ("is_causal",)),
-    Mutant("xla_tile.Tiling.over_row_tiles", "tiles.full_row_range)", "tiles.row_range)", "xla", ("is_causal",)),
-    Mutant("xla_tile.Tiling._ranges", "-(-every[0] // tile)", "every[0] // tile", "xla", ("window",)),
-    Mutant("xla_tile.Tiling._ranges", "every[1] // tile", "-(-every[1] // tile)", "xla", ("is_causal",)),
+    Mutant("xla.tile.Tiling.over_column_tiles", "tiles.full_key_range)", "tiles.key_range)", "xla", ("is_causal",)),
+    Mutant("xla.tile.Tiling.over_row_tiles", "tiles.full_row_range)", "tiles.row_range)", "xla", ("is_causal",)),
+    Mutant("xla.tile.Tiling._ranges", "-(-every[0] // tile)", "every[0] // tile", "xla", ("window",)),
+    Mutant("xla.tile.Tiling._ranges", "every[1] // tile", "-(-every[1] // tile)", "xla", ("is_causal",)),
     Mutant(
-        "xla_tile.Tiling._ranges",
+        "xla.tile.Tiling._ranges",
         "jnp.clip(-(-every[0] // tile), start, stop)",
         "-(-every[0] // tile)",
         "test_visits.test_ranges_of_tiles_are_in_order",
     ),
-    Mutant("xla_tile.Tiling._ranges", "tile, full_start, stop)", "tile, start, stop)", "xla", ("window",)),
-    Mutant("xla_tile.Tiling._over", "tile < full_start", "tile <= full_start", "xla", ("window",)),
-    Mutant("xla_tile.Tiling._over", "tile + skipped)", "tile)", "xla", ("is_causal",)),
-    Mutant("xla_tile.Tiling._over", "stop - skipped", "stop - skipped - 1", "xla", ("is_causal",)),
-    Mutant("xla_tile.Tiling._is_uniform", "mask.allowed, ", "", "xla", ("mask",)),
-    Mutant("xla_tile.Tiling._is_uniform", "mask.query_segments, ", "", "xla", ("segments",)),
-    Mutant("xla_tile.Tiling._is_uniform", "mask.query_lengths, ", "", "xla", ("query_lengths",)),
-    Mutant("xla_tile.Tiling._is_uniform", ", mask.ring", "", "xla", ("ring", "is_causal")),
+    Mutant("xla.tile.Tiling._ranges", "tile, full_start, stop)", "tile, start, stop)", "xla", ("window",)),
+    Mutant("xla.tile.Tiling._over", "tile < full_start", "tile <= full_start", "xla", ("window",)),
+    Mutant("xla.tile.Tiling._over", "tile + skipped)", "tile)", "xla", ("is_causal",)),
+    Mutant("xla.tile.Tiling._over", "stop - skipped", "stop - skipped - 1", "xla", ("is_causal",)),
+    Mutant("xla.tile.Tiling._is_uniform", "mask.allowed, ", "", "xla", ("mask",)),
+    Mutant("xla.tile.Tiling._is_uniform", "mask.query_segments, ", "", "xla", ("segments",)),
+    Mutant("xla.tile.Tiling._is_uniform", "mask.query_lengths, ", "", "xla", ("query_lengths",)),
+    Mutant("xla.tile.Tiling._is_uniform", ", mask.ring", "", "xla", ("ring", "is_causal")),
     Mutant(
-        "xla_tile.Tiling._is_uniform",
+        "xla.tile.Tiling._is_uniform",
         "one or self._hides_nothing or ",
         "one or ",
         "test_visits.test_one_loop_where_nothing_is_hidden",
     ),
     Mutant(
-        "xla_tile.Tiling._is_uniform",
+        "xla.tile.Tiling._is_uniform",
         "one or self._hides_nothing",
         "self._hides_nothing",
         "test_visits.test_one_loop_where_nothing_is_hidden",
     ),
     Mutant(
-        "xla_tile.Tiling._hides_nothing", "whole and not", "not", "test_visits.test_two_loops_where_something_is_hidden"
+        "xla.tile.Tiling._hides_nothing", "whole and not", "not", "test_visits.test_two_loops_where_something_is_hidden"
     ),
     Mutant(
-        "xla_tile.Tiling._hides_nothing",
+        "xla.tile.Tiling._hides_nothing",
         "not mask.hides_pairs and ",
         "",
         "test_visits.test_two_loops_where_something_is_hidden",
     ),
     Mutant(
-        "xla_tile.Tiling._hides_nothing",
+        "xla.tile.Tiling._hides_nothing",
         " and mask.key_lengths is None",
         "",
         "test_visits.test_two_loops_where_something_is_hidden",
     ),
-    Mutant("xla_tile.Tiling.visible", "if self.sizes.T % self.shape.rows != 0", "if False", "xla", ("is_causal",)),
-    Mutant("xla_tile.Tiling.visible", "if self.sizes.S % self.shape.columns != 0", "if False", "xla"),
-    Mutant("xla_tile.Tiling.visible", "rows >= place.owned_row", "rows > place.owned_row", "xla"),
-    Mutant("xla_tile.Tiling.visible", "columns >= place.owned_column", "columns > place.owned_column", "xla"),
-    Mutant("xla_tile.Tiling.at_row_tile", "owned_row=owned", "owned_row=owned * 0", "xla"),
-    Mutant("xla_tile.Tiling.at_column_tile", "owned_column=owned", "owned_column=owned * 0", "xla"),
+    Mutant("xla.tile.Tiling.visible", "if self.sizes.T % self.shape.rows != 0", "if False", "xla", ("is_causal",)),
+    Mutant("xla.tile.Tiling.visible", "if self.sizes.S % self.shape.columns != 0", "if False", "xla"),
+    Mutant("xla.tile.Tiling.visible", "rows >= place.owned_row", "rows > place.owned_row", "xla"),
+    Mutant("xla.tile.Tiling.visible", "columns >= place.owned_column", "columns > place.owned_column", "xla"),
+    Mutant("xla.tile.Tiling.at_row_tile", "owned_row=owned", "owned_row=owned * 0", "xla"),
+    Mutant("xla.tile.Tiling.at_column_tile", "owned_column=owned", "owned_column=owned * 0", "xla"),
     Mutant(
-        "xla_tile.Tiling.at_row_tile",
+        "xla.tile.Tiling.at_row_tile",
         "jnp.minimum(owned, self.sizes.T - self.shape.rows)",
         "owned",
         "xla",
         ("is_causal",),
     ),
-    Mutant("xla_tile.Tiling.at_column_tile", "jnp.minimum(owned, self.sizes.S - self.shape.columns)", "owned", "xla"),
-    Mutant("xla_tile.Tiling._masked_step", "jnp.any(may_attend)", "jnp.all(may_attend)", "xla", ("mask",)),
+    Mutant("xla.tile.Tiling.at_column_tile", "jnp.minimum(owned, self.sizes.S - self.shape.columns)", "owned", "xla"),
+    Mutant("xla.tile.Tiling._masked_step", "jnp.any(may_attend)", "jnp.all(may_attend)", "xla", ("mask",)),
 ]
 
 # -- plain XLA, few queries -------------------------------------------------------------------------------------------
 
 FEW_QUERIES = [
     Mutant(
-        "xla_decode._BlockRange.seen",
+        "xla.decode._BlockRange.seen",
         "jnp.min(jnp.where(start < stop, start, stop.max()))",
         "jnp.max(start)",
         _FEW,
         ("window", "query_offset"),
     ),
     Mutant(
-        "xla_decode._BlockRange.seen",
+        "xla.decode._BlockRange.seen",
         "jnp.where(start < stop, start, stop.max())",
         "start",
         "test_visits.test_blocks_that_only_an_empty_row_would_see",
     ),
     Mutant(
-        "xla_decode._BlockRange.seen", "jnp.max(full_start)", "jnp.min(full_start)", _FEW, ("window", "query_offset")
+        "xla.decode._BlockRange.seen", "jnp.max(full_start)", "jnp.min(full_start)", _FEW, ("window", "query_offset")
     ),
-    Mutant("xla_decode._BlockRange.seen", "jnp.min(full_stop)", "jnp.max(full_stop)", _FEW, ("key_lengths",)),
-    Mutant("xla_decode._BlockRange.seen", "jnp.max(stop)", "jnp.min(stop)", _FEW, ("key_lengths",)),
+    Mutant("xla.decode._BlockRange.seen", "jnp.min(full_stop)", "jnp.max(full_stop)", _FEW, ("key_lengths",)),
+    Mutant("xla.decode._BlockRange.seen", "jnp.max(stop)", "jnp.min(stop)", _FEW, ("key_lengths",)),
     Mutant(
-        "xla_decode._BlockRange.is_full", "index < self.full_stop", "index <= self.full_stop", _FEW, ("key_lengths",)
+        "xla.decode._BlockRange.is_full", "index < self.full_stop", "index <= self.full_stop", _FEW, ("key_lengths",)
     ),
     Mutant(
-        "xla_decode._BlockRange.is_full",
+        "xla.decode._BlockRange.is_full",
         "self.full_start <= index",
         "self.full_start - 1 <= index",
         _FEW,
         ("window", "query_offset"),
     ),
     Mutant(
-        "xla_decode._full",
+        "xla.decode._full",
         "query_offset=mask.query_offset, ",
         "",
         _FEW,
         ("alibi_slopes", "query_offset", "key_lengths"),
     ),
-    Mutant("xla_decode._full", "query_lengths=mask.query_lengths, ", "", _FEW, ("query_lengths",)),
+    Mutant("xla.decode._full", "query_lengths=mask.query_lengths, ", "", _FEW, ("query_lengths",)),
     Mutant(
-        "xla_decode.forward", "inputs.mask.hides_pairs or ", "", _FEW, ("window", "sizes=(4, 64)", "tiles=(8, False)")
+        "xla.decode.forward_few_queries",
+        "inputs.mask.hides_pairs or ",
+        "",
+        _FEW,
+        ("window", "sizes=(4, 64)", "tiles=(8, False)"),
     ),
     Mutant(
-        "xla_decode.forward",
+        "xla.decode.forward_few_queries",
         "inputs.mask.key_lengths is not None or ",
         "",
         _FEW,
         ("key_lengths", "sizes=(4, 64)", "tiles=(8, False)"),
     ),
-    Mutant("xla_decode._visible", "block.columns >= block.owned", "block.columns >= 0", _FEW),
-    Mutant("xla_decode.Block.number", "jnp.minimum(owned, sizes.S - length)", "owned", _FEW),
+    Mutant("xla.decode._visible", "block.columns >= block.owned", "block.columns >= 0", _FEW),
+    Mutant("xla.decode.Block.number", "jnp.minimum(owned, sizes.S - length)", "owned", _FEW),
 ]
 
 # -- tables of tiles, and the Triton kernels --------------------------------------------------------------------------
@@ -553,8 +557,8 @@ MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON]
 
 # Terms whose loss changes neither a number nor how many tiles are visited.
 WITHOUT_EFFECT = {
-    "xla_decode._full: ring=mask.ring": "no block is full where there is a ring (`tile_bounds.key_tiles`)",
-    "xla_decode.forward: or size.S % steps.columns": "`_visible` looks after the block that is moved back in any case",
+    "xla.decode._full: ring=mask.ring": "no block is full where there is a ring (`tile_bounds.key_tiles`)",
+    "xla.decode.forward_few_queries: or size.S % steps.columns": "`_visible` looks after the block that is moved back in any case",
     "tile_bounds._extremes: mode='edge'": "what is padded lies beyond the array; any id there only widens a range",
     "triton.grid.Visits._existing": "keeps an address inside the array; what is read there is multiplied by 0",
     "triton.grid.Visits.last": "`previous` of one step more",

@@ -18,7 +18,7 @@ from test_xla import tiled
 import mqa_jax
 from mqa_jax.checks import checked_window
 from mqa_jax.kernels import tiles
-from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.kernels.xla.tile import TileShape
 from mqa_jax.masks import LEAST, MOST, Mask
 
 COLUMNS = 21

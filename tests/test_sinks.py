@@ -13,7 +13,7 @@ from test_xla import tiled
 
 import mqa_jax
 from mqa_jax.kernels.triton import decode
-from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.kernels.xla.tile import TileShape
 
 SINKS = jnp.asarray([0.5, -jnp.inf, 2.0, -30.0])
 PLACES = {  # implementation, T, and the fewest keys of a split of `triton.decode`

@@ -12,8 +12,8 @@ from ways import WAYS
 from mqa_jax import masks
 from mqa_jax.inputs import Inputs, Operands, Sizes
 from mqa_jax.kernels import tile_bounds
-from mqa_jax.kernels.xla_decode import _BlockRange
-from mqa_jax.kernels.xla_tile import TileShape, Tiling
+from mqa_jax.kernels.xla.decode import _BlockRange
+from mqa_jax.kernels.xla.tile import TileShape, Tiling
 from mqa_jax.masks import Mask
 
 

@@ -17,15 +17,20 @@ import pytest
 import mqa_jax
 from mqa_jax import attention
 from mqa_jax.inputs import Inputs, Operands, Sizes
-from mqa_jax.kernels import flash, xla, xla_backward, xla_decode, xla_forward
-from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.kernels import flash
+from mqa_jax.kernels.xla import decode, forward
+from mqa_jax.kernels.xla import implementation as xla
+from mqa_jax.kernels.xla.backward import backward_in_tiles
+from mqa_jax.kernels.xla.decode import forward_few_queries
+from mqa_jax.kernels.xla.forward import forward_in_tiles
+from mqa_jax.kernels.xla.tile import TileShape
 from mqa_jax.masks import Mask
 
 
 def tiled(monkeypatch, shape: TileShape) -> str:
     """Registers the kernels with tiles of this shape, however small, under a name of their own."""
     kernels = flash.Kernels(
-        functools.partial(xla_forward.forward, shape=shape), functools.partial(xla_backward.backward, shape=shape)
+        functools.partial(forward_in_tiles, shape=shape), functools.partial(backward_in_tiles, shape=shape)
     )
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "tiled", attention.Implementation(kernels))
     return "tiled"
@@ -160,14 +165,14 @@ def test_one_query_reads_only_the_blocks_that_some_row_can_see(monkeypatch, reac
     spoilt = {name: jnp.where(seen, problem.arrays[name], jnp.nan) for name in ("key", "value")}
     inputs = Inputs(Operands(**problem.arrays | spoilt), mask)
     steps = replace(xla.steps_for_cpu(inputs.sizes), columns=64)
-    visits, attend = [], xla_decode.attend
+    visits, attend = [], decode.attend
 
     def counted(*arguments):
         jax.debug.callback(lambda: visits.append(1))
         return attend(*arguments)
 
-    monkeypatch.setattr(xla_decode, "attend", counted)
-    out, normalizer = jax.jit(functools.partial(xla_decode.forward, steps=steps))(inputs)
+    monkeypatch.setattr(decode, "attend", counted)
+    out, normalizer = jax.jit(functools.partial(forward_few_queries, steps=steps))(inputs)
     jax.effects_barrier()
     assert len(visits) == len(blocks)
     assert not jnp.isnan(out).any()
@@ -326,14 +331,14 @@ def test_tiles_that_the_mask_empties_are_not_computed():
     ).arrays
     inputs = Inputs(Operands(**arrays), Mask(is_causal=True, window=(64, 0)), scale=1.0)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        attend = xla_forward.attend
+        attend = forward.attend
 
         def counted(*arguments):
             jax.debug.callback(lambda: visits.append(1))
             return attend(*arguments)
 
-        monkeypatch.setattr(xla_forward, "attend", counted)
-        out, _ = jax.jit(functools.partial(xla_forward.forward, shape=shape))(inputs)
+        monkeypatch.setattr(forward, "attend", counted)
+        out, _ = jax.jit(functools.partial(forward_in_tiles, shape=shape))(inputs)
         jax.block_until_ready(out)
         jax.effects_barrier()
     assert len(visits) == 32 + 31  # the diagonal tile, and the one before it for all but the first

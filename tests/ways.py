@@ -12,9 +12,9 @@ import forced_tiles
 import option_space
 import oracle
 
-from mqa_jax.kernels import xla
 from mqa_jax.kernels.triton.tile_config import TileConfig
-from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.kernels.xla import implementation as xla
+from mqa_jax.kernels.xla.tile import TileShape
 
 FEWER: covering.Choices = option_space.OPTIONS | dict(window=(None, "past", "right", "both"), scale=(None, -0.3))
 FEWEST: covering.Choices = FEWER | dict(

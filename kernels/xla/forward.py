@@ -10,11 +10,11 @@ from jaxtyping import Array, Float
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import online_softmax
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.xla_tile import Place, TileShape, Tiling
+from mqa_jax.kernels.xla.tile import Place, TileShape, Tiling
 from mqa_jax.shapes import Output
 
 
-def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, Normalizer]:
+def forward_in_tiles(inputs: Inputs, shape: TileShape) -> tuple[Output, Normalizer]:
     """For each tile of queries, a running softmax over the tiles of keys that it can see."""
     tiling, size = Tiling(inputs, shape), inputs.sizes
 

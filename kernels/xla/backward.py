@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import row_terms
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.xla_tile import ZERO, Place, Scores, TileShape, Tiling
+from mqa_jax.kernels.xla.tile import ZERO, Place, Scores, TileShape, Tiling
 from mqa_jax.shapes import LogSumExp, Output
 
 
@@ -51,7 +51,7 @@ class Sums(NamedTuple):
         )
 
 
-def backward(
+def backward_in_tiles(
     inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp, shape: TileShape
 ) -> Operands:
     """For each tile of keys, all tiles of queries that see it; five matrix products a tile."""

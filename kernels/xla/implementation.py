@@ -5,9 +5,12 @@ import functools
 from jax import core, lax
 
 from mqa_jax.inputs import Inputs, Operands, Sizes
-from mqa_jax.kernels import xla_backward, xla_decode, xla_forward, xla_tiles
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.xla_tile import TileShape
+from mqa_jax.kernels.xla import decode, tile_choice
+from mqa_jax.kernels.xla.backward import backward_in_tiles
+from mqa_jax.kernels.xla.decode import forward_few_queries
+from mqa_jax.kernels.xla.forward import forward_in_tiles
+from mqa_jax.kernels.xla.tile import TileShape
 from mqa_jax.shapes import Length, LogSumExp, Output
 
 
@@ -17,16 +20,16 @@ def forward(inputs: Inputs) -> tuple[Output, Normalizer]:
 
 def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp) -> Operands:
     arguments = inputs, out, normalizer, d_out, d_log_sum_exp
-    with_tiles = lambda tiles: functools.partial(xla_backward.backward, shape=tiles)
-    cpu = tiles_for_cpu(inputs.sizes, inputs.mask.is_causal, xla_tiles.BACKWARD)
+    with_tiles = lambda tiles: functools.partial(backward_in_tiles, shape=tiles)
+    cpu = tiles_for_cpu(inputs.sizes, inputs.mask.is_causal, tile_choice.BACKWARD)
     return lax.platform_dependent(
         *arguments, cpu=with_tiles(cpu), default=with_tiles(tiles_for_accelerator(inputs.sizes))
     )
 
 
-def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: xla_tiles.Costs = xla_tiles.FORWARD) -> TileShape:
-    """The cheapest by the model in `xla_tiles`; no larger than the arrays, also where their lengths are symbols."""
-    rows, columns, heads = xla_tiles.choose(size, costs, is_causal)
+def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs = tile_choice.FORWARD) -> TileShape:
+    """The cheapest by the model in `tile_choice`; no larger than the arrays, also where their lengths are symbols."""
+    rows, columns, heads = tile_choice.choose(size, costs, is_causal)
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=True)
 
 
@@ -48,18 +51,18 @@ def _heads(size: Sizes, rows: int, columns: int, scores: int) -> int:
     return max(filter(fits, range(1, size.K + 1)), default=1)
 
 
-def steps_for_cpu(size: Sizes) -> xla_decode.Steps:
+def steps_for_cpu(size: Sizes) -> decode.Steps:
     """Measured on 2 AVX2 cores, float32, H = 64: steps of 2**14 to 2**16 scores are alike.
 
     At most 512 keys, as a short row takes a whole block; and a multiple of 8, which `summed_values` adds up together.
     """
     columns = max(8, min(512, (1 << 15) // (_length(size.B, symbol=1) * size.T * size.N)) // 8 * 8)
     columns = min(columns, size.S // 8 * 8) or size.S
-    return xla_decode.Steps(columns, xla_decode.summed_scores, xla_decode.summed_values)
+    return decode.Steps(columns, decode.summed_scores, decode.summed_values)
 
 
-def steps_for_accelerator(size: Sizes) -> xla_decode.Steps:
-    return xla_decode.Steps(size.S, xla_decode.plain_scores, xla_decode.plain_values)
+def steps_for_accelerator(size: Sizes) -> decode.Steps:
+    return decode.Steps(size.S, decode.plain_scores, decode.plain_values)
 
 
 def _forward_on_cpu(inputs: Inputs) -> tuple[Output, Normalizer]:
@@ -68,12 +71,12 @@ def _forward_on_cpu(inputs: Inputs) -> tuple[Output, Normalizer]:
     # step of up to 3 heads has too little to do.
     few = _length(size.T) * size.G <= 16 and _length(size.B) * size.K > 3
     if few and isinstance(size.S, int):  # blocks of a constant length
-        return xla_decode.forward(inputs, steps_for_cpu(size))
-    return xla_forward.forward(inputs, tiles_for_cpu(size, inputs.mask.is_causal))
+        return forward_few_queries(inputs, steps_for_cpu(size))
+    return forward_in_tiles(inputs, tiles_for_cpu(size, inputs.mask.is_causal))
 
 
 def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     if size.T == 1 and inputs.operands.key_scale is None:  # in one block all of 8-bit keys would be converted
-        return xla_decode.forward(inputs, steps_for_accelerator(size))
-    return xla_forward.forward(inputs, tiles_for_accelerator(size))
+        return forward_few_queries(inputs, steps_for_accelerator(size))
+    return forward_in_tiles(inputs, tiles_for_accelerator(size))

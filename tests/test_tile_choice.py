@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mqa_jax.inputs import Sizes
-from mqa_jax.kernels import xla, xla_tiles
+from mqa_jax.kernels.xla import implementation as xla
+from mqa_jax.kernels.xla import tile_choice
 
 LENGTHS = [1, 7, 8, 17, 301, 511, 512, 513, 640, 777, 1024, 5000]
 
@@ -17,12 +18,12 @@ def sizes_of(T: int, S: int, N: int = 12, K: int = 12, H: int = 64) -> Sizes:
 
 @pytest.mark.parametrize(("length", "most"), list(itertools.product(LENGTHS, [16, 96, 128, 512])))
 def test_even_tiles_cover_a_length_with_as_few_as_can_be(length, most):
-    tile = xla_tiles.even(length, most)
+    tile = tile_choice.even(length, most)
     count = -(-length // most)
     assert tile <= min(length, most)
     assert -(-length // tile) <= count
-    assert tile * count - length < xla_tiles.ALIGNED * count  # what the last tile covers a second time
-    assert tile == length or tile % xla_tiles.ALIGNED == 0
+    assert tile * count - length < tile_choice.ALIGNED * count  # what the last tile covers a second time
+    assert tile == length or tile % tile_choice.ALIGNED == 0
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -36,23 +37,23 @@ def test_visits_are_the_tiles_of_which_something_is_seen(T, S, rows, columns, is
         for row in range(0, T, rows)
         for column in range(0, S, columns)
     ]
-    assert xla_tiles.visits(T, S, rows, columns, is_causal) == sum(tiles)
+    assert tile_choice.visits(T, S, rows, columns, is_causal) == sum(tiles)
 
 
-@pytest.mark.parametrize("costs", [xla_tiles.FORWARD, xla_tiles.BACKWARD])
+@pytest.mark.parametrize("costs", [tile_choice.FORWARD, tile_choice.BACKWARD])
 @pytest.mark.parametrize("heads", [(12, 12), (9, 3), (8, 1), (71, 1)])
 @pytest.mark.parametrize("length", [640, 777, 1024, 4096])
 def test_little_of_what_is_computed_is_hidden(length, heads, costs):
     """Tiles of 512 would compute 5 times what a causal mask of 640 leaves."""
     size = sizes_of(length, length, *heads)
-    rows, columns, _ = xla_tiles.choose(size, costs, is_causal=True)
-    pairs = xla_tiles.visits(length, length, rows, columns, True) * rows * columns
+    rows, columns, _ = tile_choice.choose(size, costs, is_causal=True)
+    pairs = tile_choice.visits(length, length, rows, columns, True) * rows * columns
     assert pairs < 1.5 * length * (length + 1) / 2
 
 
 def test_a_mask_decides_how_large_tiles_are():
     size = sizes_of(512, 512, 8, 1)
-    assert xla_tiles.visits(512, 512, 512, 512, True) == 1
-    causal, full = (xla_tiles.cost(size, xla_tiles.FORWARD, mask, 128, 128, 1) for mask in (True, False))
+    assert tile_choice.visits(512, 512, 512, 512, True) == 1
+    causal, full = (tile_choice.cost(size, tile_choice.FORWARD, mask, 128, 128, 1) for mask in (True, False))
     assert causal == pytest.approx(full * 10 / 16)
     assert xla.tiles_for_cpu(size, is_causal=True).rows < 512

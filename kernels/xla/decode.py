@@ -65,7 +65,7 @@ class Block:
         return lax.dynamic_slice_in_dim(x, start, self.columns.shape[0], axis)
 
 
-def forward(inputs: Inputs, steps: Steps) -> tuple[Output, Normalizer]:
+def forward_few_queries(inputs: Inputs, steps: Steps) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     query = inputs.operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(1, 2)
     of_block = lambda inputs: (
