@@ -558,7 +558,7 @@ MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON]
 # Terms whose loss changes neither a number nor how many tiles are visited.
 WITHOUT_EFFECT = {
     "xla.decode._full: ring=mask.ring": "no block is full where there is a ring (`tile_bounds.key_tiles`)",
-    "xla.decode.forward_few_queries: or size.S % steps.columns": "`_visible` looks after the block that is moved back in any case",
+    "xla.decode.forward_few_queries: or size.S % steps.columns": "`_visible` masks the block that is moved back anyway",
     "tile_bounds._extremes: mode='edge'": "what is padded lies beyond the array; any id there only widens a range",
     "triton.grid.Visits._existing": "keeps an address inside the array; what is read there is multiplied by 0",
     "triton.grid.Visits.last": "`previous` of one step more",

@@ -87,7 +87,7 @@ def visits(T: int, S: int, rows: int, columns: int, is_causal: bool) -> int:
 
 
 def even_tiles(length: int, least: int) -> list[int]:
-    """Tiles as even as possible, of about `least` to MAX_SIDE: for a length of 640, 320 224 160 128 if `least` is 128."""
+    """Tiles as even as possible, of about `least` to MAX_SIDE: for 640 tokens, 320 224 160 128 if `least` is 128."""
     limits = (MAX_SIDE, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8)
     return list(dict.fromkeys(even(length, most) for most in limits if most >= min(least, MAX_SIDE)))
 
