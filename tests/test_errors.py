@@ -493,7 +493,11 @@ CACHE = {
         lambda: cached(max_length=4),
         r"cache is full: cache_index=\[5 5\] after this call, max_length=4. Make a longer cache .* reset_cache",
     ),
-    "batch": (lambda: cached(x=ones((3, 5, 16))), r"New keys must fit the cache .*=\(2, 8, 4, 4\): key.shape=\(3, 5,"),
+    "batch": (lambda: cached(x=ones((3, 5, 16))), r"another batch: x.shape=\(3, 5, 16\), cache .*=\(2, 8, 4, 4\)"),
+    "heads": (
+        lambda: cached(cache=layer(kv_heads=2).init_cache(2, 8)),
+        r"New keys must fit the cache .*=\(2, 8, 2, 4\): key.shape=\(2, 5, 4, 4\)",
+    ),
     "rank": (lambda: cached(x=ones((5, 16))), r"With a cache x must be \[batch, T, D\]: x.shape=\(5, 16\)"),
     "inputs_k too": (lambda: cached(inputs_k=ones((2, 5, 16))), r"got a cache and inputs_k"),
     "empty": (lambda: layer().init_cache(0, 8), r"one row and one position, both integers: batch=0, max_length=8"),

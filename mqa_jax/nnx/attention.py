@@ -275,7 +275,8 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
 
     def _check_assignment(self, name: str) -> None:
         graph = nnx.set_graph_mode.current_value() and nnx.set_graph_updates.current_value()
-        if name in STATE and layout.KEY in vars(self) and not graph and not jax.core.trace_state_clean():
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vars(self).get("query")))
+        if name in STATE and traced and not graph:
             raise ValueError(
                 f"In tree mode an attribute that is assigned inside a transformation is lost after it: {name}. Assign to "
                 f"the contents of its variable, {name}[...] = x, or make the cache outside, with nnx.view(model, "
