@@ -1,8 +1,8 @@
 """The modules of both APIs behind the calls of one, so that every test of modules runs on either.
 
-`Module` has the constructor, `init`, `apply` and `clone` of a linen module and computes with one of `mqa_jax.nnx`: it puts
-`variables` into a new module, calls it, and takes the cache out of it. The fixture `skin` (in `conftest.py`) puts it in
-place of `mqa_jax.GroupedQueryAttention` and its kin.
+`Module` has the constructor, `init`, `apply` and `clone` of a linen module and computes with one of `mqa_jax.nnx`: it
+puts `variables` into a new module, calls it, and takes the cache out of it. The fixture `skin` (in `conftest.py`) puts
+it in place of `mqa_jax.GroupedQueryAttention` and the other modules.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Module:
         with jax.ensure_compile_time_eval():
             return self.kind(**self.settings, **more, rngs=nnx.Rngs(0))
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def _for(self, key: int | None, value: int | None, has_keys: bool) -> Any:
         """A module for inputs of these widths."""
         if issubclass(self.kind, mqa_nnx.FlashAttention):
@@ -84,7 +84,7 @@ class Module:
         params, cache = variables.get("params", {}), variables.get("cache", {})
         with mode(self.tree):
             width = lambda name: params[name]["kernel"].shape[0] if name in params else None
-            model = nnx.merge(*nnx.split(self._for(width("key"), width("value"), not params or "key" in params)))
+            model = nnx.clone(self._for(width("key"), width("value"), not params or "key" in params))
             if params:
                 mqa_nnx.to_nnx(model, params)
             if cache:
@@ -100,7 +100,7 @@ class Module:
 
     def init_cache(self, batch: Any, max_length: Any, dtype: Any = None) -> dict[str, Any]:
         with mode(self.tree):
-            model = nnx.merge(*nnx.split(self.model))
+            model = nnx.clone(self.model)
             model.init_cache(batch, max_length, dtype)
             return nnx.to_pure_dict(nnx.state(model, nnx.Cache))
 
