@@ -23,6 +23,7 @@ import test_torch_interop
 import test_torch_modules
 from cuda_programs import lowered_for_cuda
 from jax import export
+from nnx_errors import MISTAKES, through_the_bridge
 
 import mqa_jax
 from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
@@ -968,6 +969,7 @@ def _raised() -> set[tuple[str, int | None]]:
         (functools.partial(hf_attention.attention_of, config),) for config, *_ in test_hf_attention.FIELDS.values()
     ]
     tables = [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values(), *map(_in_a_folder, on_disk.values()), *configs]
+    tables += [*MISTAKES.values(), (functools.partial(through_the_bridge, tree=True),)]
     tables += [(wrong,) for wrong in [*live, test_torch_interop.on_no_device]]
     for wrong, *_ in tables:
         try:
