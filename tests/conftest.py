@@ -26,7 +26,11 @@ hypothesis.settings.register_profile(
     deadline=None,  # the first call of a shape compiles
     derandomize=True,  # CI must not fail by chance
     print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.function_scoped_fixture,  # `skin`, which stays the same for all examples
+    ],
 )
 hypothesis.settings.load_profile("suite")
 
@@ -81,6 +85,25 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip("a GPU and the option --gpu are wanted"))
+
+
+def pytest_generate_tests(metafunc):
+    """Tests of modules run with those of linen and of NNX; those marked `linen` are about what linen alone has."""
+    if "skin" in metafunc.fixturenames:
+        import skins
+
+        names = getattr(metafunc.module, "SKINS", skins.SKINS)
+        alone = metafunc.definition.get_closest_marker("linen")
+        metafunc.parametrize("skin", ["linen"] if alone else names, indirect=True)
+
+
+@pytest.fixture
+def skin(request, monkeypatch):
+    """Which API's modules `mqa_jax.GroupedQueryAttention` and its kin are."""
+    import skins
+
+    skins.put_on(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.fixture

@@ -18,6 +18,9 @@ from mqa_jax import quantization
 from mqa_jax.cache import layout
 from mqa_jax.layer import attention_layer
 
+pytestmark = pytest.mark.usefixtures("skin")
+SKINS = "linen", "nnx, tree mode"  # of which graph mode differs in nothing that test_nnx.py does not compare
+
 WINDOW = (6, 0)
 SLOTS = layout.ring_slots(WINDOW[0])
 LENGTH = 3 * SLOTS + 5

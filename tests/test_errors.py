@@ -23,6 +23,7 @@ import test_torch_interop
 import test_torch_modules
 from cuda_programs import lowered_for_cuda
 from jax import export
+from nnx_errors import MISTAKES, through_the_bridge
 
 import mqa_jax
 from mqa_jax import torch_interop
@@ -497,7 +498,11 @@ CACHE = {
         lambda: cached(max_length=4),
         r"cache is full: cache_index=\[5 5\] after this call, max_length=4. Make a longer cache .* reset_cache",
     ),
-    "batch": (lambda: cached(x=ones((3, 5, 16))), r"New keys must fit the cache .*=\(2, 8, 4, 4\): key.shape=\(3, 5,"),
+    "batch": (lambda: cached(x=ones((3, 5, 16))), r"another batch: x.shape=\(3, 5, 16\), cache .*=\(2, 8, 4, 4\)"),
+    "heads": (
+        lambda: cached(cache=layer(kv_heads=2).init_cache(2, 8)),
+        r"New keys must fit the cache .*=\(2, 8, 2, 4\): key.shape=\(2, 5, 4, 4\)",
+    ),
     "rank": (lambda: cached(x=ones((5, 16))), r"With a cache x must be \[batch, T, D\]: x.shape=\(5, 16\)"),
     "inputs_k too": (lambda: cached(inputs_k=ones((2, 5, 16))), r"got a cache and inputs_k"),
     "empty": (lambda: layer().init_cache(0, 8), r"one row and one position, both integers: batch=0, max_length=8"),
@@ -968,6 +973,7 @@ def _raised() -> set[tuple[str, int | None]]:
         (functools.partial(hf_attention.attention_of, config),) for config, *_ in test_hf_attention.FIELDS.values()
     ]
     tables = [*VALUE_ERRORS.values(), *NOT_POSSIBLE.values(), *map(_in_a_folder, on_disk.values()), *configs]
+    tables += [*MISTAKES.values(), (functools.partial(through_the_bridge, tree=True),)]
     tables += [(wrong,) for wrong in [*live, test_torch_interop.on_no_device]]
     for wrong, *_ in tables:
         try:

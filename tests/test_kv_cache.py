@@ -19,6 +19,9 @@ from jax.experimental import checkify
 
 import mqa_jax
 
+pytestmark = pytest.mark.usefixtures("skin")
+SKINS = "linen", "nnx, tree mode"  # of which graph mode differs in nothing that test_nnx.py does not compare
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "not causal": dict(causal=False),
@@ -175,6 +178,7 @@ class Model(nn.Module):
         return nn.Dense(5)(x)
 
 
+@pytest.mark.linen
 def test_a_cache_for_a_whole_model_without_running_it():
     model = Model()
     params = model.init(RNG, X)["params"]
@@ -194,6 +198,7 @@ def test_a_cache_for_a_whole_model_without_running_it():
     assert len(RAN) == 3
 
 
+@pytest.mark.linen
 def test_a_cache_of_a_module_under_jit_is_that_which_was_asked_for():
     """Flax traces such a module once for arguments of the same shapes."""
     module = nn.jit(mqa_jax.GroupedQueryAttention)(24, 6)
@@ -203,6 +208,7 @@ def test_a_cache_of_a_module_under_jit_is_that_which_was_asked_for():
         assert cache["cached_key"].dtype == (dtype or jnp.float32)
 
 
+@pytest.mark.linen
 def test_init_cache_of_one_module():
     module, params = make()
     cache = module.init_cache(3, MAX_LENGTH, jnp.bfloat16)
@@ -351,6 +357,7 @@ class Scanned(nn.Module):
         return scan(attention, x, None)[0]
 
 
+@pytest.mark.linen
 def test_nn_scan_over_layers():
     model = Scanned()
     params = model.init(RNG, X)["params"]
@@ -367,6 +374,7 @@ def test_nn_scan_over_layers():
     close(apply(cache, X[:, :3])[0][0], model.apply({"params": params}, X[:1, :3])[0])
 
 
+@pytest.mark.linen
 def test_a_full_cache_inside_nn_scan_is_found_by_check_cache():
     model = Scanned()
     params = model.init(RNG, X)["params"]
@@ -378,6 +386,7 @@ def test_a_full_cache_inside_nn_scan_is_found_by_check_cache():
         mqa_jax.check_cache(changed["cache"])
 
 
+@pytest.mark.linen
 def test_checkify_sees_an_overflow_inside_nn_scan():
     model = Scanned()
     params = model.init(RNG, X)["params"]
@@ -476,6 +485,7 @@ def test_caches_are_found_wherever_they_are(around):
         mqa_jax.check_cache(around(full))
 
 
+@pytest.mark.linen
 def test_layers_beside_stacked_layers():
     """Each keeps its own batch axis, and arrays of other modules go along."""
     first, cache = new_cache(make()[0]), mqa_jax.init_cache(Scanned(), 3, MAX_LENGTH, X)
@@ -514,6 +524,7 @@ class Shared(nn.Module):
         return jnp.concatenate([self(x[:, :1]), self(x[:, 1:])], 1)
 
 
+@pytest.mark.linen
 @pytest.mark.parametrize(("kind", "layout"), [("plain", "static"), ("remat", "ring"), ("jit", "static")])
 def test_a_module_that_a_step_calls_several_times(kind, layout):
     model = Shared(kind, layout)
@@ -547,12 +558,14 @@ class Flags(nn.Module):
         return jnp.concatenate([mqa_jax.GroupedQueryAttention(24, 6)(x)[0]] * copies)
 
 
+@pytest.mark.linen
 def test_what_is_no_array_reaches_the_model_as_it_is():
     x = jax.ShapeDtypeStruct((3, 2, 24), jnp.float32)
     cache = mqa_jax.init_cache(Flags(), 3, MAX_LENGTH, x, False, "greedy", None, copies=2, flags={"deep": (True,)})
     assert cache["GroupedQueryAttention_0"]["cached_key"].shape == (3, MAX_LENGTH, 6, 4)
 
 
+@pytest.mark.linen
 def test_cross_attention_gets_no_cache():
     class Decoder(nn.Module):
         @nn.compact
@@ -570,6 +583,7 @@ def test_cross_attention_gets_no_cache():
     close(jnp.concatenate([first, second], 1), Decoder().apply({"params": params}, X, context))
 
 
+@pytest.mark.linen
 def test_a_model_of_which_a_layer_has_no_cache_is_refused():
     model = Shared("plain")
     params = model.init(RNG, X)["params"]
@@ -579,6 +593,7 @@ def test_a_model_of_which_a_layer_has_no_cache_is_refused():
         model.apply({"params": params, "cache": {"layers_0": cache["layers_0"]}}, X, mutable=["cache"])
 
 
+@pytest.mark.linen
 def test_a_bound_module_goes_on_from_call_to_call():
     module, params = make()
     bound = module.bind({"params": params, "cache": new_cache(module)}, mutable=["cache"])

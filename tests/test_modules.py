@@ -10,6 +10,8 @@ import pytest
 
 import mqa_jax
 
+pytestmark = pytest.mark.usefixtures("skin")
+
 RNG = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 7, 24))
 

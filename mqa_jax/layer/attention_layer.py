@@ -107,7 +107,7 @@ class AttentionLayer(AttentionSettings, ABC):
         earlier = past_key_value, inputs_k, inputs_v, prev_layer_key_value
         call = calls.Call(x, *earlier, segment_ids, seq_lengths, causal, (self.dim, self._kv_heads, self._head_dim))
         cache = self._cache(call)
-        call.check(cached=cache is not None)
+        call.check(None if cache is None else cache[layout.KEY])
         upstream.announce(self, x, self._kv_heads, self._head_dim)
         query = self._project("query", x)
         offset = call.query_offset if cache is None else layout.index_of(cache)

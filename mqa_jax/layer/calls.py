@@ -25,11 +25,12 @@ class Call(NamedTuple):
     causal: bool
     sizes: tuple[int, int, int]
 
-    def check(self, cached: bool) -> None:
+    def check(self, cached: Array | None) -> None:
+        """`cached`: the keys of the cache, if there is one."""
         self._check_x(cached)
         for name in ("past_key_value", "prev_layer_key_value"):
             self._check_key_value(name, getattr(self, name))
-        given = self._check_sources(cached)
+        given = self._check_sources(cached is not None)
         self._check_inputs()
         if self.segment_ids is not None:
             if given:
@@ -46,14 +47,19 @@ class Call(NamedTuple):
                 "this call or a later one: pass a mask [..., S] of the keys, or use a cache."
             )
 
-    def _check_x(self, cached: bool) -> None:
+    def _check_x(self, cached: Array | None) -> None:
         x, (dim, *_) = self.x, self.sizes
         if x.ndim < 2 or x.shape[-1] != dim:
             raise ValueError(f"x must be [..., T, D]: x.shape={x.shape}, dim={dim}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating: x.dtype={x.dtype!s}. Embed tokens first, or cast with .astype().")
-        if cached and x.ndim != 3:
+        if cached is not None and x.ndim != 3:
             raise ValueError(f"With a cache x must be [batch, T, D]: x.shape={x.shape}.")
+        if cached is not None and cached.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                "The cache was made for another batch: "
+                f"x.shape={x.shape}, cache [batch, max_length, kv_heads, head_dim]={cached.shape}."
+            )
 
     def _check_sources(self, cached: bool) -> list[str]:
         """Where earlier keys and values are, of which there is one place."""

@@ -9,6 +9,7 @@ from mqa_jax.cache import layout
 from mqa_jax.layer import settings
 from mqa_jax.layer.attention_layer import AttentionLayer, Cache
 from mqa_jax.layer.calls import Call
+from mqa_jax.linen.bridge import check_bridge
 from mqa_jax.linen.init_cache import wanted
 from mqa_jax.linen.norms import make_norm
 
@@ -72,6 +73,8 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             if earlier:
                 self.put_variable("cache", layout.OTHER_CALLS, (*earlier.pop(layout.OTHER_CALLS, ()), earlier))
         cache = self._stored()
+        if cache:
+            check_bridge(cache[layout.KEY])
         self._check_collection(call, is_cached=bool(cache))
         return cache or None
 

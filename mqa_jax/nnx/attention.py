@@ -4,8 +4,6 @@ Inside a call only the contents of variables change, `variable[...] = x`, never 
 in graph mode and in tree mode (FLIP 5310), where a transformation gives back nothing but variables' contents.
 """
 
-import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -20,53 +18,13 @@ from mqa_jax.cache import layout
 from mqa_jax.layer import settings
 from mqa_jax.layer.attention_layer import AttentionLayer, Cache
 from mqa_jax.layer.calls import Call
-from mqa_jax.linen.norms import make_norm
-from mqa_jax.nnx.random import check_rngs, dropout_key, stream_of
+from mqa_jax.nnx.norms import Norm
+from mqa_jax.nnx.random import checked_rngs, dropout_key, takes_rngs
 
 WEIGHTS = "sinks", "bias_k", "bias_v"
 LAYERS = "query", "key", "value", "out", "q_ln", "k_ln"
 STATE = *LAYERS, *WEIGHTS, *layout.NAMES, layout.OTHER_CALLS, "rngs"
 Metadata = Mapping[str, Mapping[str, Any]]
-
-
-class Norm(nnx.Module):
-    """That of linen, because `nnx.LayerNorm` has no statistics in low precision."""
-
-    def __init__(self, features: int, norm_type: str, param_dtype: DTypeLike, metadata: Mapping, **settings: Any):
-        self.norm_type, self.param_dtype, self.settings = norm_type, param_dtype, tuple(settings.items())
-        self.scale = nnx.Param(jnp.ones(features, param_dtype), **metadata)
-        has_bias = not norm_type.endswith("rmsnorm")
-        self.bias = nnx.Param(jnp.zeros(features, param_dtype)) if has_bias else nnx.data(None)
-
-    def __call__(self, x: Array) -> Array:
-        norm = make_norm(self.norm_type, param_dtype=self.param_dtype, parent=None, **dict(self.settings))
-        params = {"scale": self.scale[...]} | ({} if self.bias is None else {"bias": self.bias[...]})
-        return norm.apply({"params": params}, x)
-
-
-def takes_rngs(call: Callable) -> Callable:
-    """A call of the layer, that of NNX: with a stream of random keys in place of the stored one."""
-
-    def __call__(self: Any, *arguments: Any, rngs: Any = None, **options: Any) -> Any:
-        layer = self
-        if rngs is not None:  # the variables are shared with the copy
-            layer = copy.copy(self)
-            object.__setattr__(layer, "rngs", stream_of(rngs))
-        return call(layer, *arguments, **options)
-
-    signature = inspect.signature(call)
-    rngs = inspect.Parameter("rngs", inspect.Parameter.KEYWORD_ONLY, default=None)
-    __call__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), rngs])  # type: ignore[attr-defined]
-    __call__.__doc__ = (
-        (call.__doc__ or "")
-        .replace(
-            "        Returns:\n",
-            "          rngs: `nnx.Rngs`, a stream or a key of the dropout of this call, in place of the stored stream.\n\n"
-            "        Returns:\n",
-        )
-        .replace("\n\n          rngs:", "\n          rngs:")
-    )
-    return __call__
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -88,14 +46,14 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
       [5, 5]
 
     {settings.AttentionSettings.__doc__.rstrip() if settings.AttentionSettings.__doc__ else ""}
-      rngs: `nnx.Rngs`; required. `keep_rngs`: whether to store a stream of its keys for dropout, or to ask calls for one.
+      rngs: `nnx.Rngs`; required. `keep_rngs`: store a stream of its keys for dropout; else calls have to pass one.
       in_kv_features, in_v_features: features of `inputs_k` and `inputs_v`, where they are not those of `x` and
         `inputs_k`. NNX makes parameters before it sees an input.
       key_value_projections: False for a layer that only reads `prev_layer_key_value`, without `key` and `value`.
-      kernel_metadata, bias_metadata: for each parameter by its name (query, key, value, out, q_ln, k_ln, sinks, bias_k,
-        bias_v) what `nnx.Param` is to hold beside it: `dict(query=dict(out_sharding=(None, "model", None)))`.
-      cache_sharding: names of the mesh axes of cached keys, `[batch, length, kv_heads, head_dim]`; the other arrays of a
-        cache take as many of them as they have axes.
+      kernel_metadata, bias_metadata: metadata of each `nnx.Param` by the name of its layer (query, key, value, out,
+        q_ln, k_ln) or its own (sinks, bias_k, bias_v), such as `dict(query=dict(out_sharding=(None, "model", None)))`.
+      cache_sharding: names of the mesh axes of cached keys, `[batch, length, kv_heads, head_dim]`; the other arrays of
+        a cache have the first of these axes.
     """
 
     in_kv_features: int | None = None
@@ -111,7 +69,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
         self, kernel_metadata: Metadata | None, bias_metadata: Metadata | None, rngs: nnx.Rngs | None
     ) -> None:
         self.check()
-        check_rngs(self, rngs)
+        rngs = checked_rngs(self, rngs)
         kernels, biases = (
             self._metadata("kernel_metadata", kernel_metadata),
             self._metadata("bias_metadata", bias_metadata),
@@ -130,9 +88,10 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     def init_cache(self, batch: int, max_length: int, dtype: DTypeLike | None = None, *, calls: int = 1) -> None:
         """Gives this module an empty cache, see `mqa_jax.cache`. For a whole model see `mqa_jax.nnx.init_cache`.
 
-        `dtype` defaults to `cache_dtype`, or else the module's; another float dtype than the queries' costs a conversion
-        of the whole cache every step, 8 bits do not. A ring buffer needs no `max_length`: its bytes depend on the window
-        alone. `calls`: how often one step calls the module (ALBERT, Zamba), each time with a cache of its own.
+        `dtype` defaults to `cache_dtype`, or else the module's; another float dtype than the queries' costs a
+        conversion of the whole cache every step, 8 bits do not. A ring buffer takes any `max_length`: its bytes depend
+        on the window alone. `calls`: how often one step calls the module (ALBERT, Zamba), each time with a cache of its
+        own.
         """
         self._check_assignment("cached_key")
         self._hold_cache(self._empty_caches(batch, max_length, dtype, calls))
@@ -170,7 +129,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             )
         if batch_size is not None and max_length is not None:
             self._hold_cache(self._empty_caches(batch_size, max_length, cache_dtype, calls))
-        elif decode and self.cached_key is None:
+        elif decode and getattr(self, layout.KEY) is None:
             raise ValueError(
                 "decode=True needs a cache, and this module has none: cached_key=None. Make one for the view with "
                 "nnx.view(model, decode=True, batch_size=..., max_length=...), or for the model with "
@@ -193,17 +152,17 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
 
     def _cache(self, call: Call) -> Cache | None:
         self._check_widths(call)
-        if self.cached_key is None:
+        if getattr(self, layout.KEY) is None:
             return None
         cache: Cache = {name: x[...] for name in layout.NAMES if (x := getattr(self, name)) is not None}
-        others = tuple({name: x[...] for name, x in other.items()} for other in self.other_calls)
+        others = tuple({name: x[...] for name, x in other.items()} for other in getattr(self, layout.OTHER_CALLS))
         return {**cache, layout.OTHER_CALLS: others} if others else cache
 
     def _store(self, cache: Cache) -> None:
         for name in layout.NAMES:
             if name in cache:
                 getattr(self, name)[...] = cache[name]
-        for held, new in zip(self.other_calls, cache.get(layout.OTHER_CALLS, ())):
+        for held, new in zip(getattr(self, layout.OTHER_CALLS), cache.get(layout.OTHER_CALLS, ())):
             for name, x in held.items():
                 x[...] = new[name]
 
@@ -233,7 +192,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             **shape,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            precision=self.precision,
+            precision=self.precision,  # type: ignore[arg-type]
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
             kernel_metadata=kernel,
@@ -248,11 +207,14 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     def _empty_caches(self, batch: int, max_length: int, dtype: DTypeLike | None, calls: int) -> dict[str, Any]:
         if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
             raise ValueError(f"calls is how often one step calls the module, an integer from 1 on: calls={calls!r}.")
-        stacked = self.query.kernel[...].shape[:-3]  # by nnx.vmap, for nnx.scan
+        query: Any = self._layer("query")
+        stacked = query.kernel[...].shape[:-3]  # by nnx.vmap, for nnx.scan
 
         def variable(x: Array) -> nnx.Cache:
             names = self.cache_sharding
-            metadata = {} if names is None else {"out_sharding": (*[None] * len(stacked), *names[: x.ndim])}
+            metadata: dict[str, Any] = (
+                {} if names is None else {"out_sharding": (*[None] * len(stacked), *names[: x.ndim])}
+            )
             return nnx.Cache(jnp.zeros((*stacked, *x.shape), x.dtype), **metadata)
 
         made = lambda: {name: variable(x) for name, x in self.new_cache(batch, max_length, dtype).items()}
@@ -275,10 +237,11 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
 
     def _check_assignment(self, name: str) -> None:
         graph = nnx.set_graph_mode.current_value() and nnx.set_graph_updates.current_value()
-        if name in STATE and layout.KEY in vars(self) and not graph and not jax.core.trace_state_clean():
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vars(self).get("query")))
+        if name in STATE and traced and not graph:
             raise ValueError(
-                f"In tree mode an attribute that is assigned inside a transformation is lost after it: {name}. Assign to "
-                f"the contents of its variable, {name}[...] = x, or make the cache outside, with nnx.view(model, "
+                f"In tree mode an attribute that is assigned inside a transformation is lost after it: {name}. Assign "
+                f"to the contents of its variable, {name}[...] = x, or make the cache outside, with nnx.view(model, "
                 "decode=True, ...) or mqa_jax.nnx.init_cache(model, ...)."
             )
 
@@ -289,17 +252,20 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             raise ValueError(
                 "This module has no keys and values of its own, key_value_projections=False: pass prev_layer_key_value."
             )
+        inputs = {"x": call.x, "inputs_k": call.inputs_k, "inputs_v": call.inputs_v}
+        given = [name for name, source in inputs.items() if source is not None]
+        of_keys = "x" if call.inputs_k is None else "inputs_k"
         widths = self._widths()
-        keys, name = (call.x, "x") if call.inputs_k is None else (call.inputs_k, "inputs_k")
-        values, name_v = (keys, name) if call.inputs_v is None else (call.inputs_v, "inputs_v")
-        for source, name, setting, width in (
-            (keys, name, "in_kv_features", widths["key"]),
-            (values, name_v, "in_v_features", widths["value"]),
+        for name, setting, width in (
+            (of_keys, "in_kv_features", widths["key"]),
+            (given[-1], "in_v_features", widths["value"]),
         ):
-            if jnp.shape(source)[-1:] != (width,) and (name != "x" or width != self.dim):
+            source: Any = inputs[name]
+            shape = jnp.shape(source)
+            if shape[-1:] != (width,) and not (name == "x" and width == self.dim):  # of which `Call` says more
                 raise ValueError(
-                    f"NNX makes parameters before it sees an input, and these are for another: {name}.shape="
-                    f"{jnp.shape(source)}, {setting}={width}. Pass {setting}={jnp.shape(source)[-1]} to the constructor."
+                    f"NNX makes parameters before it sees an input, and these are for another: {name}.shape={shape}, "
+                    f"{setting}={width}. Pass {setting}={(*shape, None)[-2]} to the constructor."
                 )
 
     def _metadata(self, argument: str, metadata: Metadata | None) -> Metadata:

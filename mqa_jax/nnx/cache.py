@@ -17,8 +17,8 @@ def init_cache(
 ) -> None:
     """Gives every attention module in a model an empty cache, in place.
 
-    `nnx.view(model, decode=True, batch_size=batch, max_length=max_length)` leaves the model as it is and returns one that
-    shares its weights; with `only=` it leaves out modules that need no cache, such as cross-attention.
+    `nnx.view(model, decode=True, batch_size=batch, max_length=max_length)` leaves the model as it is and returns one
+    that shares its weights; with `only=` it leaves out modules that need no cache, such as cross-attention.
 
     Args:
       model: any `flax.nnx` module; its attention modules may be nested, or stacked for `nnx.scan`.
@@ -36,12 +36,12 @@ def init_cache(
 
 
 def reset_cache(model: Any, rows: Bool[ArrayLike, " B"], *, batch_axis: int | None = None) -> Any:
-    """`mqa_jax.reset_cache` of a model, in place, or of its state (`nnx.state(model, nnx.Cache)`), which is returned."""
+    """`mqa_jax.reset_cache` of a model, in place, or of `nnx.state(model, nnx.Cache)`, whose successor it returns."""
     return _changed(model, lambda cache: cache_rows.reset_cache(cache, rows, batch_axis=batch_axis))
 
 
 def reorder_cache(model: Any, rows: Int[ArrayLike, " B"], *, batch_axis: int | None = None) -> Any:
-    """`mqa_jax.reorder_cache` of a model, in place, or of its state (`nnx.state(model, nnx.Cache)`), which is returned."""
+    """`mqa_jax.reorder_cache` of a model, in place, or of `nnx.state(model, nnx.Cache)`, whose successor it returns."""
     return _changed(model, lambda cache: cache_rows.reorder_cache(cache, rows, batch_axis=batch_axis))
 
 
@@ -63,8 +63,8 @@ def decoding_step(
     Args:
       model: a model whose attention modules have a cache. It hands it over: the first step deletes it, and
         `nnx.update(model, cache)` puts a later one back.
-      function: `function(model, *arguments, **options)`, by default the call of the model. It may change no variable but
-        the cache.
+      function: `function(model, *arguments, **options)`, by default the call of the model. It may change no variable
+        but the cache.
 
     Returns:
       (step, cache), the second `nnx.state(model, nnx.Cache)`. `step(cache, *arguments, **options)` returns what
@@ -80,14 +80,14 @@ def decoding_step(
       >>> (prompt, _, _), cache = step(cache, jnp.ones((2, 4, 64)))
       >>> (token, _, _), cache = step(cache, jnp.ones((2, 1, 64)))
     """
-    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)
+    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)  # type: ignore[misc]
     cache_rows.cache_bytes(cache)  # says so where there is none
     weights, structure = jax.tree.flatten(rest)
 
     def run(cache: Any, weights: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
         merged = nnx.merge(graphdef, cache, jax.tree.unflatten(structure, weights))
         result = function(merged, *arguments, **options)
-        _, cache, after = nnx.split(merged, nnx.Cache, ...)
+        _, cache, after = nnx.split(merged, nnx.Cache, ...)  # type: ignore[misc]
         _check_unchanged(weights, after)
         return result, cache
 

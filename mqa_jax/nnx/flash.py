@@ -8,8 +8,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from mqa_jax.layer.flash import FlashAttentionLayer, FlashMHASettings
-from mqa_jax.nnx.attention import GroupedQueryAttention, takes_rngs
-from mqa_jax.nnx.random import dropout_key
+from mqa_jax.nnx.attention import GroupedQueryAttention
+from mqa_jax.nnx.random import dropout_key, takes_rngs
 from mqa_jax.setting_types import check_types
 
 
@@ -23,7 +23,8 @@ class FlashAttention(FlashAttentionLayer, nnx.Module):
 
     def __post_init__(self, rngs: nnx.Rngs | None) -> None:
         check_types(self)
-        self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and self.dropout else None)
+        stream = rngs.dropout.fork() if rngs is not None and self.dropout else None
+        self._setattr("rngs", nnx.data(stream))
 
     __call__ = takes_rngs(FlashAttentionLayer.__call__)
 
@@ -64,7 +65,7 @@ class FlashMHA(GroupedQueryAttention):
             in_v_features=in_v_features,
         )
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         query: Float[ArrayLike, "B T D"],
         key: Float[ArrayLike, "B S _"] | None = None,

@@ -14,7 +14,7 @@ Params = dict[str, Any]
 
 
 def to_linen(model: nnx.Module) -> Params:
-    """The `params` collection of linen: nested dicts of arrays. Members of a list `layers` are `layers_0`, `layers_1`."""
+    """The `params` collection of linen, nested dicts of arrays. Members of a list `layer` are `layer_0`, `layer_1`."""
     return _named(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
@@ -27,8 +27,8 @@ def to_nnx(model: nnx.Module, params: Params) -> None:
     if shapes(found) != shapes(expected):
         different = sorted(set(shapes(found).items()) ^ set(shapes(expected).items()))
         raise ValueError(
-            f"These are no parameters of {type(model).__name__}: {different[:4]} are in one of both only; the model has "
-            f"{len(expected)}, params {len(found)}."
+            f"These are no parameters of {type(model).__name__}: {different[:4]} are in one of both only; the model "
+            f"has {len(expected)}, params {len(found)}."
         )
     for path, variable in expected.items():
         variable[...] = jax.numpy.asarray(found[path], variable[...].dtype)
@@ -36,7 +36,7 @@ def to_nnx(model: nnx.Module, params: Params) -> None:
 
 
 def from_linen(module: AttentionSettings, params: Params) -> attention.GroupedQueryAttention:
-    """The NNX module with the settings of one of linen and its parameters, such as `torch_interop.from_torch` returns."""
+    """The NNX module with settings and parameters of one of linen, such as `torch_interop.from_torch` returns."""
     kind = getattr(attention, type(module).__name__, attention.GroupedQueryAttention)
     names = [field.name for field in dataclasses.fields(AttentionSettings)]
     widths = {name: params[name]["kernel"].shape[0] for name in ("key", "value") if name in params}
