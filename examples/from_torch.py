@@ -12,6 +12,7 @@ model are compared with those of the untouched one.
 
 import argparse
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ class Step(NamedTuple):
 
 def load(path: Path) -> tuple[Any, Any]:
     """A model and its tokenizer. Eager attention adds up as ours does."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no model in {str(path)!r}: give a Hugging Face folder or a GGUF file.")
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder: Any = path.parent if where else path
     auto: Any = transformers.AutoModelForCausalLM
@@ -71,8 +74,11 @@ def load(path: Path) -> tuple[Any, Any]:
 
 def replace_layers(model: Any, tokens: torch.Tensor, layers: int | None = None) -> Iterator[Step]:
     """Changes the model, layer after layer."""
-    prefix = hf_attention.FAMILIES[model.config.model_type].prefix
-    paths = [prefix.format(number).rstrip(".") for number in range(model.config.num_hidden_layers)[:layers]]
+    config = model.config.to_dict() | {"quantization_config": None}  # of GGUF files, whose weights are floats by now
+    family = hf_attention.attention_of(config)[1]
+    if family.layout == "bert":
+        raise NotImplementedError("A decoder is wanted, whose attention layers return what goes on: model_type='bert'.")
+    paths = [family.prefix.format(number).rstrip(".") for number in range(model.config.num_hidden_layers)[:layers]]
     before, inputs = logits_and_inputs(model, tokens, paths)
     for number, path in enumerate(paths):
         layer = model.get_submodule(path)
@@ -107,19 +113,33 @@ def line(step: Step) -> str:
     )
 
 
+def run(options: argparse.Namespace) -> list[Step]:
+    """Prints a line for each layer."""
+    model, tokenizer = load(options.model or default_model())
+    tokens = tokenizer(options.text, return_tensors="pt").input_ids
+    if tokens.shape[1] <= STEPS:
+        raise ValueError(f"More than {STEPS} tokens are wanted: --text {options.text!r} has {tokens.shape[1]}.")
+    print(f"layer  output   decoded  worst gradient                    logits   {tokens.shape[1]} tokens")
+    steps = []
+    for step in replace_layers(model, tokens, options.layers):
+        print(line(step), flush=True)
+        steps.append(step)
+    return steps
+
+
 def main(arguments: list[str] | None = None) -> list[Step]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder or GGUF file; by default SmolLM2-135M")
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--layers", type=int, help="how many are replaced; by default all")
     options = parser.parse_args(arguments)
-    model, tokenizer = load(options.model or default_model())
-    tokens = tokenizer(options.text, return_tensors="pt").input_ids
-    print(f"layer  output   decoded  worst gradient                    logits   {tokens.shape[1]} tokens")
-    steps = []
-    for step in replace_layers(model, tokens, options.layers):
-        print(line(step), flush=True)
-        steps.append(step)
+    if options.layers is not None and options.layers < 1:
+        parser.error(f"at least one layer: --layers {options.layers}")
+    try:
+        steps = run(options)
+    except (ImportError, OSError, ValueError, NotImplementedError) as error:
+        print(f"examples/from_torch.py: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
     failed = [step.layer for step in steps if not step.report.passed]
     if failed:
         raise SystemExit(f"These layers differ: {failed}. python -m mqa_jax.parity shows tensor by tensor.")

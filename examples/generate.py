@@ -11,6 +11,7 @@ cache the Flax `cache` collection.
 
 import argparse
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from checkpoints import load_checkpoint
+from command_line import Parser, exit_with_a_sentence
 from jax import lax
 from jax.experimental import io_callback
 from jaxtyping import Array
@@ -41,6 +43,12 @@ class Sampling:
     max_tokens: int
     temperature: float = 0.0
     end: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"At least one token is generated: max_tokens={self.max_tokens}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"A temperature is 0 or a positive number: temperature={self.temperature}.")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
@@ -87,6 +95,27 @@ class Answer:
     cache_bytes: int
 
 
+def check_tokens(config: LlamaConfig, tokens: list[int]) -> None:
+    """JAX makes NaN of an embedding that is not there."""
+    foreign = [token for token in tokens if not 0 <= token < config.vocabulary]
+    if foreign:
+        raise ValueError(
+            f"The tokenizer is not that of the model, which has {config.vocabulary} tokens: the text has {foreign[:3]}."
+        )
+
+
+def check_prompt(config: LlamaConfig, prompt: list[int], sampling: Sampling) -> None:
+    """Can the model read this, and go on?"""
+    if not prompt:
+        raise ValueError("There is nothing to go on from: the prompt has no tokens.")
+    check_tokens(config, prompt)
+    if len(prompt) + sampling.max_tokens > config.max_length:
+        raise ValueError(
+            f"The model was trained on {config.max_length} positions: prompt={len(prompt)} tokens, "
+            f"max_tokens={sampling.max_tokens}. Ask for fewer."
+        )
+
+
 class Generator:
     """A model that is ready to generate; what one prompt has compiled, the next one of similar length uses."""
 
@@ -100,12 +129,9 @@ class Generator:
         self, prompt: list[int], sampling: Sampling, show: Callable[[int], None] = lambda token: None, seed: int = 0
     ) -> Answer:
         """Generates after `prompt`, one row, and gives `show` each token. Times are those of compiled code."""
+        check_prompt(self.config, prompt, sampling)
         padded = -(-len(prompt) // PROMPT_STEP) * PROMPT_STEP
-        if padded + sampling.max_tokens > self.config.max_length:
-            raise ValueError(
-                f"The model was trained on {self.config.max_length} positions: prompt={len(prompt)} tokens, "
-                f"max_tokens={sampling.max_tokens}. Ask for fewer."
-            )
+        padded = min(padded, self.config.max_length - sampling.max_tokens)
         new_cache, run_prefill, run_decode = self._programs(padded, sampling)
         self._show = show
         cache = new_cache()
@@ -159,33 +185,46 @@ def report(answer: Answer, config: LlamaConfig) -> str:
     )
 
 
+def seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"a seed is less than 2 ** 31, and not negative: {number}")
+    return number
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--prompt", default="The capital of France is", help="what to continue, or to answer")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to generate at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of the cached keys and values; default float32")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers, with a temperature")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random numbers, with a temperature")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> Answer:
     options = parse_arguments(arguments)
     start = time.perf_counter()
-    config, params, metadata = load_checkpoint(options.model)
-    config = replace(config, cache_dtype=options.cache_dtype)
-    generator, text = Generator(config, params), load_text(metadata)
+    with exit_with_a_sentence():
+        Sampling(options.max_tokens, options.temperature)  # says what is wrong before the weights are read
+        if not options.prompt:
+            raise ValueError("There is nothing to answer, or to go on from: --prompt=''.")
+        config, params, metadata = load_checkpoint(options.model)
+        text = load_text(metadata)
+        prompt = text.encode_chat(options.prompt) if options.chat else text.encode(options.prompt)
+        sampling = Sampling(options.max_tokens, options.temperature, tuple(text.end))
+        config = replace(config, cache_dtype=options.cache_dtype)
+        check_prompt(config, prompt, sampling)
+    generator = Generator(config, params)
     print(
         f"loaded {config.layers} layers, {config.heads} query heads on {config.kv_heads} key/value heads, "
         f"in {time.perf_counter() - start:.1f} s; compiling ...",
         flush=True,
     )
-    prompt = text.encode_chat(options.prompt) if options.chat else text.encode(options.prompt)
     print(f"\n{options.prompt}", end="\n\n" if options.chat else "", flush=True)
     stream = Stream(text, functools.partial(print, end="", flush=True))
-    sampling = Sampling(options.max_tokens, options.temperature, tuple(text.end))
     answer = generator(prompt, sampling, stream, options.seed)
     print(f"\n\n{report(answer, config)}")
     return answer

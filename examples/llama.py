@@ -1,6 +1,7 @@
 """A Llama-style language model in Flax: the whole model is here, its attention is `mqa_jax.GroupedQueryAttention`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,9 @@ import mqa_jax
 class LlamaConfig:
     """Sizes of a model; the letters are those of `mqa_jax.shapes`. `cache_dtype`: None is float32.
 
+    `attention_bias`: of queries, keys and values, and by default of the output; else `attention_out_bias` says.
+    `window`: how many positions before its own a query sees; None is all.
+
     The last two matter in training alone: `attn_pdrop` is the dropout rate of the attention weights; with `remat` the
     backward pass computes each layer again instead of keeping what it computed.
     """
@@ -26,14 +30,32 @@ class LlamaConfig:
     kv_heads: int  # K
     head_dim: int  # H
     max_length: int
-    rope: mqa_jax.Rope = mqa_jax.Rope()
+    rope: mqa_jax.Rope | None = mqa_jax.Rope()
     norm_eps: float = 1e-5
     tied_embeddings: bool = True
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
     mlp_bias: bool = False
+    window: int | None = None
     cache_dtype: str | None = None
     attn_pdrop: float = 0.0
     remat: bool = False
+
+    def attention(self, **settings: Any) -> mqa_jax.GroupedQueryAttention:
+        """The attention of each layer."""
+        return mqa_jax.GroupedQueryAttention(
+            self.dim,
+            self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            rope=self.rope,
+            use_bias=self.attention_bias,
+            use_out_bias=self.attention_out_bias,
+            local_window_size=None if self.window is None else (self.window, 0),
+            cache_dtype=self.cache_dtype,
+            attn_pdrop=self.attn_pdrop,
+            **settings,
+        )
 
 
 class Mlp(nn.Module):
@@ -56,18 +78,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], seq_lengths: Int[Array, " B"] | None) -> Float[Array, "B T D"]:
         config = self.config
         norm = lambda name: nn.RMSNorm(epsilon=config.norm_eps, name=name)
-        attention = mqa_jax.GroupedQueryAttention(
-            config.dim,
-            config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rope=config.rope,
-            use_bias=config.attention_bias,
-            cache_dtype=config.cache_dtype,
-            attn_pdrop=config.attn_pdrop,
-            deterministic=self.deterministic,
-            name="attention",
-        )
+        attention = config.attention(deterministic=self.deterministic, name="attention")
         attended, _, _ = attention(norm("attention_norm")(x), seq_lengths=seq_lengths)
         x = x + attended
         return x + Mlp(config, name="mlp")(norm("mlp_norm")(x))
@@ -114,7 +125,4 @@ def next_token(logits: Float[Array, "B vocabulary"], temperature: float, key: PR
 
 def cache_bytes_per_token(config: LlamaConfig) -> int:
     """Bytes that one more token of one row adds to the cache of all layers, with the scales of keys in 8 bits."""
-    attention = mqa_jax.GroupedQueryAttention(
-        config.dim, config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, cache_dtype=config.cache_dtype
-    )
-    return config.layers * mqa_jax.cache_bytes(attention.init_cache(1, max_length=1))
+    return config.layers * mqa_jax.cache_bytes(config.attention().init_cache(1, max_length=1))

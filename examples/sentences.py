@@ -9,6 +9,8 @@ Prints how alike the sentences are: the cosine of each pair.
 import argparse
 import functools
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +88,7 @@ def load(folder: Path) -> tuple[SentenceBert, Params]:
     """The model of a Hugging Face folder, and its parameters."""
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
+    check(folder, config)
     sizes = Sizes(
         vocabulary=config["vocab_size"],
         positions=config["max_position_embeddings"],
@@ -114,6 +117,26 @@ def load(folder: Path) -> tuple[SentenceBert, Params]:
     return SentenceBert(hf_attention.attention_of(config)[0], sizes), params
 
 
+# Of the block and of the pooling above. What is missing in a file is so by default.
+FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False}
+POOLING = {"pooling_mode_mean_tokens": True}
+
+
+def check(folder: Path, config: Any) -> None:
+    """Refuses a model that has other parts than the one above."""
+    wrong = {name: config[name] for name, only in FIELDS.items() if config.get(name, only) != only}
+    pooling = folder / "1_Pooling" / "config.json"
+    if pooling.is_file():
+        modes = json.loads(pooling.read_text())
+        wrong |= {
+            name: mode
+            for name, mode in modes.items()
+            if name.startswith("pooling_mode") and mode != POOLING.get(name, False) and mode != "mean"
+        }
+    if wrong:
+        raise NotImplementedError(f"This example has {FIELDS | POOLING} only: {wrong}.")
+
+
 def norm_of(tensors: Params, name: str) -> Params:
     return {"scale": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}
 
@@ -124,6 +147,8 @@ def dense_of(tensors: Params, name: str) -> Params:
 
 def tokenize(folder: Path, sentences: list[str]) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Tokens, as long as the longest sentence, and which of them are no padding."""
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"There is no tokenizer.json in {str(folder)!r}.")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding()
     encoded = tokenizer.encode_batch(sentences)
@@ -132,7 +157,12 @@ def tokenize(folder: Path, sentences: list[str]) -> tuple[Int[np.ndarray, "B T"]
 
 def embed(folder: Path, sentences: list[str]) -> Float[np.ndarray, "B D"]:
     model, params = load(folder)
-    return np.asarray(jax.jit(functools.partial(model.apply, {"params": params}))(*tokenize(folder, sentences)))
+    tokens, mask = tokenize(folder, sentences)
+    if tokens.shape[1] > model.sizes.positions:
+        raise ValueError(
+            f"A sentence has more tokens than the model positions: {tokens.shape[1]} of {model.sizes.positions}."
+        )
+    return np.asarray(jax.jit(functools.partial(model.apply, {"params": params}))(tokens, mask))
 
 
 def main(arguments: list[str] | None = None) -> Float[np.ndarray, "B B"]:
@@ -140,7 +170,11 @@ def main(arguments: list[str] | None = None) -> Float[np.ndarray, "B B"]:
     parser.add_argument("sentences", nargs="*", default=SENTENCES)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; by default all-MiniLM-L6-v2")
     options = parser.parse_args(arguments)
-    embeddings = embed(options.model or default_model(), options.sentences)
+    try:
+        embeddings = embed(options.model or default_model(), options.sentences)
+    except (ImportError, OSError, ValueError, NotImplementedError) as error:
+        print(f"examples/sentences.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     alike = embeddings @ embeddings.T
     for row, sentence in zip(alike, options.sentences):
         print("  ".join(f"{cosine:5.2f}" for cosine in row), f"  {sentence}")

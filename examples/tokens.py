@@ -1,26 +1,34 @@
-"""The tokenizer of a checkpoint, with Hugging Face's `tokenizers`, and text that is shown while it grows."""
+"""The tokenizer of a checkpoint, with Hugging Face's `tokenizers`, and text that is shown while it grows.
 
-import json
+What a file says of its tokens and is not understood is an error.
+"""
+
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
 import jinja2.sandbox
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-CONTROL_TOKEN = 3  # in a GGUF file's tokenizer.ggml.token_type
+from mqa_jax.hf_checkpoint import read_json
+
+# Kinds of tokens in a GGUF file's tokenizer.ggml.token_type. Unused ones are never met in a text.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 # How the text is cut before byte-pair encoding, by the GGUF file's tokenizer.ggml.pre.
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3 = "llama-bpe"
 PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "llama-bpe": lambda: pre_tokenizers.Sequence(
+    LLAMA3: lambda: pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -29,31 +37,66 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }
 
 
+# Settings of a GGUF file under "tokenizer.ggml." that are read, that say nothing which byte-level BPE needs, and that
+# have to be off.
+READ = {
+    *("model", "pre", "tokens", "token_type", "merges", "add_bos_token", "bos_token_id", "eos_token_id"),
+    *("eot_token_id", "eom_token_id"),
+}
+NOT_NEEDED = {
+    *("scores", "unknown_token_id", "seperator_token_id", "padding_token_id", "mask_token_id", "cls_token_id"),
+    *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
+    *("prefix_token_id", "suffix_token_id", "middle_token_id"),  # their older names
+}
+OFF = {"add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"}
+
+
 class Text:
-    """Tokens to text and back, the end of a text, and the chat template."""
+    """Tokens to text and back, the end of a text, and the chat template.
+
+    `bos` is put before each text; None where the tokenizer does that itself, or nobody. Without `add_special_tokens` it
+    does not.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, end: set[int], template: str | None, bos: int | None, names: dict[str, Any]
+        self,
+        tokenizer: Tokenizer,
+        end: set[int],
+        template: str | None,
+        bos: int | None,
+        names: dict[str, Any],
+        add_special_tokens: bool = True,
     ):
         self.tokenizer, self.end, self.template, self.bos, self.names = tokenizer, end, template, bos, names
+        self.add_special_tokens = add_special_tokens
 
     def encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=self.add_special_tokens).ids
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def encode_chat(self, message: str) -> list[int]:
         """One message of a user, in the model's chat template, up to where the answer starts."""
         if self.template is None:
             raise ValueError("This model has no chat template: leave --chat out.")
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )  # as transformers has it, with these two functions
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime.now().strftime}
         messages = [{"role": "user", "content": message}]
-        text = environment.from_string(self.template).render(
-            messages=messages, add_generation_prompt=True, **self.names
-        )
+        try:
+            text = environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=True, **self.names
+            )
+        except Exception as error:  # a template is a program
+            raise ValueError(f"The chat template of this model fails: {error}. Leave --chat out.") from error
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
 
 
 class Stream:
@@ -77,43 +120,135 @@ def load_text(metadata: dict[str, Any]) -> Text:
     return _from_folder(metadata["folder"]) if "folder" in metadata else _from_gguf(metadata)
 
 
+# -- GGUF -------------------------------------------------------------------------------------------------------------
+
+
 def _from_gguf(metadata: dict[str, Any]) -> Text:
 
     def get(name: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{name}", default)
 
-    if get("model") != "gpt2" or get("pre") not in PRE_TOKENIZERS:
-        raise NotImplementedError(
-            f"Only byte-level BPE with {sorted(PRE_TOKENIZERS)}: model={get('model')!r}, pre={get('pre')!r}."
-        )
-    tokens = get("tokens")
+    _check_gguf(metadata)
+    tokens, kinds = get("tokens"), get("token_type")
+    ids = {name: _token_id(get(f"{name}_token_id"), len(tokens), name) for name in ("bos", "eos", "eot", "eom")}
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in get("merges"))]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    merges = [tuple(merge.split(" ")) for merge in get("merges")]
+    llama3 = get("pre") == LLAMA3  # its tokenizer takes words that are tokens as they are, and begins each text
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
+    except Exception as error:  # it raises no other
+        raise ValueError(f"No byte-level BPE: tokenizer.ggml.merges ({error}).") from error
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[get("pre")]()
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, get("token_type")) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
-    named = lambda name: tokens[get(name)] if get(name) is not None else ""
+    of_kind = lambda *wanted: [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind in wanted]
+    tokenizer.add_special_tokens(of_kind(CONTROL, UNKNOWN))
+    tokenizer.add_tokens(of_kind(USER_DEFINED))
+    if get("add_bos_token", llama3) and ids["bos"] is None:
+        raise ValueError("Each text begins with a token that is not named: tokenizer.ggml.add_bos_token, bos_token_id.")
     return Text(
         tokenizer,
-        end={get("eos_token_id")},
+        end={token for name in ("eos", "eot", "eom") if (token := ids[name]) is not None},
         template=metadata.get("tokenizer.chat_template"),
-        bos=get("bos_token_id") if get("add_bos_token", False) else None,
-        names={"bos_token": named("bos_token_id"), "eos_token": named("eos_token_id")},
+        bos=ids["bos"] if get("add_bos_token", llama3) else None,
+        names={f"{name}_token": "" if ids[name] is None else tokens[ids[name]] for name in ("bos", "eos")},
     )
+
+
+def _check_gguf(metadata: dict[str, Any]) -> None:
+    """Is it a tokenizer of a known kind, with nothing that nobody would read?"""
+    settings = {
+        name.removeprefix("tokenizer.ggml."): x for name, x in metadata.items() if name.startswith("tokenizer.ggml.")
+    }
+    model, pre = settings.get("model"), settings.get("pre")
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise NotImplementedError(f"Only byte-level BPE with {sorted(PRE_TOKENIZERS)}: model={model!r}, pre={pre!r}.")
+    wrong = [
+        f"{name}={x!r}"[:60] for name, x in settings.items() if name not in READ | NOT_NEEDED and (x or name not in OFF)
+    ]
+    if wrong:
+        raise NotImplementedError(f"Tokenizers with these settings are not supported: tokenizer.ggml. {wrong}.")
+    tokens, kinds = settings.get("tokens"), settings.get("token_type")
+    if not tokens or settings.get("merges") is None or kinds is None or len(kinds) != len(tokens):
+        raise ValueError(
+            "A tokenizer has tokenizer.ggml.tokens, merges, and a token_type for each token, without which control "
+            f"tokens would be read as text: {len(tokens or [])} tokens, {len(kinds or [])} types, "
+            f"{len(settings.get('merges') or [])} merges."
+        )
+    if len(set(tokens)) != len(tokens):
+        raise ValueError("Two tokens are the same: tokenizer.ggml.tokens.")
+    unknown = set(kinds) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED}
+    if unknown:
+        raise NotImplementedError(
+            f"Tokens of these kinds are not supported: tokenizer.ggml.token_type={sorted(unknown)}."
+        )
+
+
+def _token_id(value: Any, count: int, name: str) -> int | None:
+    if value is not None and (type(value) is not int or not 0 <= value < count):
+        raise ValueError(f"A token is one of {count}: {name}_token_id={value!r}.")
+    return value
+
+
+# -- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
 def _from_folder(folder: Path) -> Text:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-    config, settings = read("config.json"), read("tokenizer_config.json")
-    end: Any = read("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
-    content = lambda token: token["content"] if isinstance(token, dict) else token or ""
+    """The settings of transformers: where tokenizer_config.json says nothing, tokenizer.json adds the first token."""
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"There is no tokenizer.json in {str(folder)!r}: other kinds are not supported.")
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # it raises no other
+        raise ValueError(f"No tokenizer: {str(folder / 'tokenizer.json')!r} ({error}).") from error
+    tokenizer.no_truncation()  # as transformers does: the file may say how its trainer cut texts
+    tokenizer.no_padding()
+    read = lambda name: read_json(folder / name) if (folder / name).exists() else {}
+    settings = read("tokenizer_config.json")
+    if settings.get("add_eos_token"):
+        raise NotImplementedError(f"A text to continue has no end: add_eos_token=True in {str(folder)!r}.")
+    _check_added(tokenizer, settings, folder)
+    contents = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    add_bos = settings.get("add_bos_token")
+    bos = tokenizer.token_to_id(contents["bos_token"]) if add_bos and contents["bos_token"] else None
+    if add_bos and bos is None:
+        raise ValueError(f"Each text begins with a token that is not named: add_bos_token, in {str(folder)!r}.")
     return Text(
-        tokenizer,  # tokenizer.json itself adds the first token, where the model wants one
-        end=set(end) if isinstance(end, list) else {end},
-        template=settings.get("chat_template"),
-        bos=None,
-        names={name: content(settings.get(name)) for name in ("bos_token", "eos_token")},
+        tokenizer,
+        end=_ends(read),
+        template=_template(folder, settings),
+        bos=bos,
+        names={name: token for name, token in contents.items() if token or name in ("bos_token", "eos_token")},
+        add_special_tokens=add_bos is None,
     )
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def _check_added(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> None:
+    """Two files name the tokens that were added; one alone would not be what transformers reads."""
+    added = {int(i): _content(token) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    wrong = {i: token for i, token in added.items() if tokenizer.id_to_token(i) != token}
+    if wrong:
+        raise ValueError(f"tokenizer.json lacks added tokens of tokenizer_config.json, in {str(folder)!r}: {wrong}.")
+
+
+def _ends(read: Callable[[str], dict[str, Any]]) -> set[int]:
+    """Those of generation_config.json before those of config.json, as in transformers."""
+    generation = read("generation_config.json")
+    end: Any = generation["eos_token_id"] if "eos_token_id" in generation else read("config.json").get("eos_token_id")
+    ends = [token for token in (end if isinstance(end, list) else [end]) if token is not None]
+    wrong = [token for token in ends if type(token) is not int or token < 0]
+    if wrong:
+        raise ValueError(f"A token is a number: eos_token_id={end!r}.")
+    return set(ends)
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Newer folders have a file of its own, some older ones several templates with names."""
+    path = folder / "chat_template.jinja"
+    template: Any = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template

@@ -10,8 +10,10 @@ of `llama.py`. It takes about a minute and a half on two CPU cores, prints a tab
 
 import argparse
 import functools
+import math
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from command_line import Parser, exit_with_a_sentence
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 from llama import Llama, LlamaConfig
@@ -159,9 +162,12 @@ def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def refuse_to_overwrite(folder: Path) -> None:
+def check_folder(folder: Path, record: dict[str, Any], resume: bool) -> None:
+    """A run goes on where it was stopped, or starts in a folder of its own."""
     with open_checkpoints(folder) as manager:
-        if manager.latest_step() is not None:
+        if resume:
+            saved_step(manager, record)
+        elif manager.latest_step() is not None:
             raise FileExistsError(
                 f"A new run never overwrites a checkpoint: {folder} holds step={manager.latest_step()}. "
                 "Continue it with --resume, or choose another --out."
@@ -173,25 +179,40 @@ def save(manager: ocp.CheckpointManager, state: State, record: dict[str, Any]) -
     manager.save(int(state.step), args=items)
 
 
-def restore(manager: ocp.CheckpointManager, like: State, record: dict[str, Any]) -> State:
-    """The last state that was saved, if any, else `like`."""
+def saved_step(manager: ocp.CheckpointManager, record: dict[str, Any]) -> int | None:
+    """The last one that was saved, if any, which must be of a run with the same settings."""
     step = manager.latest_step()
     if step is None:
-        return like
+        return None
     saved = manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"]
-    differences = [f"{name}={record[name]} (was {saved[name]})" for name in record if record[name] != saved[name]]
+    names = dict.fromkeys([*record, *saved])
+    pairs = {name: (record.get(name), saved.get(name)) for name in names}
+    differences = [f"{name}={now} (was {before})" for name, (now, before) in pairs.items() if now != before]
     if differences:
         raise ValueError(
             f"A run is resumed with the settings it was started with: {', '.join(differences)}, step={step} in "
             f"{manager.directory}. Use those, or another --out."
         )
+    return step
+
+
+def restore(manager: ocp.CheckpointManager, like: State, record: dict[str, Any]) -> State:
+    """The last state that was saved, if any, else `like`."""
+    step = saved_step(manager, record)
+    if step is None:
+        return like
     items = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
     return manager.restore(step, args=items)["state"]
 
 
+def record_of(settings: Settings, text: Text) -> dict[str, Any]:
+    """What must be the same when a run is resumed."""
+    return asdict(settings) | {"text_checksum": text.checksum}
+
+
 def train(settings: Settings, text: Text, folder: Path, save_every: int) -> State:
     """Trains from the last checkpoint in `folder`, or from the start, to the last step."""
-    record = asdict(settings) | {"text_checksum": text.checksum}
+    record = record_of(settings, text)
     step = make_step(settings)
     with open_checkpoints(folder) as manager:
         state = restore(manager, first_state(settings), record)
@@ -209,10 +230,19 @@ def train(settings: Settings, text: Text, folder: Path, save_every: int) -> Stat
 
 def check(options: argparse.Namespace, text: Text) -> None:
     """Says before training what would fail after it."""
-    least = dict(steps=1, batch=1, length=2, checkpoint_every=1, decode_rows=1, decode_length=32)
+    least: dict[str, float] = dict(
+        heads=1, layers=1, dim=1, hidden=1, steps=1, batch=1, length=2, seed=0, dropout=0, temperature=0
+    )
+    least |= dict(learning_rate=0, checkpoint_every=1, decode_rows=1, decode_length=32)
+    below: dict[str, float] = dict(dropout=1, seed=2**31)
     for name, bound in least.items():
-        if getattr(options, name) < bound:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}: {name}={getattr(options, name)}.")
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if not bound <= value < math.inf:
+            raise ValueError(f"{option} must be at least {bound}: {name}={value}.")
+        if name in below and value >= below[name]:
+            raise ValueError(f"{option} must be less than {below[name]}: {name}={value}.")
+    if len(set(options.kv_heads)) != len(options.kv_heads):
+        raise ValueError(f"--kv-heads names each model once: kv_heads={options.kv_heads}.")
     if options.batch * (options.length + 1) > text.held_out.size:
         raise ValueError(
             f"A batch must fit into the {text.held_out.size} bytes that are held out: batch={options.batch}, "
@@ -244,7 +274,7 @@ def measure(settings: Settings, text: Text, state: State, options: argparse.Name
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2, 1], help="one model for each")
     for setting in fields(Settings)[1:]:
         flag = "--" + setting.name.replace("_", "-")
@@ -260,16 +290,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> list[Result]:
-    options = parse_arguments(arguments)
+def prepare(options: argparse.Namespace, text: Text) -> dict[Path, Settings]:
+    """The runs and their folders, if all of them can work."""
+    check(options, text)
     shared = {setting.name: getattr(options, setting.name) for setting in fields(Settings)[1:]}
     runs = {options.out / f"kv_heads_{kv}": Settings(kv_heads=kv, **shared) for kv in options.kv_heads}
-    text = load_text()
-    check(options, text)
     for folder, settings in runs.items():
         jax.eval_shape(functools.partial(first_state, settings))  # is it a model at all?
-        if not options.resume:
-            refuse_to_overwrite(folder)
+        check_folder(folder, record_of(settings, text), options.resume)
+    return runs
+
+
+def compare(options: argparse.Namespace, text: Text, runs: dict[Path, Settings]) -> list[Result]:
     results = []
     for folder, settings in runs.items():
         state = train(settings, text, folder, options.checkpoint_every)
@@ -281,5 +313,15 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     return results
 
 
+def main(
+    arguments: list[str] | None = None, refuse: Callable[[], AbstractContextManager] = nullcontext
+) -> list[Result]:
+    """`refuse`: around what finds out whether this can work."""
+    options, text = parse_arguments(arguments), load_text()
+    with refuse():
+        runs = prepare(options, text)
+    return compare(options, text, runs)
+
+
 if __name__ == "__main__":
-    main()
+    main(refuse=exit_with_a_sentence)

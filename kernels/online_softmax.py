@@ -8,7 +8,10 @@ in base e: multiplying them by log2(e) would turn a bias of finfo.min, which use
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from mqa_jax.shapes import Length
 
 
 class State(NamedTuple):
@@ -17,9 +20,28 @@ class State(NamedTuple):
     weighted: Float[Array, "*R V"]
 
     @classmethod
-    def empty(cls, *rows: int, features: int) -> "State":
-        full = lambda width, value: jnp.full((*rows, width), value, jnp.float32)
+    def empty(cls, *rows: Length, features: int, dtype: DTypeLike = jnp.float32) -> "State":
+        full = lambda width, value: jnp.full((*rows, width), value, dtype)
         return cls(full(1, -jnp.inf), full(1, 0.0), full(features, 0.0))
+
+
+class Normalizer(NamedTuple):
+    """What the weights of a row are divided by, exp(highest) * exp(log_total), as two numbers; (-inf, 0) of nothing.
+
+    Their sum, the log-sum-exp, loses log_total where |highest| is large: a bias of finfo.min everywhere would give the
+    backward pass weights of 1 instead of 1 / S, and scores of some hundreds weights with the error of such numbers.
+    """
+
+    highest: Float[Array, "..."]
+    log_total: Float[Array, "..."]
+
+    @property
+    def log_sum_exp(self) -> Float[Array, "..."]:
+        return self.highest + self.log_total
+
+    def weight(self, score: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The weight of a score; 0 in rows that saw nothing, whose scores are all -inf."""
+        return jnp.exp(score - finite(self.highest) - self.log_total)
 
 
 def finite(highest: Array) -> Array:
@@ -27,15 +49,16 @@ def finite(highest: Array) -> Array:
     return jnp.where(highest == -jnp.inf, 0.0, highest)
 
 
-def finish(
-    state: State, sink: Float[Array, "*#R 1"] | None = None
-) -> tuple[Float[Array, "*R V"], Float[Array, "*R 1"]]:
-    """Output and log-sum-exp; 0 and -inf where no key was seen. A sink is one more score, with a value of 0."""
+def finish(state: State, sink: Float[Array, "*#R 1"] | None = None) -> tuple[Float[Array, "*R V"], Normalizer]:
+    """Output, 0 where nothing was seen, and what it was divided by, `[*R, 1]`.
+
+    A sink is one more score, with a value of 0; a sink of -inf is none.
+    """
     highest, total, weighted = state
-    empty = highest == -jnp.inf
     if sink is not None:
         with_sink = jnp.maximum(highest, sink)
-        rescale = jnp.exp(highest - with_sink)
-        highest, total, weighted = with_sink, total * rescale + jnp.exp(sink - with_sink), weighted * rescale
-    total = jnp.where(empty, 1.0, total)
-    return weighted / total, jnp.where(empty, -jnp.inf, highest + jnp.log(total))
+        shift = finite(with_sink)
+        rescale = jnp.exp(highest - shift)
+        highest, total, weighted = with_sink, total * rescale + jnp.exp(sink - shift), weighted * rescale
+    total = jnp.where(highest == -jnp.inf, 1.0, total)
+    return weighted / total, Normalizer(highest, jnp.log(total))

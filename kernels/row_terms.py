@@ -3,19 +3,20 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mqa_jax.kernels import online_softmax
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.shapes import LogSumExp, Output
 
 
 def delta(out: Output, d_out: Output, d_log_sum_exp: LogSumExp) -> Float[Array, "B T N"]:
     """The gradient of a score is weight * (d_weight - delta)."""
-    return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_log_sum_exp
+    dtype = d_log_sum_exp.dtype
+    return jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_log_sum_exp
 
 
-def d_sinks(sinks: Array | None, log_sum_exp: LogSumExp, delta: Float[Array, "B T N"]) -> Array | None:
-    """A sink is a score whose value is 0: its gradient is -weight * delta, where rows without keys have weight 0."""
+def d_sinks(sinks: Array | None, normalizer: Normalizer, delta: Float[Array, "B T N"]) -> Array | None:
+    """A sink is a score whose value is 0: its gradient is -weight * delta. Rows that do not exist have no sink."""
     if sinks is None:
         return None
-    empty = log_sum_exp == -jnp.inf
-    weight = jnp.where(empty, 0.0, jnp.exp(sinks.astype(jnp.float32) - online_softmax.finite(log_sum_exp)))
-    return -jnp.sum(weight * delta, axis=(0, 1))
+    without = normalizer.highest == -jnp.inf
+    weight = jnp.where(without, 0.0, normalizer.weight(sinks.astype(delta.dtype)[None, None]))
+    return -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer
 
 from mqa_jax.inputs import Sizes
 from mqa_jax.kernels import tiles
@@ -99,7 +99,7 @@ def _related(own, other, own_tile: int, other_tile: int) -> tuple[Bool[Array, "B
     return some, every
 
 
-def _extremes(segments: Int[Array, "B X"], tile: int) -> tuple[Array, Array]:
+def _extremes(segments: Integer[Array, "B X"], tile: int) -> tuple[Array, Array]:
     """Lowest and highest id in each tile."""
     padding = -segments.shape[1] % tile
     tiled = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge").reshape(segments.shape[0], -1, tile)
@@ -116,7 +116,7 @@ def _hull(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
 def _first_run(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
     """The first contiguous run; the only one where ids are sorted."""
     start = _first(related)
-    ended = ~related & (positions(related.shape[-1]) >= start[..., None])
+    ended = ~related & (jnp.expand_dims(positions(related.shape[-1]), range(related.ndim - 1)) >= start[..., None])
     stop = jnp.where(jnp.any(ended, axis=-1), _first(ended), related.shape[-1])
     return start, jnp.where(jnp.any(related, axis=-1), stop, 0)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mqa_jax.inputs import Inputs
+from mqa_jax.kernels import triton_precision
 
 DIRECTIONS = ("forward", "dq", "dkv", "dscore", "decode")
+KINDS = tuple(dict.fromkeys(triton_precision.KINDS.values()))  # of products, which decide more than the dtype does
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100")  # A100; L40S, RTX 40; H100, H200; B200
 TABLE = Path(__file__).with_name("tile_table.json")
 
@@ -73,7 +74,7 @@ def choose(direction: str, inputs: Inputs, rows: int | None = None) -> TileConfi
     """
     size = inputs.sizes
     features = max(size.H, size.V)
-    kind = "float32" if inputs.dtype == jnp.float32 else "16-bit"
+    kind = triton_precision.KINDS[triton_precision.products_of(inputs)]
     wanted = {"direction": direction, "dtype": kind, "architecture": architecture_at_hand()}
     for entry in table():
         fits = features <= entry["head_dim"] and (is_plain(inputs) or not entry.get("plain"))

@@ -2,6 +2,7 @@
 
 A tile of queries [row_start, row_stop) needs the keys of one contiguous range, and the other way round, under every
 mask but the caller's boolean mask and the segments. Ranges are half open and may be empty (start >= stop).
+Offsets and windows are any that fit 32 bits: an offset is first brought within `rows` of what it is subtracted from.
 """
 
 from dataclasses import replace
@@ -9,22 +10,23 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mqa_jax.masks import Mask
+from mqa_jax.masks import Mask, minus, plus
+from mqa_jax.shapes import Length
 
-Index = int | Array
+Index = Length | Array
 
 
-def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
+def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: Length) -> tuple[Index, Index]:
     """Keys that some query of the tile may attend to. `mask` holds one batch row."""
     mask = _by_index(mask)
     offset = 0 if mask.query_offset is None else mask.query_offset[0]
+    left, right = mask.reach
     start: Index = 0
     stop: Index = columns
-    if mask.is_causal:
-        stop = jnp.minimum(stop, offset + row_stop)
-    if mask.window is not None:
-        start = jnp.maximum(start, offset + row_start - mask.window[0])
-        stop = jnp.minimum(stop, offset + row_stop + mask.window[1])
+    if left is not None:
+        start = jnp.maximum(start, minus(offset + row_start, left))
+    if right is not None:
+        stop = jnp.minimum(stop - 1, plus(offset + (row_stop - 1), right)) + 1
     if mask.key_lengths is not None:
         stop = jnp.minimum(stop, mask.key_lengths[0])
     if mask.query_lengths is not None:
@@ -32,17 +34,19 @@ def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tu
     return start, stop
 
 
-def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
+def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: Length) -> tuple[Index, Index]:
     """Queries that may attend to some key of the tile: `key_range` seen from the other side."""
     mask = _by_index(mask)
     offset = 0 if mask.query_offset is None else mask.query_offset[0]
+    left, right = mask.reach
     start: Index = 0
     stop: Index = rows
-    if mask.is_causal:
-        start = jnp.maximum(start, column_start - offset)
-    if mask.window is not None:
-        start = jnp.maximum(start, column_start - mask.window[1] - offset)
-        stop = jnp.minimum(stop, column_stop + mask.window[0] - offset)
+    if right is not None:
+        first = minus(column_start, right)  # position
+        start = first - jnp.clip(offset, minus(first, rows), first)
+    if left is not None:
+        last = plus(column_stop - 1, left)
+        stop = last - jnp.maximum(offset, minus(last, rows - 1)) + 1
     if mask.query_lengths is not None:
         stop = jnp.minimum(stop, mask.query_lengths[0])
     if mask.key_lengths is not None:
@@ -50,7 +54,7 @@ def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) ->
     return start, stop
 
 
-def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) -> tuple[Index, Index]:
+def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: Length) -> tuple[Index, Index]:
     """Keys that every query of the tile may attend to, if the queries are not padding and the keys in no ring.
 
     They begin with the first key of the last query and end with the last key of the first: `key_range` inside out.
@@ -58,7 +62,7 @@ def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: int) 
     return key_range(replace(mask, query_lengths=None), row_stop - 1, row_start + 1, columns)
 
 
-def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: int) -> tuple[Index, Index]:
+def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: Length) -> tuple[Index, Index]:
     """Queries that may attend to every key of the tile, if they are neither padding nor in a ring: inside out."""
     return row_range(replace(mask, key_lengths=None), column_stop - 1, column_start + 1, rows)
 
@@ -68,8 +72,7 @@ def _by_index(mask: Mask) -> Mask:
     return mask if mask.ring is None else replace(mask, is_causal=False, window=None)
 
 
-def tile_range(start: Index, stop: Index, tile: int, tiles: int) -> tuple[Array, Array]:
-    """Numbers of the tiles that a range of positions touches."""
+def tile_range(start: Index, stop: Index, tile: Length, tiles: Length) -> tuple[Array, Array]:
+    """Numbers of the tiles that a range of positions touches: none, if it is empty."""
     first = jnp.clip(start // tile, 0, tiles)
-    last = jnp.clip(-(-stop // tile), 0, tiles)
-    return first, jnp.maximum(first, last)
+    return first, jnp.where(start < stop, jnp.clip(-(-stop // tile), 0, tiles), first)

@@ -1,48 +1,58 @@
 """The Pallas-Triton implementation: what it cannot do, and which kernel computes what."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import (
     row_terms,
     tile_config,
     triton_backward,
-    triton_call,
     triton_decode,
     triton_forward,
+    triton_lowering,
+    triton_precision,
     triton_score_gradient,
 )
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.triton_backward import Saved
 from mqa_jax.shapes import LogSumExp, Output
 
 LARGEST_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
-WRONG_OFFSETS = 2 << 30, 4 << 30  # bytes; JAX computes offsets into 1-byte arrays of such a size with a wrong sign
+BIAS_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)  # smaller ones are not compiled for all GPUs
 
 
 def cannot(inputs: Inputs) -> str | None:
     """Why not, or None if it can."""
-    size = inputs.sizes
-    capability = tile_config.capability()
-    bytewise = {"mask": inputs.mask.allowed, "key": inputs.operands.key, "value": inputs.operands.value}
-    unreachable = [f"{name}.shape={x.shape}" for name, x in bytewise.items() if x is not None and _is_out_of_reach(x)]
-    reasons = {
-        f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})": max(size.H, size.V) > LARGEST_HEAD,
-        f"arrays of bytes of less than 2 or more than 4 GiB only ({', '.join(unreachable)})": bool(unreachable),
-        f"products of float32, or of tf32 where the precision says so ({inputs.precision=})": (
-            triton_call.precision_of(inputs) is None
-        ),
-        f"GPUs from compute capability 8.0 on only (this one: {(capability or 0) / 10})": (capability or 80) < 80,
-        f"float8_e4m3fn from compute capability 8.9 on only (this one: {(capability or 0) / 10})": (
-            inputs.operands.key.dtype == jnp.float8_e4m3fn and (capability or 89) < 89
-        ),
-    }
-    found = [reason for reason, applies in reasons.items() if applies]
-    return "; ".join(found) + "; use implementation=None" if found else None
+    reasons = list(_reasons(inputs))
+    return "; ".join(reasons) + "; use implementation=None" if reasons else None
 
 
-def _is_out_of_reach(x: Array) -> bool:
-    return x.dtype.itemsize == 1 and WRONG_OFFSETS[0] <= x.size <= WRONG_OFFSETS[1]
+def _reasons(inputs: Inputs) -> Iterator[str]:
+    size, operands, capability = inputs.sizes, inputs.operands, tile_config.capability()
+    if not all(isinstance(n, int) for n in (size.B, size.T, size.S)):
+        yield f"batches and lengths that are known, no symbols of jax.export (B={size.B}, T={size.T}, S={size.S})"
+    if max(size.H, size.V) > LARGEST_HEAD:
+        yield f"head sizes of at most {LARGEST_HEAD} only (H={size.H}, V={size.V})"
+    if inputs.dtype == jnp.float64:
+        yield f"float32, bfloat16 and float16 only ({inputs.dtype=!s})"
+    if operands.bias is not None and operands.bias.dtype not in BIAS_DTYPES:
+        names = ", ".join(jnp.dtype(dtype).name for dtype in BIAS_DTYPES)
+        yield f"a bias of {names} only (bias.dtype={operands.bias.dtype!s})"
+    bytewise = {"mask": inputs.mask.allowed, "key": operands.key, "value": operands.value}
+    out_of_reach = triton_lowering.is_out_of_reach
+    found = [f"{name}.shape={x.shape}" for name, x in bytewise.items() if x is not None and out_of_reach(x)]
+    if found:
+        yield f"arrays of bytes of less than 2 or more than 4 GiB only ({', '.join(found)})"
+    if precision := triton_precision.refusal(inputs):
+        yield precision
+    if capability is not None and capability < 80:
+        yield f"GPUs from compute capability 8.0 on only (this one: {capability / 10})"
+    if capability is not None and capability < 89 and operands.key.dtype == jnp.float8_e4m3fn:
+        yield f"float8_e4m3fn from compute capability 8.9 on only (this one: {capability / 10})"
 
 
 def in_reach() -> bool:
@@ -50,8 +60,8 @@ def in_reach() -> bool:
     return tile_config.is_assumed() or tile_config.capability_at_hand() is not None
 
 
-def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, LogSumExp]:
-    size = inputs.sizes
+def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, Normalizer]:
+    inputs, size = _readable(inputs), inputs.sizes
     if size.T <= triton_decode.MOST_QUERIES:
         tiles = tile_config.choose("decode", inputs, rows=size.T * size.G)
         return triton_decode.forward(inputs, tiles, interpret)
@@ -61,21 +71,31 @@ def forward(inputs: Inputs, interpret: bool = False) -> tuple[Output, LogSumExp]
 def backward(
     inputs: Inputs,
     out: Output,
-    log_sum_exp: LogSumExp,
+    normalizer: Normalizer,
     d_out: Output,
     d_log_sum_exp: LogSumExp,
     interpret: bool = False,
 ) -> Operands:
+    inputs, given = _readable(inputs), inputs.operands
     operands = inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
-    saved = Saved(d_out, log_sum_exp.swapaxes(1, 2), delta.swapaxes(1, 2))
+    saved = Saved(d_out, *(x.swapaxes(1, 2) for x in (*normalizer, delta)))
     run = lambda kernel, direction: kernel(inputs, saved, tile_config.choose(direction, inputs), interpret)
     d_key, d_value = run(triton_backward.d_key_and_value, "dkv")
-    return Operands(
+    gradients = Operands(
         query=run(triton_backward.d_query, "dq"),
         key=d_key,
         value=d_value,
-        bias=None if operands.bias is None else run(triton_score_gradient.d_bias, "dscore"),
-        alibi_slopes=None if operands.alibi_slopes is None else run(triton_score_gradient.d_slopes, "dscore"),
-        sinks=row_terms.d_sinks(operands.sinks, log_sum_exp, delta),
+        bias=run(triton_score_gradient.d_bias, "dscore") if inputs.needs_gradient("bias") else None,
+        alibi_slopes=run(triton_score_gradient.d_slopes, "dscore") if inputs.needs_gradient("alibi_slopes") else None,
+        sinks=row_terms.d_sinks(operands.sinks, normalizer, delta),
     )
+    in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(x.dtype)
+    return jax.tree.map(in_its_dtype, gradients, given, is_leaf=lambda x: x is None)
+
+
+def _readable(inputs: Inputs) -> Inputs:
+    """Slopes and sinks, N numbers each, in float32: kernels do not read all dtypes that these may have."""
+    operands = inputs.operands
+    slopes, sinks = (None if x is None else x.astype(jnp.float32) for x in (operands.alibi_slopes, operands.sinks))
+    return replace(inputs, operands=replace(operands, alibi_slopes=slopes, sinks=sinks))

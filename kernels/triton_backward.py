@@ -24,7 +24,8 @@ class Saved(NamedTuple):
     """Query-side arrays of the backward pass."""
 
     d_out: Any  # [B, T, N, V]
-    log_sum_exp: Any  # float32 [B, N, T]
+    highest: Any  # float32 [B, N, T]: with log_total, what the weights are divided by
+    log_total: Any
     delta: Any  # float32 [B, N, T], sum(d_out * out) - d_log_sum_exp
 
 
@@ -33,18 +34,20 @@ class Rows(NamedTuple):
 
     query: Pieces
     d_out: Pieces
-    log_sum_exp: Array  # in units of scores, +inf in empty rows; broadcasts against a tile of scores
+    highest: Array  # in units of scores, +inf in empty rows; these three broadcast against a tile of scores
+    log_total: Array
     delta: Array
 
     @classmethod
     def load(cls, program: Program, saved: Saved, row: Array, masked: bool) -> "Rows":
-        # +inf, so that exp(score - log_sum_exp) is 0 in rows that see no key and in those that do not exist
-        log_sum_exp = program.row_numbers(saved.log_sum_exp, row, masked, other=-jnp.inf)
-        log_sum_exp = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp * (1 / program.unit))
-        delta = program.row_numbers(saved.delta, row, masked)
+        # +inf, so that exp(score - highest) is 0 in rows that see no key and in those that do not exist
+        highest = program.row_numbers(saved.highest, row, masked, other=-jnp.inf)
+        highest = jnp.where(highest == -jnp.inf, jnp.inf, highest * (1 / program.unit))
+        log_total, delta = (program.row_numbers(x, row, masked) for x in (saved.log_total, saved.delta))
         along = (lambda x: x[None]) if program.transposed else (lambda x: x[:, None])
         query = program.queries(program.inputs.operands.query, row, masked)
-        return cls(query, program.queries(saved.d_out, row, masked), along(log_sum_exp), along(delta))
+        d_out = program.queries(saved.d_out, row, masked)
+        return cls(query, d_out, *(along(x) for x in (highest, log_total, delta)))
 
 
 def d_scores(
@@ -57,7 +60,7 @@ def d_scores(
     raw = program.dot(ours[0], theirs[0])
     d_weight = program.dot(ours[1], theirs[1])  # before the exponentials, which then run beside the tensor cores
     score, tanh = program.scores(raw, place, masked)
-    weight = program.weights(score, rows.log_sum_exp)
+    weight = program.weights(score, rows.highest, rows.log_total)
     d_score = weight * (program.drop(d_weight, place) - rows.delta)
     return weight, d_score, d_score if tanh is None else d_score * (1 - tanh * tanh)
 

@@ -6,7 +6,6 @@ JAX 0.11 deprecates this backend in favour of Mosaic GPU. What has to be replace
 import contextlib
 import math
 import struct
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.experimental import pallas
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from mqa_jax.inputs import Inputs
+from mqa_jax.kernels import triton_lowering
 from mqa_jax.kernels.tile_config import TileConfig
 
 LOG2_E = math.log2(math.e)
@@ -42,17 +41,16 @@ def call(
       grid: the first axis is launched fastest.
       out: shapes and dtypes of the results, a tree.
     """
-    # JAX warns at every lowering. Here, when the program is traced, is after whatever reset the filters (pytest does).
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
     def body(*references: Any) -> None:
         kernel(*references)
 
     body.__name__ = name  # Triton takes the name of the function, whatever `pallas_call` is told
-    parameters = triton.CompilerParams(num_warps=config.warps, num_stages=config.stages)
-    run = pallas.pallas_call(
+    parameters = triton_lowering.CompilerParams(num_warps=config.warps, num_stages=config.stages)
+    launch = pallas.pallas_call(
         body, out_shape=out, grid=grid, compiler_params=parameters, interpret=interpret, name=name
     )
+    run = launch if interpret else lambda *arguments: launch(*triton_lowering.in_reach(name, arguments))
     return run if _launcher.value is None else _launcher.value(name, run, out)
 
 
@@ -112,32 +110,6 @@ def settled(x: Float[Array, "..."], interpret: bool) -> Array:
         "mov.b32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
     )
     return copy
-
-
-ALGORITHMS = (
-    lax.DotAlgorithmPreset.F32_F32_F32,
-    lax.DotAlgorithmPreset.TF32_TF32_F32,
-    lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
-)
-
-
-def precision_of(inputs: Inputs) -> lax.Precision | lax.DotAlgorithmPreset | None:
-    """Of the products: full float32 unless the caller says tf32 (DEFAULT and HIGH on a GPU, as JAX documents them).
-
-    Products of 16-bit numbers are exact, and their sums float32, whatever it says. None: there are no such products.
-    """
-    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    wanted = default if inputs.precision is None else inputs.precision
-    if isinstance(wanted, tuple | list) and wanted[0] == wanted[1]:
-        wanted = wanted[0]
-    if isinstance(wanted, str):
-        presets = lax.DotAlgorithmPreset.__members__
-        wanted = presets[wanted] if wanted in presets else lax.Precision(wanted)
-    if wanted is None or wanted == lax.DotAlgorithmPreset.DEFAULT:
-        wanted = lax.Precision.HIGHEST
-    if not isinstance(wanted, lax.Precision) and wanted not in ALGORITHMS:
-        return None
-    return wanted if inputs.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def product(left: Array, right: Array, precision: Any) -> Float[Array, "rows columns"]:

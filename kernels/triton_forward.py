@@ -13,32 +13,31 @@ from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import online_softmax, tile_bounds, triton_call
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.tiles import Index
 from mqa_jax.kernels.triton_grid import KeyTiles, over_query_tiles
 from mqa_jax.kernels.triton_tile import Pieces, Place, Program, zeros
-from mqa_jax.shapes import LogSumExp, Output
+from mqa_jax.shapes import Output
 
 
-def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, LogSumExp]:
+def forward(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     grid, place_of_program = over_query_tiles(inputs, config)
 
-    def kernel(inputs: Inputs, bounds: Any, out: Any, log_sum_exp: Any) -> None:
+    def kernel(inputs: Inputs, bounds: Any, out: Any, normalizer: Any) -> None:
         batch, head, tile = place_of_program()
         program, row = Program(inputs, config, interpret, batch, head), tile * config.rows
         key_tiles = KeyTiles.load(program, bounds, tile)
         state = attend(program, row, key_tiles, ((0, key_tiles.full), (0, key_tiles.masked)))
-        finish(program, state, row, out, log_sum_exp)
+        finish(program, state, row, out, normalizer)
 
-    shapes = (
-        jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype),
-        jax.ShapeDtypeStruct((size.B, size.N, size.T), jnp.float32),
-    )
+    number: Any = jax.ShapeDtypeStruct((size.B, size.N, size.T), jnp.float32)
+    shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
     bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
     run = triton_call.call("mqa_forward", kernel, grid, config, shapes, interpret)
-    out, log_sum_exp = run(inputs, bounds)
-    return out, log_sum_exp.swapaxes(1, 2)
+    out, normalizer = run(inputs, bounds)
+    return out, jax.tree.map(lambda x: x.swapaxes(1, 2), normalizer)
 
 
 Loops = tuple[tuple[Index, Index], tuple[Index, Index]]  # first and last + 1 of the steps
@@ -100,16 +99,20 @@ def empty(program: Program) -> State:
     return State(full(config.rows, value=-jnp.inf), full(config.rows), weighted, due)
 
 
-def finish(program: Program, state: State, row: Array, out: Any, log_sum_exp: Any, *leading: Array) -> None:
-    """Divides, lets the sink take its share, and writes; 0 and -inf in rows that saw no key."""
+def finish(program: Program, state: State, row: Array, out: Any, normalizer: Any, *leading: Array) -> None:
+    """Divides, with the sink in the denominator, and writes; 0 and -inf in rows that saw nothing, or are padding."""
     highest, sink = (state.highest * program.unit)[:, None], program.inputs.operands.sinks
     seen = highest > -jnp.inf
-    if program.inputs.mask.query_lengths is not None:
-        seen = seen & (program.rows(Place(row, row)) < program.row_limit())
     if sink is not None:
         sink = jnp.broadcast_to(program.of_heads(sink, row), highest.shape)
+        for part in leading:  # of the keys: the first one has the sink
+            sink = jnp.where(part == 0, sink, -jnp.inf)
     # Of one number for each row instead of all features: what these have to be multiplied by.
     one = online_softmax.State(highest, state.total[:, None], jnp.ones_like(highest))
     factor, result = online_softmax.finish(one, sink)
+    if program.inputs.mask.query_lengths is not None:
+        exists = program.rows(Place(row, row)) < program.row_limit()
+        seen, result = seen & exists, result._replace(highest=jnp.where(exists, result.highest, -jnp.inf))
     program.store_rows(out, tuple(jnp.where(seen, x * factor, 0.0) for x in state.weighted), row, *leading)
-    program.store_row_numbers(log_sum_exp, jnp.where(seen, result, -jnp.inf)[:, 0], row, *leading)
+    for into, numbers in zip(normalizer, result):
+        program.store_row_numbers(into, numbers[:, 0], row, *leading)

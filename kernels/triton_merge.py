@@ -13,21 +13,22 @@ from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import online_softmax, triton_call
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.tile_config import TileConfig, power_of_two
 from mqa_jax.kernels.triton_call import divided, load, program_id, span, store
-from mqa_jax.shapes import LogSumExp, Output
+from mqa_jax.shapes import Output
 
 NUMBERS = 4096  # of a program, 32 for each thread: many small programs, as one query may be all there is
 
 
 def merge(
-    inputs: Inputs, outs: Float[Array, "P B TG K V"], log_sum_exps: Float[Array, "P B K TG"], interpret: bool
-) -> tuple[Output, LogSumExp]:
-    """P parts, packed as in `triton_decode`; sinks take their share here."""
+    inputs: Inputs, outs: Float[Array, "P B TG K V"], normalizers: Normalizer, interpret: bool
+) -> tuple[Output, Normalizer]:
+    """P parts, packed as in `triton_decode`; their normalizers are `[P, B, K, TG]`."""
     size, parts = inputs.sizes, outs.shape[0]
     tile = tile_of(parts, size.V)
 
-    def kernel(sinks: Any, outs: Any, log_sum_exps: Any, out: Any, log_sum_exp: Any) -> None:
+    def kernel(outs: Any, normalizers: Any, out: Any, normalizer: Any) -> None:
         batch, kv_head = divided(program_id(2), size.K)
         row, feature = program_id(1), program_id(0) * tile.columns
         position, member = divided(row, size.G)
@@ -37,24 +38,23 @@ def merge(
         feature_exists = feature + lax.iota(jnp.int32, tile.columns) < size.V
         both_exist = jnp.broadcast_to(part_exists[:, None] & feature_exists[None], (tile.rows, tile.columns))
 
-        each = load(log_sum_exps, every, batch, kv_head, row, where=part_exists)
+        each, log_totals = (load(x, every, batch, kv_head, row, where=part_exists) for x in normalizers)
         each = jnp.where(part_exists, each, -jnp.inf)
         highest = jnp.max(each, axis=0, keepdims=True)
-        weights = jnp.exp(each - online_softmax.finite(highest))
+        weights = jnp.exp(each - online_softmax.finite(highest) + log_totals)
         found = load(outs, every, batch, row, kv_head, features, where=both_exist)
         total, weighted = jnp.sum(weights, axis=0, keepdims=True), jnp.sum(weights[:, None] * found, axis=0)
-        sink = None if sinks is None else load(sinks, span(head, 1)).astype(jnp.float32)
-        merged, result = online_softmax.finish(online_softmax.State(highest, total, weighted), sink)
+        merged, result = online_softmax.finish(online_softmax.State(highest, total, weighted))
         store(out, merged, batch, position, head, features, where=feature_exists)
-        store(log_sum_exp, result, batch, position, span(head, 1), where=jnp.broadcast_to(feature == 0, (1,)))
+        first = jnp.broadcast_to(feature == 0, (1,))
+        for into, number in zip(normalizer, result):
+            store(into, number, batch, position, span(head, 1), where=first)
 
-    shapes = (
-        jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype),
-        jax.ShapeDtypeStruct((size.B, size.T, size.N), jnp.float32),
-    )
+    number: Any = jax.ShapeDtypeStruct((size.B, size.T, size.N), jnp.float32)
+    shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
     grid = -(-size.V // tile.columns), size.T * size.G, size.B * size.K
     run = triton_call.call("mqa_merge", kernel, grid, tile, shapes, interpret)
-    return run(inputs.operands.sinks, outs, log_sum_exps)
+    return run(outs, normalizers)
 
 
 def tile_of(parts: int, features: int) -> TileConfig:

@@ -26,12 +26,12 @@ from mqa_jax.kernels.triton_call import (
     divided,
     exp2_of_line,
     load,
-    precision_of,
     product,
     product_transposed,
     span,
     store,
 )
+from mqa_jax.kernels.triton_precision import products_of
 
 Scores = Float[Array, "..."]  # [bq, bk], or transposed
 Pieces = tuple[Array, ...]  # of the features of a tile, each [tile, power of two]
@@ -110,6 +110,9 @@ class Program:
     def columns(self, place: Place) -> Array:
         """Numbers of the keys, across `rows`."""
         return place.column + _axis(self.config.columns, 0 if self.transposed else 1)
+
+    def query_positions(self, place: Place) -> Array:
+        return self.queries_of_rows(place) + self.query_offset()
 
     def key_positions(self, place: Place) -> Array:
         columns, ring = self.columns(place), self.inputs.mask.ring
@@ -195,19 +198,30 @@ class Program:
 
     def pairs(self, x: Any, place: Place, masked: bool) -> Array:
         """A tile of `[#B, #N, #T, #S]`, whose axes of size 1 stay; 0 where a pair does not exist."""
-        batch, head = (self.number(0) if n == 1 else i for n, i in zip(x.shape, (self.batch, self.head)))
-        each_row, each_column = x.shape[2] > 1, x.shape[3] > 1
-        rows = span(place.row, self.config.rows) if each_row else self.number(0)
-        columns = span(place.column, self.config.columns) if each_column else self.number(0)
+        each_row, each_column = x.shape[2] > 1 or self._mixes_heads(x), x.shape[3] > 1
         row_exists = column_exists = None
         if each_row and self._overhang(masked, self.sizes.T, self.config.rows, self.ragged_rows()):
             row_exists = place.row + _line(self.config.rows) < self.row_limit()
         if each_column and self._overhang(masked, self.sizes.S, self.config.columns, self.ragged_columns()):
             column_exists = place.column + _line(self.config.columns) < self.column_limit()
         where = _outer(row_exists, column_exists, (self.config.rows, self.config.columns), each_row, each_column)
-        tile = load(x, batch, head, rows, columns, where=where)
+        tile = load(x, *self._index_of_pairs(x, place), where=where)
         tile = tile.reshape(self.config.rows if each_row else 1, self.config.columns if each_column else 1)
         return tile.T if self.transposed else tile
+
+    def _mixes_heads(self, x: Any) -> bool:
+        """Whether rows of one tile lie in different heads of `[#B, #N, #T, #S]`."""
+        return self.group > 1 and x.shape[1] > 1
+
+    def _index_of_pairs(self, x: Any, place: Place) -> tuple[Any, ...]:
+        head, row, column = self.head, span(place.row, self.config.rows), span(place.column, self.config.columns)
+        if self.group > 1 and (x.shape[1] > 1 or x.shape[2] > 1):  # a query and a head for each row, not one span
+            row, member = divided(place.row + _line(self.config.rows), self.group)
+            head = head * self.group + member
+            if x.shape[3] > 1:
+                head, row = head[:, None], row[:, None]
+                column = (place.column + _line(self.config.columns))[None]
+        return tuple(self.number(0) if n == 1 else i for n, i in zip(x.shape, (self.batch, head, row, column)))
 
     # -- scores ---------------------------------------------------------------------------------------------------
 
@@ -253,21 +267,15 @@ class Program:
 
     def distance(self, place: Place) -> Float[Array, "..."]:
         """|query position - key position|"""
-        query_positions = self.queries_of_rows(place) + self.query_offset()
-        return jnp.abs(self.key_positions(place) - query_positions).astype(jnp.float32)
+        return masks.apart(self.query_positions(place), self.key_positions(place)).astype(jnp.float32)
 
     def visible(self, place: Place) -> Bool[Array, "..."] | None:
         """True where a pair exists and the mask leaves it (`mqa_jax.masks`). Padded queries are left to the caller."""
-        mask, rows, columns = self.inputs.mask, self.queries_of_rows(place), self.columns(place)
-        conditions = []
+        mask, conditions = self.inputs.mask, []
         if mask.is_causal or mask.window is not None:
-            distance = self.key_positions(place) - (rows + self.query_offset())
-            left, right = mask.window or (None, None)
-            right = 0 if mask.is_causal else right  # the nearer of the two ends
-            conditions += [distance <= right]
-            conditions += [] if left is None else [distance >= -left]
+            conditions += masks.in_reach(mask, self.query_positions(place), self.key_positions(place))
         if self.ragged_columns():
-            conditions.append(columns < self.column_limit())
+            conditions.append(self.columns(place) < self.column_limit())
         if mask.query_segments is not None:
             conditions.append(self._row_ids(place) == self._column_ids(place))
         if mask.allowed is not None:
@@ -277,19 +285,25 @@ class Program:
             visible = condition if visible is None else visible & condition
         return visible
 
-    def weights(self, scores: Scores, shift: Float[Array, "..."]) -> Float[Array, "..."]:
-        """exp(score - shift), both / `unit`; the shift broadcasts."""
+    def weights(
+        self, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """exp(score - shift - log_total), the first two / `unit`; the last two broadcast."""
         if not self.bare or self.inputs.dtype == jnp.float32:
-            return self.exp_of_difference(scores, shift)
+            return self.exp_of_difference(scores, shift, log_total)
         slope = self.unit * LOG2_E  # one instruction less, and an error that 16-bit weights do not show
-        return exp2_of_line(scores, slope, shift * -slope, self.interpret)
+        total = 0.0 if log_total is None else log_total * LOG2_E
+        return exp2_of_line(scores, slope, shift * -slope - total, self.interpret)
 
-    def exp_of_difference(self, scores: Scores, shift: Float[Array, "..."]) -> Float[Array, "..."]:
+    def exp_of_difference(
+        self, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
         """The same, and exactly 1 where both are equal, so that rescaling a sum many times by 1 leaves it as it is.
 
         Subtracting first also keeps finfo.min, the usual bias of a pair that is not wanted, from overflowing.
         """
-        return exp2_of_line(scores - shift, self.unit * LOG2_E, jnp.zeros_like(shift), self.interpret)
+        total = jnp.zeros_like(shift) if log_total is None else log_total * -LOG2_E
+        return exp2_of_line(scores - shift, self.unit * LOG2_E, total, self.interpret)
 
     def drop(self, weights: Float[Array, "..."], place: Place) -> Float[Array, "..."]:
         """Dropout, of the weights or of their gradients."""
@@ -306,11 +320,11 @@ class Program:
 
     def product(self, left: Array, right: Array) -> Array:
         """Left @ right, in the dtype of the left."""
-        return product(left, _widened(right, left.dtype), precision_of(self.inputs))
+        return product(left, _widened(right, left.dtype), products_of(self.inputs))
 
     def dot(self, left: Pieces, right: Pieces) -> Float[Array, "..."]:
         """Left @ right.T, summed over the pieces of the features, in the dtype of the left."""
-        precision = precision_of(self.inputs)
+        precision = products_of(self.inputs)
         products = [product_transposed(one, _widened(other, one.dtype), precision) for one, other in zip(left, right)]
         return functools.reduce(operator.add, products)
 

@@ -12,7 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import online_softmax, row_terms
+from mqa_jax.kernels import row_terms
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.xla_tile import ZERO, Place, Scores, TileShape, Tiling
 from mqa_jax.shapes import LogSumExp, Output
 
@@ -22,12 +23,13 @@ class Saved(NamedTuple):
 
     query: Array
     d_out: Array
-    log_sum_exp: Array
+    highest: Array
+    log_total: Array
     delta: Array
 
 
 class Sums(NamedTuple):
-    """Gradients as they grow over the tiles, float32."""
+    """Gradients as they grow over the tiles, in `score_dtype`."""
 
     query: Float[Array, "B T K G H"]
     key: Float[Array, "B S K H"]
@@ -38,38 +40,39 @@ class Sums(NamedTuple):
     @classmethod
     def zeros(cls, inputs: Inputs) -> "Sums":
         operands, size = inputs.operands, inputs.sizes
-        zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+        bias = operands.bias if inputs.needs_gradient("bias") else None
+        zeros = lambda *shape: jnp.zeros(shape, inputs.score_dtype)
         return cls(
             zeros(size.B, size.T, size.K, size.G, size.H),
             zeros(*operands.key.shape),
             zeros(*operands.value.shape),
-            None if operands.bias is None else zeros(*operands.bias.shape),
-            None if operands.alibi_slopes is None else zeros(size.K, size.G),
+            None if bias is None else zeros(*bias.shape),
+            zeros(size.K, size.G) if inputs.needs_gradient("alibi_slopes") else None,
         )
 
 
 def backward(
-    inputs: Inputs, out: Output, log_sum_exp: LogSumExp, d_out: Output, d_log_sum_exp: LogSumExp, shape: TileShape
+    inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp, shape: TileShape
 ) -> Operands:
     """For each tile of keys, all tiles of queries that see it; five matrix products a tile."""
     tiling, operands = Tiling(inputs, shape), inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
-    saved = Saved(operands.query, d_out, log_sum_exp[..., None], delta[..., None])
+    saved = Saved(operands.query, d_out, *(x[..., None] for x in (*normalizer, delta)))
 
     def key_tile(index: Array, sums: Sums) -> Sums:
         place = tiling.place(index // tiling.column_tiles)
         place = tiling.at_column_tile(place, index % tiling.column_tiles)
         key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
 
-        zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+        zeros = tuple(jnp.zeros(x.shape, inputs.score_dtype) for x in (key, value))
         step = functools.partial(differentiate, tiling, saved, key, value)
-        sums, d_key, d_value = tiling.over_row_tiles(place, step, (sums, *zeros))
+        sums, d_key, d_value = tiling.over_row_tiles(place, step, (sums, zeros[0], zeros[1]))
         return sums._replace(
             key=tiling.add_keys(sums.key, d_key, place), value=tiling.add_keys(sums.value, d_value, place)
         )
 
     sums = lax.fori_loop(0, tiling.head_blocks * tiling.column_tiles, key_tile, Sums.zeros(inputs))
-    return gradients(inputs, sums, log_sum_exp, delta)
+    return gradients(inputs, sums, normalizer, delta)
 
 
 def differentiate(
@@ -83,9 +86,9 @@ def differentiate(
 ) -> tuple[Sums, Array, Array]:
     """Adds what one tile contributes to every gradient."""
     sums, d_key, d_value = carry
-    query, d_out, log_sum_exp, delta = (tiling.queries(x, place) for x in saved)
+    query, d_out, *normalizer, delta = (tiling.queries(x, place) for x in saved)
     score, tanh = tiling.scores(query, key, may_attend, place)
-    weight = jnp.exp(tiling.as_matrix(score) - online_softmax.finite(log_sum_exp))  # [P, R, bk]
+    weight = Normalizer(*normalizer).weight(tiling.as_matrix(score))  # [P, R, bk]
     d_weight = tiling.product("prv,pkv->prk", d_out, value)
     d_value = d_value + tiling.product("prk,prv->pkv", tiling.drop(weight, place), d_out)
     d_weight = tiling.drop(d_weight, place)
@@ -111,7 +114,7 @@ def add_to_score_terms(tiling: Tiling, place: Place, d_score: Scores, sums: Sums
     return sums
 
 
-def gradients(inputs: Inputs, sums: Sums, log_sum_exp: LogSumExp, delta: Float[Array, "B T N"]) -> Operands:
+def gradients(inputs: Inputs, sums: Sums, normalizer: Normalizer, delta: Float[Array, "B T N"]) -> Operands:
     """The sums, in the shapes and dtypes of the operands."""
     operands = inputs.operands
 
@@ -124,5 +127,5 @@ def gradients(inputs: Inputs, sums: Sums, log_sum_exp: LogSumExp, delta: Float[A
         value=like(sums.value, operands.value),
         bias=like(sums.bias, operands.bias),
         alibi_slopes=like(sums.alibi_slopes, operands.alibi_slopes),
-        sinks=like(row_terms.d_sinks(operands.sinks, log_sum_exp, delta), operands.sinks),
+        sinks=like(row_terms.d_sinks(operands.sinks, normalizer, delta), operands.sinks),
     )

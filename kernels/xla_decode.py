@@ -6,6 +6,7 @@ row can see are read, and K/V where they lie, `[B, S, K, H]`: no transpose, no r
 what it covers a second time is masked.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,14 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import online_softmax, tile_bounds
-from mqa_jax.shapes import Key, LogSumExp, Output, Value, positions
+from mqa_jax.kernels.online_softmax import Normalizer
+from mqa_jax.shapes import Key, Output, Value, positions
 
 GroupedQuery = Float[Array, "B K T G H"]
 BlockScores = Float[Array, "B c K T G"]
@@ -38,8 +39,8 @@ class Steps:
     """
 
     columns: int
-    scores: Callable[[GroupedQuery, Key], BlockScores]
-    values: Callable[[BlockScores, Value], PartialOutputs]
+    scores: Callable[[Inputs, GroupedQuery, Key], BlockScores]
+    values: Callable[[Inputs, BlockScores, Value], PartialOutputs]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Block:
 
     @classmethod
     def number(cls, index: Array, length: int, sizes: Sizes) -> "Block":
-        owned = index.astype(jnp.int32) * length  # loops count in 64 bits where `jax_enable_x64` is set
+        owned = jnp.asarray(index, jnp.int32) * length  # loops count in 64 bits where `jax_enable_x64` is set
         start = jnp.minimum(owned, sizes.S - length)
         return cls(start, owned, start + positions(length))
 
@@ -61,16 +62,16 @@ class Block:
         if x.shape[axis] == 1:
             return x
         x, start = lax.optimization_barrier((x, self.start))  # or XLA would convert all of x, before the loop
-        return lax.dynamic_slice_in_dim(x, start, len(self.columns), axis)
+        return lax.dynamic_slice_in_dim(x, start, self.columns.shape[0], axis)
 
 
-def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
-    size, sinks = inputs.sizes, inputs.operands.sinks
+def forward(inputs: Inputs, steps: Steps) -> tuple[Output, Normalizer]:
+    size = inputs.sizes
     query = inputs.operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(1, 2)
     of_block = lambda inputs: (
         lambda index, state: attend(inputs, steps, Block.number(index, steps.columns, size), query, state)
     )
-    state = _nothing_seen(size, steps)
+    state = _nothing_seen(inputs, steps)
     if steps.columns == size.S:
         state = of_block(inputs)(jnp.int32(0), state)
     else:
@@ -81,8 +82,8 @@ def forward(inputs: Inputs, steps: Steps) -> tuple[Output, LogSumExp]:
             step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
         state = lax.fori_loop(blocks.start, blocks.stop, step, state)
     state = state._replace(weighted=jnp.sum(state.weighted, axis=1))
-    out, log_sum_exp = online_softmax.finish(state, None if sinks is None else _of_heads(sinks, size)[..., None])
-    return _ungroup(out, size).astype(inputs.dtype), _ungroup(log_sum_exp, size)[..., 0]
+    out, normalizer = online_softmax.finish(state, _sinks_of_rows(inputs))
+    return _ungroup(out, size).astype(inputs.dtype), jax.tree.map(lambda x: _ungroup(x, size)[..., 0], normalizer)
 
 
 def attend(
@@ -90,15 +91,15 @@ def attend(
 ) -> online_softmax.State:
     """Adds a block of keys to the running softmax, of which `weighted` has an axis of parts after B."""
     key, value = block.cut(inputs.operands.key, 1), block.cut(inputs.operands.value, 1)
-    score = _masked(inputs, steps.scores(query, key) * inputs.scale, block)
+    score = _masked(inputs, steps.scores(inputs, query, key) * inputs.scale, block)
     highest = jnp.maximum(state.highest, jnp.max(score, axis=1)[..., None])
     shift = online_softmax.finite(highest)
     weight, rescale = jnp.exp(score - shift[:, None, ..., 0]), jnp.exp(state.highest - shift)
     total = state.total * rescale + jnp.sum(weight, axis=1)[..., None]
     weight, value_scale = _drop(inputs, weight, block), inputs.operands.value_scale
     if value_scale is not None:
-        weight = weight * _cleared(inputs, block.cut(value_scale, 1), block)[..., None, None]
-    weighted = steps.values(weight, _cleared(inputs, value, block))
+        weight = weight * _cleared(inputs, block.cut(value_scale, 1), block).astype(weight.dtype)[..., None, None]
+    weighted = steps.values(inputs, weight, _cleared(inputs, value, block))
     return online_softmax.State(highest, total, state.weighted * rescale[:, None] + weighted)
 
 
@@ -127,25 +128,26 @@ def _full(mask: masks.Mask) -> masks.Mask:
     return masks.Mask(query_offset=mask.query_offset, query_lengths=mask.query_lengths, ring=mask.ring)
 
 
-def _nothing_seen(size: Sizes, steps: Steps) -> online_softmax.State:
+def _nothing_seen(inputs: Inputs, steps: Steps) -> online_softmax.State:
+    size, dtype = inputs.sizes, inputs.score_dtype
     heads = size.K, size.T, size.G
-    weight = jax.ShapeDtypeStruct((size.B, steps.columns, *heads), jnp.float32)
-    value = jax.ShapeDtypeStruct((size.B, steps.columns, size.K, size.V), jnp.float32)
-    weighted = jnp.zeros(jax.eval_shape(steps.values, weight, value).shape, jnp.float32)
-    return online_softmax.State.empty(size.B, *heads, features=0)._replace(weighted=weighted)
+    weight = jax.ShapeDtypeStruct((size.B, steps.columns, *heads), dtype)
+    value = jax.ShapeDtypeStruct((size.B, steps.columns, size.K, size.V), dtype)
+    weighted = jnp.zeros(jax.eval_shape(functools.partial(steps.values, inputs), weight, value).shape, dtype)
+    return online_softmax.State.empty(size.B, *heads, features=0, dtype=dtype)._replace(weighted=weighted)
 
 
 def _masked(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
     operands, size = inputs.operands, inputs.sizes
     if operands.key_scale is not None:
-        score = score * block.cut(operands.key_scale, 1)[..., None, None]
+        score = score * block.cut(operands.key_scale, 1).astype(score.dtype)[..., None, None]
     if inputs.logits_soft_cap is not None:
         score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
     if operands.bias is not None:
-        score = score + _as_scores(block.cut(operands.bias, 3), size).astype(jnp.float32)
+        score = score + _as_scores(block.cut(operands.bias, 3), size).astype(score.dtype)
     if operands.alibi_slopes is not None:
-        distance = jnp.abs(masks.key_minus_query_position(inputs.mask, positions(size.T), block.columns))
-        score = score - _of_heads(operands.alibi_slopes, size) * _as_scores(distance, size).astype(jnp.float32)
+        distance = _as_scores(masks.distance(inputs.mask, positions(size.T), block.columns), size).astype(score.dtype)
+        score = score - _of_heads(operands.alibi_slopes, inputs)[:, None] * distance
     may_attend = _visible(inputs, block)
     return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
 
@@ -157,10 +159,10 @@ def _visible(inputs: Inputs, block: Block) -> Bool[Array, "#B #c #K #T #G"] | No
     mask = replace(mask, allowed=cut(mask.allowed, 3), key_segments=cut(mask.key_segments, 1))
     may_attend = masks.visible(mask, positions(size.T), block.columns)
     may_attend = None if may_attend is None else _as_scores(may_attend, size)
-    if size.S % len(block.columns) == 0:
+    if size.S % block.columns.shape[0] == 0:
         return may_attend
-    owned = (block.columns >= block.owned)[:, None, None, None]
-    return owned[None] if may_attend is None else may_attend & owned
+    owned = (block.columns >= block.owned)[None, :, None, None, None]
+    return owned if may_attend is None else may_attend & owned
 
 
 def _cleared(inputs: Inputs, x: Shaped[Array, "B c ..."], block: Block) -> Shaped[Array, "B c ..."]:
@@ -168,7 +170,7 @@ def _cleared(inputs: Inputs, x: Shaped[Array, "B c ..."], block: Block) -> Shape
     lengths = inputs.mask.key_lengths
     if lengths is None:
         return x
-    valid = block.columns < lengths[:, None]
+    valid = block.columns[None] < lengths[:, None]
     return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
@@ -176,9 +178,9 @@ def _drop(inputs: Inputs, weight: BlockScores, block: Block) -> BlockScores:
     spec, size = inputs.dropout, inputs.sizes
     if spec is None:
         return weight
-    batch, column = spec.batch[:, None, None, None, None], block.columns[:, None, None, None]
-    head = positions(size.N).reshape(size.K, 1, size.G)
-    kept = dropout.keep(spec, batch, head, positions(size.T)[:, None], column)
+    batch, column = spec.batch[:, None, None, None, None], block.columns[None, :, None, None, None]
+    head = positions(size.N).reshape(1, 1, size.K, 1, size.G)
+    kept = dropout.keep(spec, batch, head, positions(size.T)[None, None, None, :, None], column)
     return jnp.where(kept, weight * spec.scale, 0.0)
 
 
@@ -187,8 +189,18 @@ def _as_scores(x: Shaped[Array, "#B #N #T #c"], size: Sizes) -> Shaped[Array, "#
     return x.reshape(x.shape[0], *heads, *x.shape[2:]).transpose(0, 4, 1, 3, 2)
 
 
-def _of_heads(x: Float[Array, " N"], size: Sizes) -> Float[Array, "K 1 G"]:
-    return x.astype(jnp.float32).reshape(size.K, 1, size.G)
+def _of_heads(x: Float[Array, " N"], inputs: Inputs) -> Float[Array, "1 K 1 G"]:
+    return x.astype(inputs.score_dtype).reshape(1, inputs.sizes.K, 1, inputs.sizes.G)
+
+
+def _sinks_of_rows(inputs: Inputs) -> Float[Array, "#B K #T G 1"] | None:
+    """-inf, which is no sink, in queries that are padding."""
+    sinks, size = inputs.operands.sinks, inputs.sizes
+    if sinks is None:
+        return None
+    sinks = _of_heads(sinks, inputs)[..., None]
+    exist = masks.exist(inputs.mask.query_lengths, positions(size.T))
+    return sinks if exist is None else jnp.where(exist[:, None, :, None, None], sinks, -jnp.inf)
 
 
 def _ungroup(x: Float[Array, "B K T G X"], size: Sizes) -> Float[Array, "B T N X"]:
@@ -198,40 +210,45 @@ def _ungroup(x: Float[Array, "B K T G X"], size: Sizes) -> Float[Array, "B T N X
 # -- the products -----------------------------------------------------------------------------------------------------
 
 
-def plain_scores(query: GroupedQuery, key: Key) -> BlockScores:
+def plain_scores(inputs: Inputs, query: GroupedQuery, key: Key) -> BlockScores:
     """For accelerators."""
-    return jnp.einsum("bktgh,bckh->bcktg", query, key, preferred_element_type=jnp.float32)
+    return _product("bktgh,bckh->bcktg", inputs, query, key)
 
 
-def plain_values(weight: BlockScores, value: Value) -> PartialOutputs:
-    weighted = jnp.einsum("bcktg,bckv->bktgv", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return weighted[:, None]
+def plain_values(inputs: Inputs, weight: BlockScores, value: Value) -> PartialOutputs:
+    return _product("bcktg,bckv->bktgv", inputs, weight.astype(value.dtype), value)[:, None]
 
 
-def summed_scores(query: GroupedQuery, key: Key) -> BlockScores:
+def _product(equation: str, inputs: Inputs, left: Array, right: Array) -> Array:
+    return jnp.einsum(equation, left, right, precision=inputs.precision, preferred_element_type=inputs.score_dtype)
+
+
+def summed_scores(inputs: Inputs, query: GroupedQuery, key: Key) -> BlockScores:
     """For CPUs: multiplies and adds. A product by head would have the keys transposed first.
 
     The features are added up in 8 lanes of a vector, and then, apart from that, the lanes.
     """
     lanes = math.gcd(query.shape[-1], 8)
-    in_lanes = lambda x: x.astype(jnp.float32).reshape(*x.shape[:-1], -1, lanes)
+    in_lanes = lambda x: x.astype(inputs.score_dtype).reshape(*x.shape[:-1], -1, lanes)
     terms = in_lanes(query)[:, None] * in_lanes(key)[:, :, :, None, None]
     return _sum_in_place(lax.optimization_barrier(_sum_in_place(terms, 5)), 5)
 
 
-def summed_values(weight: BlockScores, value: Value) -> PartialOutputs:
+def summed_values(inputs: Inputs, weight: BlockScores, value: Value) -> PartialOutputs:
     """For CPUs, likewise. 8 neighbouring keys make a part, so that the values are read in order."""
     batch, columns, *_ = weight.shape
     near = math.gcd(columns, 8)
     in_parts = lambda x: x.reshape(batch, columns // near, near, *x.shape[2:])
-    terms = in_parts(weight)[..., None] * in_parts(value.astype(jnp.float32))[:, :, :, :, None, None]
+    terms = in_parts(weight)[..., None] * in_parts(value.astype(weight.dtype))[:, :, :, :, None, None]
     return _sum_in_place(terms, 2)
 
 
 def _sum_in_place(terms: Array, axis: int) -> Array:
-    """A float32 sum that XLA computes together with its terms, down to the slices of the cache they come from.
+    """A sum that XLA computes together with its terms, down to the slices of the cache they come from.
 
     XLA:CPU hands a sum to the library YNNPACK, for which it copies these slices: 10 times slower. It does not know the
-    sum here for one, because it is rounded to float32, which changes nothing.
+    sum here for one, because it is rounded to its own dtype, which changes nothing.
     """
-    return lax.reduce(terms, np.float32(0), lambda a, b: lax.reduce_precision(a + b, 8, 23), (axis,))
+    dtype = jnp.finfo(terms.dtype)
+    rounded = lambda x: lax.reduce_precision(x, dtype.nexp, dtype.nmant)
+    return lax.reduce(terms, terms.dtype.type(0), lambda a, b: rounded(a + b), (axis,))

@@ -2,37 +2,38 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import online_softmax
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.xla_tile import Place, TileShape, Tiling
-from mqa_jax.shapes import LogSumExp, Output
+from mqa_jax.shapes import Output
 
 
-def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, LogSumExp]:
+def forward(inputs: Inputs, shape: TileShape) -> tuple[Output, Normalizer]:
     """For each tile of queries, a running softmax over the tiles of keys that it can see."""
     tiling, size = Tiling(inputs, shape), inputs.sizes
 
-    def query_tile(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+    def query_tile(index: Array, results: tuple[Array, Normalizer]) -> tuple[Array, Normalizer]:
         place = tiling.place(index // tiling.row_tiles)
         place = tiling.at_row_tile(place, index % tiling.row_tiles)
         place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, and stored alike
         query = tiling.queries(inputs.operands.query, place)
-        state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V)
+        state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V, dtype=inputs.score_dtype)
         state = tiling.over_column_tiles(place, functools.partial(attend, tiling, query), state)
-        out, log_sum_exp = online_softmax.finish(state, sinks_of_rows(tiling, place))
-        return (
-            tiling.store_queries(results[0], out, place),
-            tiling.store_queries(results[1], log_sum_exp, place),
-        )
+        found = online_softmax.finish(state, sinks_of_rows(tiling, place))
+        return jax.tree.map(lambda into, x: tiling.store_queries(into, x, place), results, found)
 
-    out = jnp.zeros((size.B, size.T, size.K, size.G, size.V), inputs.dtype)
-    log_sum_exp = jnp.zeros((size.B, size.T, size.K, size.G, 1), jnp.float32)
-    out, log_sum_exp = lax.fori_loop(0, tiling.head_blocks * tiling.row_tiles, query_tile, (out, log_sum_exp))
-    return out.reshape(size.B, size.T, size.N, size.V), log_sum_exp.reshape(size.B, size.T, size.N)
+    heads = size.B, size.T, size.K, size.G
+    number = jnp.zeros((*heads, 1), inputs.score_dtype)
+    results = jnp.zeros((*heads, size.V), inputs.dtype), Normalizer(number, number)
+    out, normalizer = lax.fori_loop(0, tiling.head_blocks * tiling.row_tiles, query_tile, results)
+    of_rows = lambda x: x.reshape(size.B, size.T, size.N)
+    return out.reshape(size.B, size.T, size.N, size.V), jax.tree.map(of_rows, normalizer)
 
 
 def attend(
@@ -59,8 +60,12 @@ def attend(
 
 
 def sinks_of_rows(tiling: Tiling, place: Place) -> Float[Array, "P R 1"] | None:
-    sinks = tiling.inputs.operands.sinks
+    """-inf, which is no sink, in queries that are padding."""
+    sinks, lengths = tiling.inputs.operands.sinks, tiling.inputs.mask.query_lengths
     if sinks is None:
         return None
+    sinks = tiling.heads(sinks, place)
+    if lengths is not None:
+        sinks = jnp.where((tiling.rows(place) < lengths[place.batch])[:, None, None], sinks, -jnp.inf)
     shape = tiling.shape.heads, tiling.shape.rows, tiling.sizes.G, 1
-    return jnp.broadcast_to(tiling.heads(sinks, place), shape).reshape(tiling.shape.heads, -1, 1)
+    return jnp.broadcast_to(sinks, shape).reshape(tiling.shape.heads, -1, 1)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Real, Shaped
 from mqa_jax import dropout, masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import tiles
-from mqa_jax.shapes import positions
+from mqa_jax.shapes import Length, positions
 
 Scores = Float[Array, "P bq G bk"]
 Carry = TypeVar("Carry")
@@ -36,11 +36,11 @@ class TileShape:
       rows: query positions, bq <= T.
       columns: keys, bk <= S.
       heads: key/value heads, P; divides K.
-      upcast: multiply in float32 whatever the dtype of the inputs (CPUs have no fast 16-bit products).
+      upcast: multiply in `score_dtype` whatever the dtype of the inputs (CPUs have no fast 16-bit products).
     """
 
-    rows: int
-    columns: int
+    rows: Length
+    columns: Length
     heads: int
     upcast: bool
 
@@ -75,15 +75,15 @@ class Tiling:
         return self.inputs.sizes
 
     @property
-    def row_tiles(self) -> int:
+    def row_tiles(self) -> Length:
         return -(-self.sizes.T // self.shape.rows)
 
     @property
-    def column_tiles(self) -> int:
+    def column_tiles(self) -> Length:
         return -(-self.sizes.S // self.shape.columns)
 
     @property
-    def head_blocks(self) -> int:
+    def head_blocks(self) -> Length:
         """Blocks of P heads in all batch rows."""
         return self.sizes.B * self.sizes.K // self.shape.heads
 
@@ -91,15 +91,15 @@ class Tiling:
 
     def place(self, head_block: Array) -> Place:
         """The first tile of a block of heads. Loops count in 64 bits where `jax_enable_x64` is set, places do not."""
-        block, blocks = head_block.astype(jnp.int32), self.sizes.K // self.shape.heads
+        block, blocks = jnp.asarray(head_block, jnp.int32), self.sizes.K // self.shape.heads
         return Place(block // blocks, block % blocks * self.shape.heads, ZERO, ZERO, ZERO, ZERO)
 
     def at_row_tile(self, place: Place, tile: Array) -> Place:
-        owned = tile.astype(jnp.int32) * self.shape.rows
+        owned = jnp.asarray(tile, jnp.int32) * self.shape.rows
         return place._replace(row=jnp.minimum(owned, self.sizes.T - self.shape.rows), owned_row=owned)
 
     def at_column_tile(self, place: Place, tile: Array) -> Place:
-        owned = tile.astype(jnp.int32) * self.shape.columns
+        owned = jnp.asarray(tile, jnp.int32) * self.shape.columns
         return place._replace(column=jnp.minimum(owned, self.sizes.S - self.shape.columns), owned_column=owned)
 
     def over_column_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
@@ -146,7 +146,7 @@ class Tiling:
     def keys(self, x: Real[Array, "B S K X"], place: Place) -> Real[Array, "P bk X"]:
         """Rows of a key-side array; 0 beyond the length, where NaN may lie and 0 * NaN would be NaN."""
         start, size = self._keys_slice(place, x.shape[-1])
-        if x.dtype != jnp.float32:
+        if x.dtype != self.inputs.score_dtype:
             x, start = lax.optimization_barrier((x, start))  # or XLA would convert all of x, before the loop
         x = lax.dynamic_slice(x, start, size)[0]  # [bk, P, X]
         lengths = self.inputs.mask.key_lengths
@@ -171,11 +171,11 @@ class Tiling:
 
     def heads(self, x: Float[Array, " N"], place: Place) -> Float[Array, "P 1 G 1"]:
         x = lax.dynamic_slice_in_dim(x, place.head * self.sizes.G, self.shape.heads * self.sizes.G)
-        return x.astype(jnp.float32).reshape(self.shape.heads, 1, self.sizes.G, 1)
+        return x.astype(self.inputs.score_dtype).reshape(self.shape.heads, 1, self.sizes.G, 1)
 
     def scales(self, x: Float[Array, "B S K"], place: Place) -> Float[Array, "P 1 1 bk"]:
         """Scales of quantized keys or values; 0 beyond the length, as `keys`."""
-        return self.keys(x[..., None], place).reshape(self.shape.heads, 1, 1, -1)
+        return self.keys(x[..., None], place).astype(self.inputs.score_dtype).reshape(self.shape.heads, 1, 1, -1)
 
     def rows(self, place: Place) -> Array:
         return place.row + positions(self.shape.rows)
@@ -186,10 +186,11 @@ class Tiling:
     # -- scores ---------------------------------------------------------------------------------------------------
 
     def product(self, equation: str, left: Array, right: Array, dtype: DTypeLike | None = None) -> Array:
-        """A matrix product with float32 sums, of numbers in `dtype`, by default the query's."""
-        dtype = jnp.float32 if self.shape.upcast else dtype or self.inputs.dtype
+        """A matrix product with sums in `score_dtype`, of numbers in `dtype`, by default the query's."""
+        sums = self.inputs.score_dtype
+        dtype = sums if self.shape.upcast else dtype or self.inputs.dtype
         left, right = left.astype(dtype), right.astype(dtype)
-        return jnp.einsum(equation, left, right, precision=self.inputs.precision, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, left, right, precision=self.inputs.precision, preferred_element_type=sums)
 
     def scores(
         self, query: Float[Array, "P R H"], key: Real[Array, "P bk H"], may_attend: Array | None, place: Place
@@ -203,25 +204,25 @@ class Tiling:
             tanh = jnp.tanh(score / cap)
             score = cap * tanh
         if operands.bias is not None:
-            score = score + self._split_heads(self.pairs(operands.bias, place)).astype(jnp.float32)
+            score = score + self._split_heads(self.pairs(operands.bias, place)).astype(score.dtype)
         if operands.alibi_slopes is not None:
             score = score - self.heads(operands.alibi_slopes, place) * self.distance(place)
         return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf), tanh
 
     def distance(self, place: Place) -> Float[Array, "1 bq 1 bk"]:
         """|query position - key position|."""
-        difference = masks.key_minus_query_position(self._mask_of_row(place), self.rows(place), self.columns(place))
-        return jnp.abs(self._split_heads(difference)).astype(jnp.float32)
+        distance = masks.distance(self._mask_of_row(place), self.rows(place), self.columns(place))
+        return self._split_heads(distance).astype(self.inputs.score_dtype)
 
     def visible(self, place: Place) -> Bool[Array, "#P #bq #G #bk"] | None:
         """True where a query may attend to a key and the tile owns both; None if nothing is removed."""
         rows, columns = self.rows(place), self.columns(place)
         may_attend = masks.visible(self._mask_of_tile(place), rows, columns)
         may_attend = None if may_attend is None else self._split_heads(may_attend)
-        if self.sizes.T % self.shape.rows:
-            may_attend = _both(may_attend, (rows >= place.owned_row)[:, None, None])
-        if self.sizes.S % self.shape.columns:
-            may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, :])
+        if self.sizes.T % self.shape.rows != 0:
+            may_attend = _both(may_attend, (rows >= place.owned_row)[None, :, None, None])
+        if self.sizes.S % self.shape.columns != 0:
+            may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, None, :])
         return may_attend
 
     def drop(self, weight: Float[Array, "P R bk"], place: Place) -> Float[Array, "P R bk"]:
@@ -230,7 +231,7 @@ class Tiling:
         if spec is None:
             return weight
         head = place.head * self.sizes.G + positions(shape.heads * self.sizes.G).reshape(-1, 1, self.sizes.G, 1)
-        row, column = self.rows(place)[:, None, None], self.columns(place)
+        row, column = self.rows(place)[None, :, None, None], self.columns(place)[None, None, None]
         kept = dropout.keep(spec, spec.batch[place.batch], head, row, column)
         return jnp.where(self.as_matrix(kept), weight * spec.scale, 0.0)
 
@@ -242,7 +243,7 @@ class Tiling:
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def _ranges(self, some: Range, every: Range, tile: int, count: int) -> tuple[Range, Range]:
+    def _ranges(self, some: Range, every: Range, tile: Length, count: Length) -> tuple[Range, Range]:
         """Numbers of the tiles that are seen at all, and of those among them of which everything is seen."""
         start, stop = tiles.tile_range(*some, tile, count)
         full_start = jnp.clip(-(-every[0] // tile), start, stop)
@@ -269,8 +270,9 @@ class Tiling:
 
     @property
     def _hides_nothing(self) -> bool:
-        mask, ragged = self.inputs.mask, self.sizes.T % self.shape.rows or self.sizes.S % self.shape.columns
-        return not (mask.hides_pairs or mask.key_lengths is not None or ragged)
+        mask = self.inputs.mask
+        whole = self.sizes.T % self.shape.rows == 0 and self.sizes.S % self.shape.columns == 0
+        return whole and not mask.hides_pairs and mask.key_lengths is None
 
     def _masked_step(self, place: Place, step: Step, carry: Carry) -> Carry:
         """Skips a tile that a boolean mask or segments hide as a whole."""
@@ -282,10 +284,10 @@ class Tiling:
     # -- details --------------------------------------------------------------------------------------------------
 
     @property
-    def _tile(self) -> tuple[int, int]:
+    def _tile(self) -> tuple[Length, Length]:
         return self.shape.rows, self.shape.columns
 
-    def _grouped(self, features: int) -> tuple[int, ...]:
+    def _grouped(self, features: int) -> tuple[Length, ...]:
         size = self.sizes
         return size.B, size.T, size.K, size.G, features
 
@@ -313,7 +315,7 @@ class Tiling:
 
     def _mask_of_row(self, place: Place) -> masks.Mask:
         """The mask of one batch row, without the boolean mask of the caller."""
-        cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, place.batch if x.shape[0] > 1 else 0, 1)
+        cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
         return jax.tree.map(cut, replace(self.inputs.mask, allowed=None), is_leaf=lambda x: x is None)
 
     def _mask_of_tile(self, place: Place) -> masks.Mask:
@@ -328,4 +330,4 @@ class Tiling:
 
 
 def _both(may_attend: Array | None, condition: Array) -> Array:
-    return condition[None] if may_attend is None else may_attend & condition
+    return condition if may_attend is None else may_attend & condition

@@ -1,14 +1,14 @@
 """Multi-query and grouped-query attention for JAX and Flax. Everything public is listed here."""
 
 from mqa_jax.attention import dot_product_attention as dot_product_attention
+from mqa_jax.cache_rows import cache_bytes as cache_bytes
+from mqa_jax.cache_rows import check_cache as check_cache
+from mqa_jax.cache_rows import reorder_cache as reorder_cache
+from mqa_jax.cache_rows import reset_cache as reset_cache
 from mqa_jax.flash_modules import FlashAttention as FlashAttention
 from mqa_jax.flash_modules import FlashMHA as FlashMHA
 from mqa_jax.flax_adapter import attention_fn as attention_fn
-from mqa_jax.kv_cache import cache_bytes as cache_bytes
-from mqa_jax.kv_cache import check_cache as check_cache
 from mqa_jax.kv_cache import init_cache as init_cache
-from mqa_jax.kv_cache import reorder_cache as reorder_cache
-from mqa_jax.kv_cache import reset_cache as reset_cache
 from mqa_jax.modules import Attention as Attention
 from mqa_jax.modules import GroupedQueryAttention as GroupedQueryAttention
 from mqa_jax.modules import MultiHeadAttention as MultiHeadAttention
@@ -17,7 +17,9 @@ from mqa_jax.partials import merge_partials as merge_partials
 from mqa_jax.positions import LinearScaling as LinearScaling
 from mqa_jax.positions import Llama3Scaling as Llama3Scaling
 from mqa_jax.positions import Rope as Rope
+from mqa_jax.positions import TableScaling as TableScaling
 from mqa_jax.positions import TemperatureTuning as TemperatureTuning
+from mqa_jax.positions import YarnScaling as YarnScaling
 from mqa_jax.positions import alibi_slopes as alibi_slopes
 from mqa_jax.quantization import dequantize as dequantize
 from mqa_jax.quantization import quantize as quantize

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from mqa_jax import cudnn, reference
+from mqa_jax.arguments import flag
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
@@ -84,11 +85,14 @@ def dot_product_attention(
         score  = soft_cap(scale * q . k) + bias - alibi_slope * |query position - key position|
         output = sum over the keys it may attend to of dropout(softmax(score)) * v
 
-    A query that may attend to no key gets output 0, gradient 0 and log-sum-exp -inf. `mqa_jax.masks` draws what each
-    masking option leaves; they combine by AND. All options combine, with any number of leading axes.
+    A query that may attend to no key gets output 0, and gradient 0 in query, keys, values and what is added to its
+    scores. Its log-sum-exp is that of what its softmax is over: its head's sink, to which it is differentiable, or -inf
+    without one. A query beyond `query_seq_lengths` does not exist: output 0, log-sum-exp -inf, no gradient at all.
+    `mqa_jax.masks` draws what each masking option leaves; they combine by AND. All options combine, with any number of
+    leading axes.
 
     Args:
-      query: float32, bfloat16 or float16 `[..., T, N, H]`.
+      query: float32, bfloat16, float16 or float64 `[..., T, N, H]`.
       key: same dtype, or int8 or float8_e4m3fn with scales, `[..., S, K, H]`; K divides N. K = N is MHA, K = 1 MQA, in
         between GQA. Never repeated.
       value: same dtype as the key, `[..., S, K, V]`.
@@ -96,18 +100,21 @@ def dot_product_attention(
       mask: bool, broadcasts to `[..., N, T, S]`; True = may attend.
       scale: multiplies q . k. Default 1 / sqrt(H).
       is_causal: key position <= query position.
-      query_seq_lengths: int `[...]`; queries from there on are padding, and get output 0.
-      key_value_seq_lengths: int `[...]`; keys from there on are padding, whatever they hold, NaN included.
-      local_window_size: how far a query sees, `(left, right)` or one int for both: positions p - left to p + right.
+      query_seq_lengths: int `[...]`, 0 to T; queries from there on are padding, and get output 0.
+      key_value_seq_lengths: int `[...]`, 0 to S; keys from there on are padding, whatever they hold, NaN included.
+      local_window_size: how far a query sees, `(left, right)` or one int for both: positions p - left to p + right. -1,
+        and any number from 2**31 - 1 on, is no limit on that side.
       implementation: None, or a name from the table below.
       return_residual: also return the log-sum-exp of the scores.
-      query_offset: position of the first query, an int or int `[...]`; keys count from 0.
+      query_offset: position of the first query, an int or int `[...]`; keys count from 0. Positions have 32 bits.
       query_segment_ids, key_value_segment_ids: int `[..., T]` and `[..., S]`; only equal ids attend to each other.
       logits_soft_cap: c in c * tanh(score / c), applied to scale * q . k before anything is added (Gemma 2).
       alibi_slopes: float `[N]`, differentiable (Press et al. 2021, arXiv 2108.12409).
       sinks: float `[N]`, differentiable: one more score per head, that takes probability and gives no value (gpt-oss).
+        -inf is no sink in that head.
       key_value_ring_lengths: int `[...]`: keys and values are ring buffers of S slots, through which that many tokens
-        went; slot s holds the newest position that is s modulo S (`mqa_jax.masks`). Instead of key_value_seq_lengths.
+        went, at most 2**31 - 1; slot s holds the newest position that is s modulo S (`mqa_jax.masks`). Instead of
+        key_value_seq_lengths.
       key_scale, value_scale: float32 `[..., S, K]`, for keys and values in 8 bits (`mqa_jax.quantization`): k is
         key * key_scale, v is value * value_scale, and neither is ever stored. No derivative but by 'reference'.
       dropout_rate: static; rounded to 1/65536. Which weights are dropped depends on the key, batch row, head, row and
@@ -117,10 +124,11 @@ def dot_product_attention(
 
     Returns:
       The output `[..., T, N, V]` in the dtype of the query; with return_residual also the log-sum-exp, float32
-      `[..., T, N]`. Both are differentiable.
+      (float64 for float64) `[..., T, N]`. Both are differentiable.
 
     Raises:
-      ValueError: the call is wrong; the message has the rule, the values and the remedy.
+      ValueError: the call is wrong; the message has the rule, the values and the remedy. Integers are judged where
+        their values are known. Under a transformation, lengths and offsets beyond their range become its nearer end.
       NotImplementedError: the named implementation cannot compute this call.
 
     Implementations:
@@ -160,7 +168,8 @@ def dot_product_attention(
         dropout_rng=dropout_rng,
         precision=precision,
     )
-    inputs = checked_inputs(query, key, value, bias, mask, options)
+    return_residual = flag("return_residual", return_residual)
+    inputs = replace(checked_inputs(query, key, value, bias, mask, options), residual=return_residual)
     out, log_sum_exp = over_flat_batch(choose(implementation, inputs), inputs)
     if not return_residual:
         return out
@@ -186,7 +195,7 @@ def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tup
         able = [way for way in IMPLEMENTATIONS.values() if way.in_reach() and way.cannot(inputs) is None]
         kernels = tuple((way.platform, way.compute) for way in able if isinstance(way.compute, flash.Kernels))
         return functools.partial(flash.attend, flash.by_platform(None, *kernels))
-    if implementation not in IMPLEMENTATIONS:
+    if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}.")
     way = IMPLEMENTATIONS[implementation]
     reason = way.cannot(inputs)

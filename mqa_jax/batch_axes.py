@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs
+from mqa_jax.options import Options
 
 Results = TypeVar("Results")  # a tuple of arrays, each with the batch axis first, or None
 
@@ -28,6 +32,37 @@ def over_flat_batch(run: Callable[[Inputs], Results], inputs: Inputs) -> Results
     axes = _each_batched(inputs, lambda x, _: None if shared(x) else 0, otherwise=None)
     inputs = _each_batched(inputs, lambda x, _: x[0] if shared(x) else x)
     return jax.vmap(lambda row: over_flat_batch(run, row), in_axes=(axes,))(inputs)
+
+
+# Arrays of a call with a batch axis, and how many axes they have behind it.
+_OF_A_ROW = dict(
+    query_seq_lengths=0,
+    key_value_seq_lengths=0,
+    key_value_ring_lengths=0,
+    query_offset=0,
+    query_segment_ids=1,
+    key_value_segment_ids=1,
+    key_scale=2,
+    value_scale=2,
+)
+
+
+def without_batch_of_one(arrays: list[Any], options: Options) -> tuple[list[Any], Options]:
+    """One sequence `[T, N, H]` may come with other arrays that are a batch of one, `[1, S, K, H]`, as in `jax.nn`.
+
+    Args:
+      arrays: query, key, value, bias and mask, with three axes in a row of a batch; the query's say what a row is.
+    """
+    if np.ndim(arrays[0]) != 3:
+        return arrays, options
+
+    def alone(x: ArrayLike | None, axes: int) -> ArrayLike | None:
+        shape = np.shape(x) if x is not None else ()
+        return jnp.asarray(x).reshape(shape[1:]) if len(shape) == axes + 1 and shape[0] == 1 else x
+
+    changed = {field.name: getattr(options, field.name) for field in fields(Options) if field.name in _OF_A_ROW}
+    changed = {name: alone(x, _OF_A_ROW[name]) for name, x in changed.items()}
+    return [alone(x, 3) for x in arrays], replace(options, **changed)
 
 
 def _each_batched(inputs: Inputs, function: Callable[[Array, int], Any], **otherwise: Any) -> Inputs:

@@ -1,16 +1,17 @@
 """How new tokens get into a cache (`mqa_jax.kv_cache`), and what the queries of the same call attend to."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from mqa_jax import kv_cache, masks, quantization
+from mqa_jax.cache_checks import FULL, LARGEST, SPOILED, unchecked, within
 from mqa_jax.kv_cache import INDEX, KEY, KEY_SCALE, RING_INDEX, VALUE, VALUE_SCALE
 from mqa_jax.shapes import positions
 
@@ -25,7 +26,8 @@ class Keys(NamedTuple):
       lengths: int32, how many keys there are; None is all. `in_ring`: how many went through the ring.
       query_offset: place of the first query among the keys.
       positions: int32 `[B, S]`, of keys whose position is not their index; None: it is.
-      overflow: bool `[B]`, rows in which the new tokens did not fit; their result is worthless.
+      start: with a cache, the position of the first query.
+      spoiled: bool `[B]`, rows whose result is worthless: tokens did not fit, or something was out of range.
     """
 
     key: Real[Array, "... S K H"]
@@ -36,7 +38,8 @@ class Keys(NamedTuple):
     in_ring: bool = False
     query_offset: int | Array = 0
     positions: Int[Array, "B S"] | None = None
-    overflow: Bool[Array, " B"] | None = None
+    start: Int[Array, " B"] | None = None
+    spoiled: Bool[Array, "..."] | None = None
 
     @classmethod
     def cached(cls, contents: Contents, dtype: DTypeLike, **fields: Any) -> "Keys":
@@ -52,6 +55,13 @@ class Keys(NamedTuple):
         return {"query_offset": self.query_offset, lengths: self.lengths, **scales}
 
 
+class Lengths(NamedTuple):
+    """How many of the T tokens of each row count, and in which rows that was no possible number."""
+
+    tokens: Int[Array, "..."]
+    wrong: Bool[Array, "..."]
+
+
 class New(NamedTuple):
     """New tokens: what is written, T of each row, of which those from position `start` to `stop` count."""
 
@@ -65,37 +75,44 @@ def append(
     cache: Mapping[str, Array],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    lengths: Int[Array, " B"] | None,
+    lengths: Lengths | None,
     *,
-    window: tuple[int, int] | None = None,
-    pair_columns: int | None = None,
-    traced_check: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    limits: Sequence[tuple[int, str]] = (),
 ) -> tuple[Contents, Keys]:
     """Writes new keys and values behind what is there; returns the new cache, and what to attend to.
 
     Too many tokens for a row are never clamped or dropped quietly: with concrete arrays a `ValueError`; under jit a
-    check that `checkify` can see (unless `traced_check` is False), nothing written to that row, and `overflow` set.
+    check that `checkify` can see, nothing written to that row, and `spoiled` set.
 
     Args:
       lengths: how many of the T are tokens; the rest is padding, which the next call overwrites. None is all.
       window: of the module. A ring buffer needs one.
-      pair_columns: S of a mask or bias. With a ring buffer, whose positions have no end, it is the limit.
+      limits: how many positions the masks and biases of this call reach, and what to say where that is too few.
     """
+    kv_cache.check_format(cache)
     _check_shape(cache, key)
-    start = kv_cache.index_of(cache)
-    stop = start + (jnp.full(key.shape[0], key.shape[1], jnp.int32) if lengths is None else lengths)
-    new = New(_contents(cache, key, value), start, stop, key.dtype)
+    start, spoiled = within(kv_cache.index_of(cache), 0, LARGEST, SPOILED)
+    count = jnp.full(key.shape[0], key.shape[1], jnp.int32)
+    if lengths is not None:
+        count, spoiled = lengths.tokens, spoiled | lengths.wrong
+    start, count = jnp.where(spoiled, 0, start), jnp.where(spoiled, 0, count)
+    in_ring = RING_INDEX in cache
     length = cache[KEY].shape[1]
-    if RING_INDEX not in cache:
-        overflow = _overflow(stop, length, kv_cache.FULL, traced_check)
-        contents, keys = _into_static(cache, new, ~overflow)
-        return {**contents, INDEX: stop}, keys._replace(overflow=overflow)
-    # Whether all that the first query sees is still there once the last token is written.
-    fits = key.shape[1] <= length - _window_left(cache, window)
-    contents, keys = (_into_ring if fits else _past_ring)(cache, new)
-    if pair_columns is not None:
-        keys = keys._replace(overflow=_overflow(stop, pair_columns, SHORT_PAIRS, traced_check))
-    return {**contents, RING_INDEX: stop}, keys
+    stop, full = within(start + count, 0, LARGEST if in_ring else length, FULL)
+    new = New(_contents(cache, key, value), start, stop, key.dtype)
+    if not in_ring:
+        contents, keys = _into_static(cache, new, ~(full | spoiled))
+    elif key.shape[1] <= length - _window_left(cache, window):
+        # All that the first query sees is still there once the last token is written.
+        contents, keys = _into_ring(cache, new)
+    else:
+        contents, keys = _past_ring(cache, new)
+    short = [within(stop, 0, limit, message)[1] for limit, message in limits]
+    index = {RING_INDEX if in_ring else INDEX: jnp.where(spoiled, -1, stop)}
+    return {**contents, **index}, keys._replace(
+        start=start, spoiled=functools.reduce(jnp.logical_or, short, spoiled | full)
+    )
 
 
 # -- three ways -------------------------------------------------------------------------------------------------------
@@ -109,14 +126,16 @@ def _into_static(cache: Mapping[str, Array], new: New, fits: Bool[Array, " B"]) 
 def _into_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     """The ring is written first and then read in place, as slots in no order."""
     slots = cache[KEY].shape[1]
-    token = positions(new.contents[KEY].shape[1])
-    at = lax.rem(new.start[:, None] + token, jnp.int32(slots))
-    at = jnp.where(new.start[:, None] + token < new.stop[:, None], at, slots + token)  # padding: dropped
+    position = jnp.maximum(new.start, 0)[:, None] + positions(new.contents[KEY].shape[1])[None]
+    at, is_token = lax.rem(position, jnp.int32(slots)), position < new.stop[:, None]
     rows = positions(at.shape[0])[:, None]
-    contents = {
-        name: cache[name].at[rows, at].set(x, mode="drop", unique_indices=True) for name, x in new.contents.items()
-    }
-    held = masks.ring_positions(positions(slots), new.stop[:, None], slots)
+
+    def written(old: Array, new: Array) -> Array:
+        new = jnp.where(_aligned(is_token, new), new, old[rows, at])  # padding leaves what is there
+        return old.at[rows, at].set(new, unique_indices=True)
+
+    contents = {name: written(cache[name], x) for name, x in new.contents.items()}
+    held = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots)
     fields: dict[str, Any] = dict(lengths=new.stop, in_ring=True, query_offset=new.start, positions=held)
     return contents, Keys.cached(contents, new.dtype, **fields)
 
@@ -129,15 +148,15 @@ def _past_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     slots, tokens = cache[KEY].shape[1], new.contents[KEY].shape[1]
     held = jnp.minimum(new.start, slots)
     first = new.start - held
-    in_line = lax.rem(first[:, None] + positions(slots), jnp.int32(slots))
+    in_line = lax.rem(first[:, None] + positions(slots)[None], jnp.int32(slots))
     line = {
         name: _write(_padded(_gather(cache[name], in_line), tokens), x, held, jnp.ones_like(held, bool))
         for name, x in new.contents.items()
     }
-    in_ring = masks.ring_positions(positions(slots), new.stop[:, None], slots) - first[:, None]
+    in_ring = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots) - first[:, None]
     contents = {name: _gather(x, in_ring) for name, x in line.items()}
     fields = dict(lengths=held + new.stop - new.start, query_offset=held)
-    return contents, Keys.cached(line, new.dtype, positions=first[:, None] + positions(slots + tokens), **fields)
+    return contents, Keys.cached(line, new.dtype, positions=first[:, None] + positions(slots + tokens)[None], **fields)
 
 
 # -- their parts ------------------------------------------------------------------------------------------------------
@@ -155,23 +174,30 @@ def _contents(cache: Mapping[str, Array], key: Array, value: Array) -> Contents:
 
 
 def _write(old: Array, new: Array, start: Array, fits: Array) -> Array:
-    """Row by row; XLA does it in place where the old array is donated or a loop carry.
+    """Row by row; XLA does it in place where the old array is donated or a loop carry, on the device that has the row.
 
     Padding may overhang the end even where the tokens fit. `dynamic_update_slice` then moves the slice back, so it is
     rolled forward by as much, and what was there before the first token is written back.
     """
-    length = min(new.shape[1], old.shape[1])
+    return unchecked(_write_rows, old, new, start, fits)
 
-    def row(old: Array, new: Array, start: Array, fits: Array) -> Array:
-        at = jnp.clip(start, 0, old.shape[0] - length)
-        moved = start - at
-        before = lax.dynamic_slice_in_dim(old, at, length)
-        place = positions(length)
-        is_new = ((place >= moved) & fits).reshape(-1, *[1] * (old.ndim - 1))
-        new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
-        return lax.dynamic_update_slice_in_dim(old, jnp.where(is_new, new, before), at, axis=0)
 
-    return jax.vmap(row)(old, new, start, fits)
+def _write_row(old: Array, new: Array, start: Array, fits: Array) -> Array:
+    length = min(new.shape[0], old.shape[0])
+    at = jnp.clip(start, 0, old.shape[0] - length)
+    moved = start - at
+    before = lax.dynamic_slice_in_dim(old, at, length)
+    place = positions(length)
+    is_new = ((place >= moved) & fits).reshape(-1, *[1] * (old.ndim - 1))
+    new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
+    return lax.dynamic_update_slice_in_dim(old, jnp.where(is_new, new, before), at, axis=0)
+
+
+_write_rows = jax.vmap(_write_row)
+
+
+def _aligned(x: Bool[Array, "B X"], like: Array) -> Bool[Array, "B X ..."]:
+    return x.reshape(*x.shape, *[1] * (like.ndim - 2))
 
 
 def _gather(x: Array, index: Int[Array, "B X"]) -> Array:
@@ -185,19 +211,6 @@ def _padded(x: Array, more: int) -> Array:
 
 # -- what can be wrong ------------------------------------------------------------------------------------------------
 
-SHORT_PAIRS = (
-    "A mask or bias has a column for each position, up to the last one: positions={index} after this call, "
-    "columns={length}. Make it longer; a ring buffer itself has no end."
-)
-
-
-def _overflow(stop: Array, limit: int, message: str, traced_check: bool) -> Bool[Array, " B"]:
-    if not isinstance(stop, jax.core.Tracer):
-        kv_cache.raise_beyond(limit, stop, message)
-    elif traced_check:
-        checkify.debug_check(jnp.all(stop <= limit), message, index=jnp.max(stop), length=jnp.int32(limit))
-    return stop > limit
-
 
 def _check_shape(cache: Mapping[str, Array], key: Array) -> None:
     batch, _, *heads = cache[KEY].shape
@@ -208,11 +221,11 @@ def _check_shape(cache: Mapping[str, Array], key: Array) -> None:
         )
 
 
-def _window_left(cache: Mapping[str, Array], window: tuple[int, int] | None) -> int:
-    slots = cache[KEY].shape[1]
-    if window is None or kv_cache.ring_slots(window[0]) > slots:
+def _window_left(cache: Mapping[str, Array], window: tuple[int | None, int | None] | None) -> int:
+    slots, left = cache[KEY].shape[1], None if window is None else window[0]
+    if left is None or kv_cache.ring_slots(left) > slots:
         raise ValueError(
             "A ring buffer holds one window; this module's is not in it: "
             f"local_window_size={window}, slots={slots}. Make the cache with this module's init_cache."
         )
-    return window[0]
+    return left

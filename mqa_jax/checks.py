@@ -9,24 +9,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from mqa_jax import quantization
+from mqa_jax.arguments import STATIC, array, flag, in_32_bits, integers, may_exceed_32_bits, number, shown, whole_number
+from mqa_jax.batch_axes import without_batch_of_one
 from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.masks import Mask, Ring
+from mqa_jax.masks import LEAST, MOST, Mask, Ring
 from mqa_jax.options import Options
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
 def checked_inputs(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None, mask: ArrayLike | None, options: Options
 ) -> Inputs:
     """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1)."""
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    found = [array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
+    (*found, bias, mask), options = without_batch_of_one([*found, bias, mask], options)
+    query, key, value = (jnp.asarray(x) for x in found)
     _check_shapes(query, key, value)
     scales = {"key_scale": options.key_scale, "value_scale": options.value_scale}
     _check_dtypes(query, key, value, are_scaled=any(scale is not None for scale in scales.values()))
@@ -38,14 +41,14 @@ def checked_inputs(
             query,
             key,
             value,
-            bias=_pair_array("bias", bias, pairs, jnp.floating, "a boolean mask goes to mask="),
+            bias=_pair_array("bias", bias, pairs, jnp.floating),
             alibi_slopes=_head_array("alibi_slopes", options.alibi_slopes, heads),
             sinks=_head_array("sinks", options.sinks, heads),
             **{name: _scale(name, scale, key) for name, scale in scales.items()},
         ),
         mask=_checked_mask(mask, options, tuple(batch), pairs),
         dropout=_checked_dropout(options, tuple(batch)),
-        scale=_number("scale", options.scale, default=1 / math.sqrt(features)),
+        scale=_scale_of_scores(options.scale, features),
         logits_soft_cap=_checked_soft_cap(options.logits_soft_cap),
         precision=options.precision,
     )
@@ -60,6 +63,11 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
             f"query [..., T, N, H], key [..., S, K, H] and value [..., S, K, V] must have the same leading axes: "
             f"{shapes}. Broadcast them first."
         )
+    if not all(isinstance(n, int) for x in (query, key, value) for n in x.shape[-2:]):
+        raise NotImplementedError(
+            f"Batch axes and lengths may be symbols of jax.export, heads and features may not: {shapes}. Export one "
+            "program for each number of heads and of features."
+        )
     if key.shape[-3] != value.shape[-3] or key.shape[-2] != value.shape[-2]:
         raise ValueError(f"key [..., S, K, H] and value [..., S, K, V] must agree in S and K: {shapes}.")
     if query.shape[-1] != key.shape[-1]:
@@ -70,6 +78,8 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
             f"query_heads={query.shape[-2]}, kv_heads={key.shape[-2]}. "
             f"Is the layout [..., length, heads, features]? {shapes}."
         )
+    if 0 in (query.shape[-1], value.shape[-1]):
+        raise ValueError(f"Queries, keys and values must have at least one feature, H and V: {shapes}.")
 
 
 def _check_dtypes(query: Array, key: Array, value: Array, are_scaled: bool) -> None:
@@ -85,29 +95,45 @@ def _check_dtypes(query: Array, key: Array, value: Array, are_scaled: bool) -> N
         raise ValueError(f"query, key and value must have the same dtype: {dtypes}. Cast them with .astype().")
     if query.dtype not in DTYPES:
         raise ValueError(
-            f"query, key and value must be float32, bfloat16 or float16: {dtypes}. Cast them with .astype()."
+            f"query, key and value must be float32, bfloat16, float16 or float64: {dtypes}. Cast them with .astype()."
         )
 
 
 def _scale(name: str, scale: ArrayLike | None, key: Array) -> Array | None:
     if key.dtype not in quantization.DTYPES:
         return None
-    shape = None if scale is None else jnp.shape(scale)
-    if shape != key.shape[:-1] or jnp.asarray(scale).dtype != jnp.float32:
+    numbers = None if scale is None else array(name, scale)
+    shape, dtype = (None, None) if numbers is None else (numbers.shape, numbers.dtype)
+    if shape != key.shape[:-1] or dtype != jnp.float32:
         raise ValueError(
             f"{name} must be float32 [..., S, K], one number for each token and key/value head: {name}.shape={shape}, "
-            f"key.shape={key.shape}. mqa_jax.quantize makes it."
+            f"{name}.dtype={dtype!s}, key.shape={key.shape}. mqa_jax.quantize makes it."
         )
-    return jnp.asarray(scale)
+    return numbers
 
 
-def _pair_array(name: str, x: ArrayLike | None, pairs: tuple, kind: Any, hint: str) -> Array | None:
+OTHER_KINDS = {  # what else may have been meant
+    "mask": {
+        jnp.integer: "A mask of 0 and 1, as tokenizers make it, is mask.astype(bool), True = may attend.",
+        jnp.floating: "A mask of 0 and 1 is mask.astype(bool), True = may attend; one that is added to the scores, "
+        "0 and -inf, goes to bias=.",
+    },
+    "bias": {
+        jnp.bool_: "A boolean mask goes to mask=.",
+        jnp.integer: "A mask of 0 and 1 goes to mask=, as bool: .astype(bool); numbers to add are bias.astype(float).",
+    },
+}
+
+
+def _pair_array(name: str, x: ArrayLike | None, pairs: tuple, kind: Any) -> Array | None:
     """An array that broadcasts to `[..., N, T, S]`, with missing leading axes filled in."""
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = array(name, x)
     if not jnp.issubdtype(x.dtype, kind):
-        raise ValueError(f"{name} must be {kind.__name__}: {name}.dtype={x.dtype!s}; {hint}.")
+        hints = [hint for other, hint in OTHER_KINDS[name].items() if jnp.issubdtype(x.dtype, other)]
+        hint = "".join(hints) or f"Cast it with .astype({'bool' if kind is jnp.bool_ else 'float'})."
+        raise ValueError(f"{name} must be {kind.__name__}: {name}.dtype={x.dtype!s}. {hint}")
     if x.ndim > len(pairs) or any(n not in (1, whole) for n, whole in zip(x.shape[::-1], pairs[::-1])):
         raise ValueError(
             f"{name} must broadcast to [..., N, T, S]: {name}.shape={x.shape}, [..., N, T, S]={pairs}. "
@@ -119,135 +145,129 @@ def _pair_array(name: str, x: ArrayLike | None, pairs: tuple, kind: Any, hint: s
 def _head_array(name: str, x: ArrayLike | None, heads: int) -> Array | None:
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = array(name, x)
     if x.shape != (heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} must hold one floating point number for each query head: {name}.shape={x.shape}, "
-            f"{name}.dtype={x.dtype!s}, query_heads={heads}."
+            f"{name}.dtype={x.dtype!s}, query_heads={heads}. Make it a float [query_heads]."
         )
     return x
 
 
 def _checked_mask(mask: ArrayLike | None, options: Options, batch: tuple, pairs: tuple) -> Mask:
     rows, columns = pairs[-2:]
-    segments = options.query_segment_ids, options.key_value_segment_ids
-    if (segments[0] is None) != (segments[1] is None):
-        raise ValueError(
-            "query_segment_ids and key_value_segment_ids go together: "
-            f"query_segment_ids is {'' if segments[0] is None else 'not '}None, "
-            f"key_value_segment_ids is {'' if segments[1] is None else 'not '}None. "
-            "In self-attention, pass the same array twice."
-        )
     key_lengths, ring = _key_lengths(options, batch, columns)
+    query_segments, key_segments = _segments(options, (*batch, rows), (*batch, columns))
     return Mask(
-        query_offset=_query_offset(options.query_offset, batch),
-        allowed=_pair_array("mask", mask, pairs, jnp.bool_, "an additive mask goes to bias="),
+        query_offset=_query_offset(options.query_offset, batch, rows),
+        allowed=_pair_array("mask", mask, pairs, jnp.bool_),
         query_lengths=_lengths("query_seq_lengths", options.query_seq_lengths, batch, rows),
         key_lengths=key_lengths,
-        query_segments=_integers("query_segment_ids", segments[0], (*batch, rows)),
-        key_segments=_integers("key_value_segment_ids", segments[1], (*batch, columns)),
+        query_segments=query_segments,
+        key_segments=key_segments,
         ring=ring,
-        is_causal=bool(options.is_causal),
+        is_causal=flag("is_causal", options.is_causal),
         window=checked_window(options.local_window_size),
     )
 
 
-def _integers(name: str, x: ArrayLike | None, shape: tuple) -> Array | None:
+def _lengths(name: str, x: ArrayLike | None, batch: tuple, longest: int) -> Array | None:
     if x is None:
         return None
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must hold integers: {name}.dtype={x.dtype!s}.")
-    if x.shape != shape:
-        raise ValueError(f"{name} has the wrong shape: {name}.shape={x.shape}, expected {shape}.")
-    return x.astype(jnp.int32)
-
-
-def _lengths(name: str, x: ArrayLike | None, batch: tuple, longest: int) -> Array | None:
-    lengths = _integers(name, x, batch)
-    if lengths is not None and not isinstance(lengths, jax.core.Tracer):
-        values = np.asarray(lengths)
-        if np.any((values < 0) | (values > longest)):
-            raise ValueError(
-                f"{name} must lie between 0 and the length of the array: {name}={values}, length={longest}."
-            )
-    return lengths
+    rule, remedy = "lie between 0 and the length of the array", f"length={longest}"
+    return in_32_bits(name, integers(name, x, batch), rule, remedy, 0, longest)
 
 
 def _key_lengths(options: Options, batch: tuple, columns: int) -> tuple[Array | None, Ring | None]:
     """How many keys of the array are there, and whether they are in a ring."""
-    ring_lengths = _integers("key_value_ring_lengths", options.key_value_ring_lengths, batch)
-    if ring_lengths is None:
+    name, lengths = "key_value_ring_lengths", options.key_value_ring_lengths
+    if lengths is None:
         return _lengths("key_value_seq_lengths", options.key_value_seq_lengths, batch, columns), None
     if options.key_value_seq_lengths is not None:
         raise ValueError(
             "key_value_ring_lengths says how many keys there are, so key_value_seq_lengths must be None: "
-            f"key_value_ring_lengths={ring_lengths}, key_value_seq_lengths={options.key_value_seq_lengths}."
+            f"key_value_ring_lengths={lengths}, key_value_seq_lengths={options.key_value_seq_lengths}."
         )
-    if not isinstance(ring_lengths, jax.core.Tracer) and np.any(np.asarray(ring_lengths) < 0):
-        raise ValueError(f"key_value_ring_lengths must not be negative: key_value_ring_lengths={ring_lengths}.")
-    return jnp.minimum(ring_lengths, columns), Ring(ring_lengths, columns)
+    rule, remedy = "not be negative, and fit 32 bits", "which counts all tokens so far"
+    lengths = in_32_bits(name, integers(name, lengths, batch), rule, remedy, 0)
+    return jnp.minimum(lengths, columns), Ring(lengths, columns)
 
 
-def _query_offset(x: ArrayLike, batch: tuple) -> Array | None:
-    """int32 with the batch axes, or as many of size 1; None for a plain 0."""
-    if isinstance(x, int) and x == 0:
-        return None
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer) or x.shape not in ((), batch):
+def _segments(options: Options, *shapes: tuple) -> tuple[Array | None, Array | None]:
+    """int32; ids that are traced, so that nothing says whether they fit 32 bits, are compared as they are."""
+    names = "query_segment_ids", "key_value_segment_ids"
+    query, key = (getattr(options, name) for name in names)
+    if query is None and key is None:
+        return None, None
+    if query is None or key is None:
         raise ValueError(
-            "query_offset must be an integer or one integer for each batch row: "
-            f"query_offset.shape={x.shape}, query_offset.dtype={x.dtype!s}, batch axes={batch}."
+            "query_segment_ids and key_value_segment_ids go together: "
+            f"query_segment_ids is {'' if query is None else 'not '}None, "
+            f"key_value_segment_ids is {'' if key is None else 'not '}None. "
+            "In self-attention, pass the same array twice."
         )
-    return x.astype(jnp.int32).reshape(x.shape or (1,) * len(batch))
+    query, key = (integers(name, x, shape) for name, x, shape in zip(names, (query, key), shapes))
+    if any(isinstance(x, jax.core.Tracer) and may_exceed_32_bits(x) for x in (query, key)):
+        if query.dtype != key.dtype:
+            raise ValueError(
+                "Segment ids that may not fit 32 bits must have one dtype: "
+                f"{query.dtype=!s}, {key.dtype=!s}. Cast both with .astype(jnp.int32)."
+            )
+        return jnp.asarray(query), jnp.asarray(key)
+    rule, remedy = "fit 32 bits", "of which only equality counts: number the segments 0, 1, 2, ..."
+    return in_32_bits(names[0], query, rule, remedy), in_32_bits(names[1], key, rule, remedy)
 
 
-def checked_window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
+    """int32 with the batch axes, or as many of size 1; None for a plain 0."""
+    if type(x) is int and x == 0:
+        return None
+    offset = integers("query_offset", x, (), batch)
+    most = MOST + 1 - max(rows, 1) if isinstance(rows, int) else MOST  # a symbol, of `jax.export`
+    rule = f"leave the positions of all queries in 32 bits, from {LEAST} to {most}"
+    offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", most=most)
+    return offset.reshape(offset.shape or (1,) * len(batch))
+
+
+def checked_window(size: int | tuple[int, int] | None) -> tuple[int | None, int | None] | None:
+    """(left, right), in which None is no limit: -1, or any number from MOST on."""
     if size is None:
         return None
-    pair = (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
-    whole = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int | np.integer) for n in pair)
-    if not whole or min(pair) < 0:  # type: ignore[arg-type]
+    numbers = [whole_number(n) for n in (size if isinstance(size, tuple | list) else (size, size))]
+    if len(numbers) != 2 or any(n is None or n < -1 for n in numbers):
         raise ValueError(
-            f"local_window_size must be an int or (left, right), not negative: local_window_size={size!r}. "
-            "It counts neighbours on each side; None is no window."
+            f"local_window_size must be an int or (left, right), not negative, {STATIC}: local_window_size={size!r}. "
+            "It counts neighbours on each side; -1 is no limit there, None is no window."
         )
-    left, right = pair  # type: ignore[misc]
-    return int(left), int(right)
+    left, right = (None if n == -1 or n >= MOST else n for n in numbers)  # type: ignore[operator]
+    return None if left is None and right is None else (left, right)
 
 
-def _number(name: str, x: float | None, default: float | None = None) -> float:
-    """A number that is known when the call is traced."""
-    if x is None and default is not None:
-        return default
-    try:
-        number = float(x)  # type: ignore[arg-type]
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
-        raise ValueError(
-            f"{name} must be a number known when the call is traced: {name}={x!r}. "
-            "For a scale that is computed or learned, multiply the query by it."
-        ) from error
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite: {name}={number}.")
-    return number
+def _scale_of_scores(scale: float | None, features: int) -> float:
+    remedy = "For a scale that is computed or learned, multiply the query by it."
+    return 1 / math.sqrt(features) if scale is None else number("scale", scale, remedy)
 
 
 def _checked_soft_cap(cap: float | None) -> float | None:
     if cap is None:
         return None
-    number = _number("logits_soft_cap", cap)
-    if number <= 0:
-        raise ValueError(f"logits_soft_cap must be positive: logits_soft_cap={number}. None is no cap.")
-    return number
+    cap = number("logits_soft_cap", cap, "None is no cap.")
+    if cap <= 0:
+        raise ValueError(f"logits_soft_cap must be positive: logits_soft_cap={cap}. None is no cap.")
+    return cap
 
 
 def _checked_dropout(options: Options, batch: tuple) -> Dropout | None:
-    rate = _number("dropout_rate", options.dropout_rate)
+    rate = number("dropout_rate", options.dropout_rate, "Each rate is a program of its own; 0 is no dropout.")
     if not 0 <= rate <= 1:
-        raise ValueError(f"dropout_rate must lie between 0 and 1: dropout_rate={rate}.")
+        raise ValueError(f"dropout_rate must lie between 0 and 1: dropout_rate={rate}. 0 is no dropout.")
     if rate == 0:
         return None
-    if options.dropout_rng is None:
-        raise ValueError(f"dropout_rate={rate} needs a key: pass dropout_rng=jax.random.key(...).")
     numbers = jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch)
-    return Dropout.make(options.dropout_rng, rate, numbers)
+    try:
+        return Dropout.make(options.dropout_rng, rate, numbers)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"dropout_rate={rate} needs a key: pass dropout_rng=jax.random.key(...), one key; "
+            f"dropout_rng={shown(options.dropout_rng)}."
+        ) from error

@@ -14,7 +14,7 @@ def cannot(inputs: Inputs) -> str | None:
     """Why not, or None if it can."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     unsupported = {
-        "dtype float32": inputs.dtype == jnp.float32,
+        f"dtype {inputs.dtype}": inputs.dtype in (jnp.float32, jnp.float64),
         "a value head size V different from H": size.V != size.H,
         "a head size H that is no multiple of 8": size.H % 8 != 0,
         "alibi_slopes": operands.alibi_slopes is not None,
@@ -46,7 +46,7 @@ def forward(inputs: Inputs) -> tuple[Output, None]:
             is_causal=mask.is_causal,
             query_seq_lengths=mask.query_lengths,
             key_value_seq_lengths=mask.key_lengths,
-            local_window_size=None if mask.window is None else (mask.window[0], 0),
+            local_window_size=None if mask.reach[0] is None else (mask.reach[0], 0),
             implementation="cudnn",
         )
     except (RuntimeError, NotImplementedError) as error:

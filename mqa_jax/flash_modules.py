@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from mqa_jax.attention import dot_product_attention
 from mqa_jax.modules import GroupedQueryAttention
+from mqa_jax.setting_types import check_types
 
 
 class FlashAttention(nn.Module):
@@ -26,6 +27,10 @@ class FlashAttention(nn.Module):
     dropout: float = 0.0
     flash: bool = True
     deterministic: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -102,6 +107,10 @@ class FlashMHA(nn.Module):
     dtype: DTypeLike | None = None
     deterministic: bool | None = None
     precision: jax.lax.PrecisionLike = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(

@@ -60,9 +60,19 @@ def attention_fn(
         key,
         value,
         bias,
-        None if mask is None else jnp.asarray(mask).astype(bool),  # Flax makes masks of floats: 0 hides
+        None if mask is None else _checked_mask(jnp.asarray(mask)),
         is_causal=is_causal,
         dropout_rate=dropout_rate if drop else 0.0,
         dropout_rng=dropout_rng if drop else None,
         precision=precision,
     )
+
+
+def _checked_mask(mask: jax.Array) -> jax.Array:
+    """Flax makes masks of floats, 0 hides. One that is to be added to the scores would hide what it should not."""
+    if mask.dtype != jnp.bool_ and not isinstance(mask, jax.core.Tracer) and jnp.any((mask != 0) & (mask != 1)):
+        raise ValueError(
+            f"mask must be bool, or 0 and 1, 0 hides: mask.dtype={mask.dtype!s}, with other numbers in it. "
+            "One that is added to the scores goes to bias=."
+        )
+    return mask.astype(bool)

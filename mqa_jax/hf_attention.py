@@ -1,14 +1,16 @@
 """What a Hugging Face `config.json` says of its attention layers: our module's settings, and where the weights are.
 
-One line for each `model_type`, as transformers 5 reads it. What transformers would silently ignore is refused.
+One line for each `model_type`, as transformers 5 reads it. What transformers would silently ignore is refused, and so
+is every field that may concern attention and that nobody reads here (`mqa_jax.hf_config`).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from mqa_jax.hf_config import Fields
+from mqa_jax.hf_rope import rope_of as rope_of
 from mqa_jax.modules import GroupedQueryAttention
-from mqa_jax.positions import LinearScaling, Llama3Scaling, Rope
 
 Config = Mapping[str, Any]
 
@@ -19,85 +21,165 @@ class Family:
     settings: of `GroupedQueryAttention` for a layer, from the config and the layer's number.
     prefix: of a layer's tensors, `{}` being its number.
     layout: how they are laid out (`mqa_jax.torch_layouts`).
+    classes: of transformers' layers.
+    layers: the field that says how many there are.
+    aliases: other names of fields.
+    harmless: fields that do not concern the attention layer, though their names sound so.
+    neutral: the only values of fields with which our module computes the same.
     """
 
     settings: Callable[[Config, int], dict[str, Any]]
     prefix: str
     layout: str
+    classes: tuple[str, ...]
+    layers: str = "num_hidden_layers"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    neutral: Mapping[str, Any] = field(default_factory=dict)
 
 
 def attention_of(config: Config, layer: int = 0) -> tuple[GroupedQueryAttention, Family]:
     """Our module for a layer of a model, and its family.
 
+    Dropout is that of the attention weights alone: what GPTBigCode and BERT drop of the layer's output is not.
+
     Args:
       config: what is in `config.json`, or `transformers.PretrainedConfig.to_dict()`.
       layer: its number; some models have windows in some of their layers alone.
+
+    Raises:
+      NotImplementedError: the model's type, or a value of one of its fields, is one that our module has not.
+      ValueError: a field is missing, or there is no such layer.
     """
+    family, model_type = _family_of(config), config["model_type"]
+    fields = Fields(config, family.aliases)
+    count = fields.get(family.layers)
+    if not 0 <= layer < (layer + 1 if count is None else count):
+        raise ValueError(f"Layers are numbered from 0 to {family.layers} - 1: layer={layer}, {family.layers}={count}.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise NotImplementedError(
+            f"Quantised weights are not read: quantization_config has quant_method={method!r}. Save the model with "
+            "weights in a float dtype, by transformers' model.dequantize() and model.save_pretrained."
+        )
+    try:
+        settings = family.settings(fields, layer)
+    except KeyError as error:
+        raise ValueError(
+            f"The config of a model_type={model_type!r} has a field that is missing here: {error}."
+        ) from None
+    unread = fields.unread(harmless=family.harmless, neutral=family.neutral)
+    if unread:
+        told = ", ".join(f"{name}={value!r}" for name, value in unread.items())
+        raise NotImplementedError(
+            f"These fields may change what attention computes, and are not read here for model_type={model_type!r}: "
+            f"{told}. Set up GroupedQueryAttention yourself, and convert the weights with "
+            f"torch_interop.from_state_dict(..., layout={family.layout!r}); or drop fields that do nothing."
+        )
+    return GroupedQueryAttention(**{"use_bias": False, **settings}), family
+
+
+def layers_of(config: Config) -> int:
+    """How many layers a model has."""
+    family = _family_of(config)
+    count = Fields(config, family.aliases).get(family.layers)
+    if count is None:
+        raise ValueError(f"The config does not say how many layers there are: {family.layers}=None.")
+    return count
+
+
+def _family_of(config: Config) -> Family:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise NotImplementedError(f"No known attention layer: model_type={model_type!r}, known are {sorted(FAMILIES)}.")
-    family = FAMILIES[model_type]
-    return GroupedQueryAttention(**{"use_bias": False, **family.settings(config, layer)}), family
-
-
-def rope_of(config: Config) -> Rope:
-    """Both spellings: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta") or 10_000.0,
-        **(config.get("rope_scaling") or {}),
-    }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return Rope(theta=rope["rope_theta"])
-    if kind == "linear":
-        return Rope(theta=rope["rope_theta"], scaling=LinearScaling(factor=rope["factor"]))
-    if kind == "llama3":
-        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        return Rope(theta=rope["rope_theta"], scaling=Llama3Scaling(**{name: rope[name] for name in names}))
-    raise NotImplementedError(f"RoPE scaling is 'default', 'linear' or 'llama3': rope_type={kind!r}.")
+    return FAMILIES[model_type]
 
 
 # -- families ---------------------------------------------------------------------------------------------------------
+# Where a field is missing, the defaults are those of transformers, which differ from family to family.
 
 
-def _llama(config: Config, layer: int) -> dict[str, Any]:
+def _rotary(config: Config, kv_heads: int | None = None) -> dict[str, Any]:
+    """What Llama, Mistral and Qwen2 have in common. `kv_heads`: the default, None for as many as queries."""
     heads = config["num_attention_heads"]
     return dict(
         dim=config["hidden_size"],
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=config.get("num_key_value_heads", kv_heads) or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         rope=rope_of(config),
-        use_bias=config.get("attention_bias", False),
         attn_pdrop=config.get("attention_dropout") or 0.0,
     )
 
 
+def _llama(config: Config, layer: int) -> dict[str, Any]:
+    _check_kinds(config, layer, slides=False)
+    return {**_rotary(config), "use_bias": config.get("attention_bias", False)}
+
+
 def _mistral(config: Config, layer: int) -> dict[str, Any]:
-    return {**_llama(config, layer), "use_bias": False, "local_window_size": _window(config.get("sliding_window"))}
+    size = config.get("sliding_window", 4096)
+    _check_kinds(config, layer, slides=size is not None)
+    if config.get("use_sliding_window", size is not None) != (size is not None):
+        raise NotImplementedError(
+            "Mistral has a window wherever sliding_window is not null: "
+            f"sliding_window={size}, use_sliding_window={config['use_sliding_window']}."
+        )
+    return {**_rotary(config, kv_heads=8), "local_window_size": _window(size)}
 
 
 def _qwen2(config: Config, layer: int) -> dict[str, Any]:
+    size, used = config.get("sliding_window", 4096), config.get("use_sliding_window", False)
+    kinds, first = config.get("layer_types"), config.get("max_window_layers", 28)
+    slides = used and size is not None and layer >= first  # as transformers fills `layer_types` in
+    if kinds is not None:
+        slides = _kind(kinds, layer) == "sliding_attention"
+    if slides and not (used and size):
+        raise NotImplementedError(
+            f"This layer has a window of no size: layer_types[{layer}]='sliding_attention', sliding_window={size}, "
+            f"use_sliding_window={used}."
+        )
+    window = _window(size if slides else None)
+    return {**_rotary(config, kv_heads=32), "use_bias": True, "use_out_bias": False, "local_window_size": window}
+
+
+def _kind(kinds: Any, layer: int) -> str:
+    if layer >= len(kinds) or kinds[layer] not in ("full_attention", "sliding_attention"):
+        raise NotImplementedError(
+            f"A layer is of 'full_attention' or 'sliding_attention': layer={layer}, layer_types={kinds}."
+        )
+    return kinds[layer]
+
+
+def _check_kinds(config: Config, layer: int, slides: bool) -> None:
+    """Llama and Mistral of transformers do not read `layer_types`."""
     kinds = config.get("layer_types")
-    if kinds is None:  # as transformers fills them in
-        first = config.get("max_window_layers", 28)
-        slides = bool(config.get("use_sliding_window", False)) and layer >= first
-    else:
-        slides = kinds[layer] == "sliding_attention"
-    window = _window(config.get("sliding_window")) if slides else None
-    return {**_llama(config, layer), "use_bias": True, "use_out_bias": False, "local_window_size": window}
+    if kinds is not None and (_kind(kinds, layer) == "sliding_attention") != slides:
+        raise NotImplementedError(
+            f"transformers ignores layer_types of model_type={config.get('model_type')!r}: "
+            f"layer_types[{layer}]={kinds[layer]!r}, sliding_window={config.get('sliding_window')}."
+        )
 
 
 def _window(size: int | None) -> tuple[int, int] | None:
     """Theirs counts the query itself."""
+    if size is not None and size < 1:
+        raise ValueError(f"A window counts the query itself, so it has at least one key: sliding_window={size}.")
     return None if size is None else (size - 1, 0)
 
 
 def _gpt_bigcode(config: Config, layer: int) -> dict[str, Any]:
+    heads = config["n_head"]
+    kv_heads = 1 if config.get("multi_query", True) else heads
+    if config.get("num_key_value_heads", kv_heads) != kv_heads:
+        raise NotImplementedError(
+            f"GPTBigCode has 1 or n_head={heads} key/value heads, by multi_query={config.get('multi_query', True)}: "
+            f"num_key_value_heads={config['num_key_value_heads']}."
+        )
     return dict(
         dim=config["n_embd"],
-        heads=config["n_head"],
-        kv_heads=1 if config.get("multi_query", True) else None,
+        heads=heads,
+        kv_heads=kv_heads,
         softmax_scale=None if config.get("scale_attn_weights", True) else 1.0,
         use_bias=True,
         attn_pdrop=config.get("attn_pdrop", 0.1),
@@ -106,37 +188,30 @@ def _gpt_bigcode(config: Config, layer: int) -> dict[str, Any]:
 
 def _falcon(config: Config, layer: int) -> dict[str, Any]:
     heads = config["num_attention_heads"]
-    grouped = config.get("new_decoder_architecture", False)
-    one = config.get("multi_query", True) and not grouped
-    alibi = config.get("alibi", False)
+    grouped, one = config.get("new_decoder_architecture", False), config.get("multi_query", True)
+    groups = config.get("num_kv_heads") or heads
+    if not grouped and not one and groups != heads:
+        raise NotImplementedError(
+            f"Falcon has groups of heads with new_decoder_architecture=True only: num_kv_heads={groups}, "
+            f"num_attention_heads={heads}, multi_query=False."
+        )
+    alibi, rope = config.get("alibi", False), rope_of(config)
+    dropout = config.get("attention_dropout") or 0.0
     return dict(
         dim=config["hidden_size"],
         heads=heads,
-        kv_heads=1 if one else (config.get("num_kv_heads") or heads) if grouped else heads,
-        rope=None if alibi else rope_of(config),
+        kv_heads=groups if grouped or not one else 1,
+        rope=None if alibi else rope,
         alibi="falcon" if alibi else False,
         use_bias=config.get("bias", False),
-        attn_pdrop=config.get("attention_dropout") or 0.0,
+        attn_pdrop=dropout if alibi else 0.0,  # with RoPE, transformers drops nothing
     )
 
 
 def _mpt(config: Config, layer: int) -> dict[str, Any]:
     """ALiBi always, with alibi_bias_max=8: transformers ignores what else the config may say."""
-    attention = config.get("attn_config") or {}
-    ignored = {
-        "alibi": True,
-        "alibi_bias_max": 8,
-        "qk_ln": False,
-        "attn_type": "multihead_attention",
-        "prefix_lm": False,
-    }
-    wrong = {name: attention[name] for name, only in ignored.items() if attention.get(name, only) != only}
-    if wrong:
-        raise NotImplementedError(
-            f"transformers ignores these settings of MPT: attn_config={wrong}. Set up GroupedQueryAttention yourself, "
-            "and convert the weights with from_state_dict(..., layout='fused')."
-        )
-    return dict(
+    attention = Fields(config.get("attn_config") or {})
+    settings = dict(
         dim=config["d_model"],
         heads=config["n_heads"],
         alibi=True,
@@ -144,24 +219,80 @@ def _mpt(config: Config, layer: int) -> dict[str, Any]:
         softmax_scale=attention.get("softmax_scale"),
         attn_pdrop=attention.get("attn_pdrop") or 0.0,
     )
+    ignored = attention.unread(harmless=_MPT_HARMLESS, neutral=_MPT_NEUTRAL)
+    if ignored:
+        raise NotImplementedError(
+            f"transformers ignores these settings of MPT: attn_config={ignored}. Set up GroupedQueryAttention "
+            "yourself, and convert the weights with from_state_dict(..., layout='fused')."
+        )
+    return settings
+
+
+_MPT_HARMLESS = frozenset({"attn_impl", "rope_dail_config", "rope_hf_config", "rope_impl", "rope_theta"})
+_MPT_NEUTRAL = {
+    "alibi": True,
+    "alibi_bias_max": 8,
+    "attn_type": "multihead_attention",
+    "attn_uses_sequence_id": False,
+    "fused_qkv": True,
+    "prefix_lm": False,
+    "qk_gn": False,
+    "qk_ln": False,
+    "rope": False,
+    "sliding_window_size": -1,
+}
 
 
 def _bert(config: Config, layer: int) -> dict[str, Any]:
     return dict(
         dim=config["hidden_size"],
         heads=config["num_attention_heads"],
-        causal=False,
+        causal=config.get("is_decoder", False),
         use_bias=True,
         attn_pdrop=config.get("attention_probs_dropout_prob", 0.1),
     )
 
 
+def _self_attn(settings: Callable[[Config, int], dict[str, Any]], name: str) -> Family:
+    return Family(settings, "model.layers.{}.self_attn.", "llama", (f"{name}Attention",))
+
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, "model.layers.{}.self_attn.", "llama"),
-    "mistral": Family(_mistral, "model.layers.{}.self_attn.", "llama"),
-    "qwen2": Family(_qwen2, "model.layers.{}.self_attn.", "llama"),
-    "gpt_bigcode": Family(_gpt_bigcode, "transformer.h.{}.attn.", "gpt_bigcode"),
-    "falcon": Family(_falcon, "transformer.h.{}.self_attention.", "falcon"),
-    "mpt": Family(_mpt, "transformer.blocks.{}.attn.", "fused"),
-    "bert": Family(_bert, "encoder.layer.{}.attention.", "bert"),
+    "llama": _self_attn(_llama, "Llama"),
+    "mistral": _self_attn(_mistral, "Mistral"),
+    "qwen2": _self_attn(_qwen2, "Qwen2"),
+    "gpt_bigcode": Family(
+        _gpt_bigcode,
+        "transformer.h.{}.attn.",
+        "gpt_bigcode",
+        ("GPTBigCodeAttention",),
+        layers="n_layer",
+        aliases={"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+        harmless=frozenset({"add_cross_attention"}),  # it adds other layers
+    ),
+    "falcon": Family(
+        _falcon,
+        "transformer.h.{}.self_attention.",
+        "falcon",
+        ("FalconAttention", "FalconFlashAttention2"),
+        aliases={"n_embed": "hidden_size"},
+        harmless=frozenset({"num_ln_in_parallel_attn", "parallel_attn"}),
+    ),
+    "mpt": Family(
+        _mpt,
+        "transformer.blocks.{}.attn.",
+        "fused",
+        ("MptAttention",),
+        layers="n_layers",
+        aliases={"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
+        neutral={"no_bias": True},
+    ),
+    "bert": Family(
+        _bert,
+        "encoder.layer.{}.attention.",
+        "bert",
+        ("BertAttention",),
+        harmless=frozenset({"add_cross_attention", "pooler_num_attention_heads", "pooler_size_per_head"}),
+        neutral={"is_causal": None, "position_embedding_type": "absolute"},
+    ),
 }

@@ -2,47 +2,99 @@
 
 Weights are safetensors files, one or many. A `pytorch_model.bin` is read by `torch.load(weights_only=True)` and in no
 other way: a pickle may run any code. `pip install mqa-jax[torch]` has what both want.
+
+What is in the files and is not understood is an error: settings, dtypes, files that an index does not agree with.
 """
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from mqa_jax import hf_attention, torch_arrays, torch_state_dict
 from mqa_jax.modules import GroupedQueryAttention
+from mqa_jax.positions import Rope
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+LAYER_COUNTS = "num_hidden_layers", "n_layer", "n_layers"
+QUANTIZATION = "quantization_config", "compression_config"
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}  # in safetensors
+ROTARY = "rotary_emb.inv_freq"  # in files of transformers before 4.32
+FOREIGN = {  # how files begin that are often found in the place of weights
+    b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces by the file",
+    b"<": "a web page",
+    b"PK\x03\x04": "a zip archive, as torch.save writes",
+    b"\x80": "a pickle",
+    b"\x1f\x8b": "gzip's",
+    b"GGUF": "a GGUF file",
+}
+
+
+class Config(dict[str, Any]):
+    """What is in a `config.json`; a setting that is needed and not there is an error that names it."""
+
+    def __init__(self, settings: Mapping[str, Any], path: Path):
+        super().__init__(settings)
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"There is no {name!r} in {str(self.path)!r}.")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with `config.json` and weights.
+    """A folder with `config.json` and weights. Files that are replaced are read anew.
 
-    Attributes: folder.
+    Attributes: folder, in which "~" is the home folder.
     """
 
-    folder: Path
+    folder: str | os.PathLike[str]
 
-    @functools.cached_property
-    def config(self) -> Mapping[str, Any]:
-        path = self.folder / "config.json"
+    @property
+    def path(self) -> Path:
+        """Of the folder."""
+        return Path(self.folder).expanduser()
+
+    @property
+    def config(self) -> Config:
+        path = self.path / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"A checkpoint has a config.json: there is none in {str(self.folder)!r}.")
-        return json.loads(path.read_text())
+            raise FileNotFoundError(f"A checkpoint has a config.json: there is none in {str(self.path)!r}.")
+        config = Config(read_json(path), path)
+        if not isinstance(config["model_type"], str):
+            raise ValueError(f"A model_type is a name: model_type={config['model_type']!r} in {str(path)!r}.")
+        return config
 
-    @functools.cached_property
+    @property
     def files(self) -> dict[str, Path]:
-        """In which file each tensor is; from the headers of the files, so that nothing else is read."""
-        found: dict[str, Path] = {}
-        for path in self._weights():
-            found |= dict.fromkeys(_names(path), path)
-        return found
+        """In which file each tensor is; from the index and the headers of the files, so that nothing else is read."""
+        if (self.path / "adapter_config.json").exists():
+            raise NotImplementedError(
+                f"There is an adapter_config.json in {str(self.path)!r}: transformers would add the adapter to the "
+                "weights, this reader does not. Merge it (peft: merge_and_unload), and save the model."
+            )
+        for single in (SAFETENSORS, PICKLED):  # in the order of transformers
+            if (self.path / single).is_file():
+                return dict.fromkeys(_names(self.path / single), self.path / single)
+            index = self.path / f"{single}.index.json"
+            if index.is_file():
+                return _indexed(index)
+        raise FileNotFoundError(
+            f"There are no weights in {str(self.path)!r}: {SAFETENSORS}, {PICKLED}, or one of them with .index.json."
+        )
 
     def tensors(self, prefix: str) -> dict[str, Any]:
-        """The tensors whose names start with `prefix`, under the rest of their names, in their own dtypes."""
+        """The tensors whose names start with `prefix`, under the rest of their names, in their own dtypes.
+
+        They are numpy arrays, so that float64 stays what it is whatever `jax_enable_x64` says.
+        """
         wanted: dict[Path, list[str]] = {}
         for name, path in self.files.items():
             if name.startswith(prefix):
@@ -53,60 +105,188 @@ class Checkpoint:
     @property
     def layers(self) -> int:
         """How many there are."""
-        return next(self.config[name] for name in ("num_hidden_layers", "n_layer", "n_layers") if name in self.config)
+        config = self.config
+        counts = {name: config[name] for name in LAYER_COUNTS if name in config}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"One of {LAYER_COUNTS} is the number of layers: {counts} in {str(config.path)!r}.")
+        (count,) = set(counts.values())
+        if type(count) is not int or count < 1:
+            raise ValueError(f"The number of layers is a positive integer: {counts} in {str(config.path)!r}.")
+        return count
 
     def attention(self, layer: int) -> tuple[GroupedQueryAttention, dict[str, Any]]:
         """Our module for the attention of a layer, and its variables."""
-        module, family = hf_attention.attention_of(self.config, layer)
-        tensors = self.tensors(self._prefix(family, layer))
-        if family.layout == "bert":  # what comes after attention is in the same module there
-            tensors = {name: x for name, x in tensors.items() if "LayerNorm" not in name}
+        config = self.config
+        _check_not_quantized(config)
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"There is no layer {layer} in {str(self.path)!r}: they are 0 to {self.layers - 1}.")
+        module, family = hf_attention.attention_of(config, layer)
+        prefix = self._prefix(family, layer)
+        tensors = _without_frequencies(self.tensors(prefix), module.rope, prefix)
         options: dict[str, Any] = dict(heads=module.heads, kv_heads=module.kv_heads, layout=family.layout)
-        return module, {"params": torch_state_dict.from_state_dict(tensors, **options)}
+        params = torch_state_dict.from_state_dict(tensors, **options)
+        _check_complete(module, params, f"{prefix}* in {str(self.path)!r}")
+        return module, {"params": params}
 
     def _prefix(self, family: hf_attention.Family, layer: int) -> str:
         """A model without a head is saved without the name that it has in one with a head, or the other way round."""
+        files = self.files
         prefix = family.prefix.format(layer)
         shorter, longer = prefix.partition(".")[2], f"{self.config['model_type']}.{prefix}"
         candidates = [prefix, shorter, longer]
-        for candidate in candidates:
-            if any(name.startswith(candidate) for name in self.files):
-                return candidate
+        found = [prefix for prefix in candidates if any(name.startswith(prefix) for name in files)]
+        if not found:
+            raise ValueError(
+                f"There is no layer {layer} in {str(self.path)!r}: no tensor's name starts with one of {candidates}. "
+                f"It has {self.layers} layers, and tensors such as {list(files)[:3]}."
+            )
+        if len(found) > 1:
+            raise ValueError(f"There is more than one layer {layer} in {str(self.path)!r}: {found}.")
+        return found[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not JSON{_instead(path)}: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{str(path)!r} holds a JSON object, not a {type(settings).__name__}.")
+    return settings
+
+
+def foreign(path: Path) -> str | None:
+    """What a file is that should be weights or settings, if its first bytes say so."""
+    with path.open("rb") as file:
+        start = file.read(32).lstrip().lower()
+    if not start:
+        return "an empty file"
+    return next((what for begins, what in FOREIGN.items() if start.startswith(begins.lower())), None)
+
+
+def _instead(path: Path) -> str:
+    what = foreign(path)
+    return "" if what is None else f", but {what}"
+
+
+def _check_not_quantized(config: Config) -> None:
+    for name in QUANTIZATION:
+        settings = config.get(name)
+        if settings:
+            method = settings.get("quant_method", settings) if isinstance(settings, dict) else settings
+            raise NotImplementedError(
+                f"Quantised weights are not supported: {name} with quant_method={method!r} in {str(config.path)!r}. "
+                "Dequantise them, and save the model without it."
+            )
+
+
+def _check_complete(module: GroupedQueryAttention, params: dict[str, Any], where: str) -> None:
+    """Flax ignores parameters that a module does not have: biases that config.json denies, say."""
+    x = jax.ShapeDtypeStruct((1, 1, module.dim), jnp.float32)
+    initialise = functools.partial(module.init, deterministic=True)
+    wanted = jax.eval_shape(initialise, jax.random.key(0), x)["params"]
+    shapes = lambda tree: {jax.tree_util.keystr(at): x.shape for at, x in jax.tree_util.tree_leaves_with_path(tree)}
+    settings, file = shapes(wanted), shapes(params)
+    differing = {name: (settings.get(name), file.get(name)) for name in settings | file}
+    differing = {name: pair for name, pair in differing.items() if pair[0] != pair[1]}
+    if differing:
         raise ValueError(
-            f"There is no layer {layer} in {str(self.folder)!r}: no tensor's name starts with one of {candidates}. "
-            f"It has {self.layers} layers, and tensors such as {list(self.files)[:3]}."
+            f"The tensors {where} are not those of the attention that config.json describes. Our names, with shapes by "
+            f"config.json and in the file: {differing}. One of the two is another model's."
         )
 
-    def _weights(self) -> list[Path]:
-        for single in (SAFETENSORS, PICKLED):
-            index = self.folder / f"{single}.index.json"
-            if index.is_file():
-                shards = sorted({self.folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-                absent = [path.name for path in shards if not path.is_file()]
-                if absent:
-                    raise FileNotFoundError(f"{index.name} names files that are not in {str(self.folder)!r}: {absent}.")
-                return shards
-            if (self.folder / single).is_file():
-                return [self.folder / single]
-        raise FileNotFoundError(
-            f"There are no weights in {str(self.folder)!r}: {SAFETENSORS}, {PICKLED}, or one of them with .index.json."
+
+def _without_frequencies(tensors: dict[str, Any], rope: Rope | None, prefix: str) -> dict[str, Any]:
+    """Old files also hold the frequencies of RoPE, which transformers computes from the config, as we do."""
+    if ROTARY not in tensors:
+        return tensors
+    stored = np.asarray(tensors[ROTARY], np.float32)
+    if rope is None or not np.allclose(
+        stored, rope.frequencies(2 * stored.size), rtol=0.01
+    ):  # it may be half precision
+        raise NotImplementedError(f"{prefix}{ROTARY} has other frequencies than config.json says: rope={rope}.")
+    return {name: x for name, x in tensors.items() if name != ROTARY}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """What the `weight_map` of an index says, if the files agree."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{str(index)!r} has a weight_map, from the names of tensors to those of files.")
+    paths = {name: _shard(index, name) for name in sorted(set(places.values()))}
+    absent = [name for name, path in paths.items() if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index.name} names files that are not in {str(index.parent)!r}: {absent}.")
+    inside = {name: set(_names(path)) for name, path in paths.items()}
+    missing = {tensor: name for tensor, name in places.items() if tensor not in inside[name]}
+    unnamed = {tensor: name for name, tensors in inside.items() for tensor in tensors if tensor not in places}
+    for wrong, what in ((missing, "are not in the file that it says"), (unnamed, "it does not name")):
+        if wrong:
+            raise ValueError(
+                f"{index.name} and its files in {str(index.parent)!r} are not of one model: {len(wrong)} tensors "
+                f"{what}, such as {dict(sorted(wrong.items())[:3])}."
+            )
+    return {tensor: paths[name] for tensor, name in places.items()}
+
+
+def _shard(index: Path, name: str) -> Path:
+    """The file that an index names, which must be beside it, and of its kind: others may be anything, a pickle too."""
+    path, suffix = index.parent / name, Path(index.name.removesuffix(".index.json")).suffix
+    if Path(name).name != name or name.startswith(".") or "\\" in name:
+        raise ValueError(f"An index names files in its own folder: {name!r} in {str(index)!r}.")
+    if path.suffix != suffix:
+        raise ValueError(f"This index names files that end in {suffix!r}: {name!r} in {str(index)!r}.")
+    target, folder = path.resolve(), index.parent.resolve()
+    if target.parent not in (folder, folder.parents[1] / "blobs"):  # huggingface_hub's cache links to its blobs
+        raise ValueError(
+            f"An index names files in its own folder: {name!r} in {str(index)!r} is a link to {str(target)!r}. "
+            "Copy the file, or give the folder that it is in."
         )
+    return path
 
 
 def _names(path: Path) -> list[str]:
+    return _names_at(path, _stamp(path))
+
+
+@functools.lru_cache(maxsize=512)
+def _names_at(path: Path, stamp: tuple[int, ...]) -> list[str]:
     if path.suffix == ".bin":
-        return list(_unpickled(path))
+        return list(_unpickled(path, stamp))
     with _open(path) as file:
         return list(file.keys())
 
 
 def _read(path: Path, names: list[str]) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".bin":
-        yield from ((name, torch_arrays.to_numpy(x)) for name, x in _unpickled(path).items() if name in names)
+        tensors = _unpickled(path, _stamp(path))
+        for name in names:
+            _check_dtype(path, name, str(tensors[name].dtype), "float8" not in str(tensors[name].dtype))
+            yield name, torch_arrays.to_numpy(tensors[name])
         return
     with _open(path) as file:
         for name in names:
+            dtype = file.get_slice(name).get_dtype()
+            _check_dtype(path, name, dtype, dtype in DTYPES)
             yield name, file.get_tensor(name)
+
+
+def _check_dtype(path: Path, name: str, dtype: str, known: bool) -> None:
+    if not known:
+        raise NotImplementedError(
+            f"Quantised weights are not supported: {name!r} in {str(path)!r} is {dtype}. Dequantise them, to bfloat16 "
+            "or float32."
+        )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Another one for a file that has been replaced or written to."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _open(path: Path) -> Any:
@@ -115,18 +295,26 @@ def _open(path: Path) -> Any:
     except ImportError as error:
         raise ImportError("Reading .safetensors files wants safetensors: pip install 'mqa-jax[torch]'.") from error
     try:
-        return safetensors.safe_open(path, framework="flax")  # "numpy" has no bfloat16
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"Truncated or damaged: {path.name} ({error}). Fetch the file again.") from error
+        return safetensors.safe_open(path, framework="numpy")  # "flax" narrows what is in 64 bits
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Truncated or damaged: {path.name} ({error}){_instead(path)}. Fetch the file again."
+        ) from error
 
 
 @functools.lru_cache(maxsize=2)
-def _unpickled(path: Path) -> dict[str, Any]:
+def _unpickled(path: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
     torch = torch_arrays.import_torch()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, by version of torch and kind of damage
         raise ValueError(
             f"{path.name} is damaged, or holds more than tensors, which only weights_only=False would load, running "
-            f"whatever code is in it: {type(error).__name__}. Convert it to safetensors where you trust it."
+            f"whatever code is in it: {type(error).__name__}{_instead(path)}. Convert it to safetensors where you "
+            "trust it."
         ) from error
+    entries = tensors if isinstance(tensors, dict) else {type(tensors).__name__: tensors}
+    others = [name for name, x in entries.items() if not isinstance(x, torch.Tensor)]
+    if others:
+        raise ValueError(f"{path.name} holds more than named tensors: {others[:3]}. Save a model's state_dict() alone.")
+    return tensors

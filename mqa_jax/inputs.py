@@ -40,7 +40,12 @@ class Operands:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """Operands, and all that shapes the softmax without having a gradient."""
+    """Operands, and all that shapes the softmax without having a gradient.
+
+    Attributes:
+      residual: whether the caller wants the log-sum-exp.
+      constant: in a backward pass, the names of the operands that nobody differentiates.
+    """
 
     operands: Operands
     mask: Mask
@@ -48,6 +53,12 @@ class Inputs:
     scale: float = static(1.0)
     logits_soft_cap: float | None = static()
     precision: jax.lax.PrecisionLike = static()
+    residual: bool = static(True)
+    constant: tuple[str, ...] = static(())
+
+    def needs_gradient(self, name: str) -> bool:
+        """Whether a backward pass has to compute the gradient of this operand."""
+        return getattr(self.operands, name) is not None and name not in self.constant
 
     @property
     def sizes(self) -> "Sizes":
@@ -58,6 +69,11 @@ class Inputs:
     @property
     def dtype(self) -> DTypeLike:
         return self.operands.query.dtype
+
+    @property
+    def score_dtype(self) -> DTypeLike:
+        """Of scores, their softmax and every sum: float32, or float64 where the query is."""
+        return jnp.float64 if self.dtype == jnp.float64 else jnp.float32
 
     @property
     def weight_dtype(self) -> DTypeLike:

@@ -1,4 +1,4 @@
-"""The layouts of Flax's mutable `cache` collection, and what users do with it.
+"""The layouts of Flax's mutable `cache` collection, and how the cache of a whole model is made.
 
     cached_key          [batch, length, kv_heads, head_dim]    after norm and RoPE
     cached_value        [batch, length, kv_heads, head_dim]
@@ -6,25 +6,30 @@
     cached_value_scale  float32 [batch, length, kv_heads]
     cache_index         int32 [batch]                          tokens written so far, which is the next position
     ring_index          int32 [batch]                          the same of a ring buffer, instead of cache_index
+    other_calls         a tuple of such caches                 where one step calls the module more than once
 
 The names are Flax's, where it has one. Rows are independent: each has its own index, so rows of one batch may be at
-different positions.
+different positions. The index of a row is -1 once something went in that cannot be right and that nobody could refuse
+under `jit`: more tokens than there were, a row of another batch. What such a row gives is NaN until it is reset.
 
 A static cache has a place for each position up to `length`, and is full after that. A ring buffer is for a window: it
 holds the latest tokens alone, position p in slot p modulo `length`, and any number of tokens goes through it (2**31).
-`mqa_jax.cache_append` writes to both.
+
+A module that a model calls several times in one step, as ALBERT and Zamba do, needs a cache for each of these calls.
+They stand in a queue: each call takes the first and puts it at the end, so the next step finds them in the same order.
+
+`mqa_jax.cache_append` writes to all of these, `mqa_jax.cache_rows` reorders and resets their rows.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from mqa_jax import quantization
 from mqa_jax.checks import DTYPES
@@ -33,24 +38,37 @@ KEY, VALUE, INDEX, RING_INDEX = "cached_key", "cached_value", "cache_index", "ri
 KEY_SCALE, VALUE_SCALE = "cached_key_scale", "cached_value_scale"
 CONTENTS = KEY, VALUE, KEY_SCALE, VALUE_SCALE
 NAMES = *CONTENTS, INDEX, RING_INDEX
+OTHER_CALLS = "other_calls"
 
 LAYOUTS = "static", "ring"
 READ_IN_PLACE = 16  # new tokens at most, for which a ring has room beside its window
 
 
-_wanted = jax.make_user_context(None)  # what the programs traced inside depend on, besides their arguments
+class Wanted(NamedTuple):
+    """What `init_cache` asks every attention module for that is traced while it runs."""
+
+    batch: int
+    max_length: int
+    dtype: Any
 
 
-class CachingModule:
-    """Marks the modules for which `init_cache` allocates: they have a method `init_cache(batch, max_length, dtype)`."""
+_wanted = jax.make_user_context(None)  # of which JAX knows that traced programs depend on it, those of nn.jit too
+
+
+def wanted() -> Wanted | None:
+    return _wanted.value
 
 
 def new_cache(
     batch: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike, index: str = INDEX
 ) -> dict[str, Array]:
     """An empty cache for one attention module; `index` is INDEX or RING_INDEX."""
-    if batch < 1 or length < 1:
-        raise ValueError(f"A cache needs at least one row and one position: batch={batch}, max_length={length}.")
+    for x in (batch, length):
+        if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 1:
+            raise ValueError(
+                "A cache needs at least one row and one position, both integers: "
+                f"batch={batch!r}, max_length={length!r}."
+            )
     check_dtype(dtype)
     shape = batch, length, kv_heads, head_dim
     cache = {KEY: jnp.zeros(shape, dtype), VALUE: jnp.zeros(shape, dtype), index: jnp.zeros(batch, jnp.int32)}
@@ -60,9 +78,29 @@ def new_cache(
 
 
 def check_dtype(dtype: DTypeLike) -> None:
-    if jnp.dtype(dtype) not in DTYPES and not quantization.is_quantized(dtype):
-        names = [jnp.dtype(known).name for known in (*DTYPES, *quantization.DTYPES)]
-        raise ValueError(f"Keys and values are cached as one of {names}: dtype={jnp.dtype(dtype).name}.")
+    names = [jnp.dtype(known).name for known in (*DTYPES, *quantization.DTYPES)]
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in names:
+        raise ValueError(f"Keys and values are cached as one of {names}: dtype={name}.")
+
+
+def check_format(cache: Mapping[str, Array]) -> None:
+    """Whether these are the arrays of one attention module; a cache may come from anywhere."""
+    check_dtype(cache[KEY].dtype)
+    shapes = {name: jnp.shape(x) for name, x in cache.items()}
+    key, index = shapes[KEY], [name for name in (INDEX, RING_INDEX) if name in cache]
+    scales = {KEY_SCALE, VALUE_SCALE} if quantization.is_quantized(cache[KEY].dtype) else set()
+    expected = {KEY: key, VALUE: key, **dict.fromkeys(scales, key[:-1]), **dict.fromkeys(index, key[:1])}
+    dtypes = {name: str(x.dtype) for name, x in cache.items()}
+    right = len(key) == 4 and len(index) == 1 and shapes == expected and dtypes[KEY] == dtypes[VALUE]
+    if not right or {dtypes[name] for name in index} != {"int32"}:
+        raise ValueError(
+            f"This is no cache of an attention module (mqa_jax.kv_cache shows what one looks like): shapes={shapes}, "
+            f"dtypes={dtypes}. Make it with init_cache."
+        )
 
 
 def ring_slots(window_left: int) -> int:
@@ -81,93 +119,32 @@ def init_cache(
     """An empty `cache` collection for every attention module in a model. Nothing is run, only shapes are traced.
 
     Args:
-      model: any `flax.linen` module; its attention modules may be nested, scanned over layers or rematerialised.
+      model: any `flax.linen` module; its attention modules may be nested, scanned over layers or rematerialised. One
+        that the model calls several times gets a cache for each call. Cross-attention gets none.
       batch: rows.
       max_length: positions of each row. Ring buffers take any number: they have as many slots as their windows need.
-      *args: sample inputs of the model, as for `model.init`; `jax.ShapeDtypeStruct`s will do.
+      *args: sample inputs of the model, as for `model.init`; `jax.ShapeDtypeStruct`s will do for arrays. Whatever is
+        no array, such as a flag `train`, reaches the model as it is.
       dtype: of the cached keys and values: a float dtype, "int8" or "float8_e4m3fn". Default: each module's
         `cache_dtype`, or the dtype in which it computes.
-      **kwargs: keyword arguments of the model.
+      **kwargs: keyword arguments of the model, likewise.
 
     Returns:
       The collection, to be passed to `model.apply({"params": ..., "cache": cache}, ..., mutable=["cache"])`.
     """
+    if dtype is not None:
+        check_dtype(dtype)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    is_array = [isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for x in leaves]
 
-    def allocate(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name == "__call__" and isinstance(context.module, CachingModule):
-            context.module.init_cache(batch, max_length, dtype)
-        return next_method(*args, **kwargs)
-
-    def traced(*args: Any) -> Any:
-        # A module under nn.jit is traced once, and not again for another cache, unless JAX is told of it.
-        with nn.intercept_methods(allocate), _wanted((batch, max_length, str(dtype))):
+    def traced(arrays: list[Array]) -> Any:
+        given = iter(arrays)
+        filled = [next(given) if array else x for array, x in zip(is_array, leaves)]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        with _wanted(Wanted(batch, max_length, None if dtype is None else jnp.dtype(dtype))):
             return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *args, **kwargs)
 
-    variables = jax.eval_shape(traced, *args)
+    variables = jax.eval_shape(traced, [x for array, x in zip(is_array, leaves) if array])
     if "cache" not in variables:
         raise ValueError(f"The model holds no attention module of mqa_jax: {type(model).__name__}.")
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables["cache"])
-
-
-def reorder_cache(cache: Any, rows: Int[ArrayLike, " B"], *, batch_axis: int = 0) -> Any:
-    """Row b of the result is row `rows[b]` of `cache`, a `cache` collection: what beam search does after each step.
-
-    `batch_axis` is 1 for a model that scans over its layers, whose arrays start with a layer axis.
-    """
-    rows = jnp.asarray(rows)
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=batch_axis), cache)
-
-
-def reset_cache(cache: Any, rows: Bool[ArrayLike, " B"], *, batch_axis: int = 0) -> Any:
-    """Starts the rows anew where `rows` is True: their index becomes 0, and what they held is no longer seen."""
-    rows = jnp.asarray(rows)
-    if rows.dtype != jnp.bool_:
-        raise ValueError(
-            f"rows must be bool [batch], True = reset: rows.dtype={rows.dtype!s}, rows.shape={rows.shape}."
-        )
-
-    def reset(path: tuple, x: Array) -> Array:
-        if path[-1].key not in (INDEX, RING_INDEX):
-            return x
-        aligned = rows.reshape((-1,) + (1,) * (x.ndim - batch_axis - 1))
-        return jnp.where(aligned, 0, x)
-
-    return jax.tree_util.tree_map_with_path(reset, cache)
-
-
-def check_cache(cache: Any) -> None:
-    """Raises if any row of a `cache` collection was given more tokens than fit: a full row only shows NaN by itself.
-
-    Ring buffers are never full.
-
-    Under jit it is a `jax.experimental.checkify.check`, so the function has to be transformed by `checkify.checkify`.
-    Modules make this check by themselves, except inside Flax's lifted transformations such as `nn.scan`.
-    """
-    if not isinstance(cache, Mapping):
-        return
-    if INDEX not in cache:
-        for part in cache.values():
-            check_cache(part)
-        return
-    index, max_length = cache[INDEX], cache[KEY].shape[-3]
-    if isinstance(index, jax.core.Tracer):
-        checkify.check(jnp.all(index <= max_length), FULL, index=jnp.max(index), length=jnp.int32(max_length))
-    else:
-        raise_beyond(max_length, index, FULL)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the cached keys and values of a `cache` collection, with their scales if they have any."""
-    arrays = jax.tree_util.tree_leaves_with_path(cache)
-    return sum(x.size * x.dtype.itemsize for path, x in arrays if path[-1].key in CONTENTS)
-
-
-FULL = (
-    "The cache is full: cache_index={index} after this call, max_length={length}. Make a longer cache with "
-    "init_cache(batch, max_length), or reset these rows with reset_cache."
-)
-
-
-def raise_beyond(length: int, index: Array, message: str) -> None:
-    if np.any(np.asarray(index) > length):
-        raise ValueError(message.format(index=np.asarray(index), length=length))

@@ -26,6 +26,12 @@ local_window_size=(2, 1): position - 2 <= key position <= position + 1:
       0 1 1 1 1
       0 0 1 1 1
 
+-1 is no limit on that side; local_window_size=(-1, 1) with query_offset=1:
+
+      1 1 1 0 0
+      1 1 1 1 0
+      1 1 1 1 1
+
 query_seq_lengths=2, key_value_seq_lengths=3 (T = 3, S = 5):   query segments 0 0 1, key segments 0 0 1 1 1:
 
       1 1 1 0 0                                                  1 1 0 0 0
@@ -37,6 +43,9 @@ not its index: slot s holds the newest position that is s modulo S, here 4 5 2 3
 
       1 0 1 1
       1 1 1 1
+
+Positions fill 32 bits, so a difference of two, or a position and a window, may not fit. Hence positions are compared,
+never subtracted, and sums with a window end at the largest number (`plus`, `minus`), which is the same to a comparison.
 """
 
 from dataclasses import dataclass, field
@@ -44,9 +53,11 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer, UInt32
 
-from mqa_jax.shapes import BoolMask, Positions
+from mqa_jax.shapes import BoolMask, Length, Positions
+
+LEAST, MOST = -(2**31), 2**31 - 1  # of 32 bits
 
 
 @jax.tree_util.register_dataclass
@@ -72,21 +83,21 @@ class Mask:
       query_offset: position of the first query, int32 `[#B]`; None is 0 in every row.
       allowed: the caller's boolean mask `[#B, #N, #T, #S]`, True = may attend.
       query_lengths, key_lengths: int32 `[B]`; positions of the array from there on are padding.
-      query_segments, key_segments: int `[B, T]`, `[B, S]`; only equal ids attend to each other.
+      query_segments, key_segments: integers of one dtype `[B, T]`, `[B, S]`; only equal ids attend to each other.
       ring: None where a key's position is its index. With a ring, `key_lengths` are the slots that were written.
       is_causal: static.
-      window: static `(left, right)`.
+      window: static `(left, right)`, each less than MOST, or None where there is no limit.
     """
 
     query_offset: Int[Array, "#B"] | None = None
     allowed: BoolMask | None = None
     query_lengths: Int[Array, " B"] | None = None
     key_lengths: Int[Array, " B"] | None = None
-    query_segments: Int[Array, "B T"] | None = None
-    key_segments: Int[Array, "B S"] | None = None
+    query_segments: Integer[Array, "B T"] | None = None
+    key_segments: Integer[Array, "B S"] | None = None
     ring: Ring | None = None
     is_causal: bool = field(default=False, metadata={"static": True})
-    window: tuple[int, int] | None = field(default=None, metadata={"static": True})
+    window: tuple[int | None, int | None] | None = field(default=None, metadata={"static": True})
 
     @property
     def hides_pairs(self) -> bool:
@@ -94,23 +105,24 @@ class Mask:
         parts = self.window, self.allowed, self.query_segments
         return self.is_causal or any(x is not None for x in parts)
 
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How far a query sees to the left and to the right; None is no limit, a causal mask 0."""
+        left, right = self.window or (None, None)
+        return left, 0 if self.is_causal else right
+
 
 def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B #N #T #S"] | None:
     """True where query `rows` may attend to key `columns`; None if nothing is removed.
 
     Rows and columns are indices into the whole arrays; the arrays in `mask` are already cut down to them.
     """
-    conditions = []
-    distance = key_minus_query_position(mask, rows, columns)
-    if mask.is_causal:
-        conditions.append(distance <= 0)
-    if mask.window is not None:
-        left, right = mask.window
-        conditions.append((distance >= -left) & (distance <= right))
-    if mask.query_lengths is not None:
-        conditions.append((rows < mask.query_lengths[:, None])[:, None, :, None])
+    conditions = in_reach(mask, *_positions(mask, rows, columns))
+    rows_exist = exist(mask.query_lengths, rows)
+    if rows_exist is not None:
+        conditions.append(rows_exist[:, None, :, None])
     if mask.key_lengths is not None:
-        conditions.append((columns < mask.key_lengths[:, None])[:, None, None, :])
+        conditions.append((columns[None] < mask.key_lengths[:, None])[:, None, None, :])
     if mask.query_segments is not None and mask.key_segments is not None:
         conditions.append((mask.query_segments[:, :, None] == mask.key_segments[:, None, :])[:, None])
     if mask.allowed is not None:
@@ -123,22 +135,66 @@ def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B 
     return result
 
 
-def key_minus_query_position(mask: Mask, rows: Positions, columns: Positions) -> Int[Array, "#B 1 T S"]:
-    """Position of each key relative to each query: negative = past, 0 = itself, positive = future."""
+def in_reach(mask: Mask, query: Array, key: Array) -> list[Bool[Array, "..."]]:
+    """What a causal mask and a window say about positions, which broadcast against each other."""
+    left, right = mask.reach
+    conditions = []
+    if right is not None:
+        conditions.append(key <= plus(query, right))
+    if left is not None:
+        conditions.append(key >= minus(query, left))
+    return conditions
+
+
+def exist(lengths: Int[Array, " B"] | None, rows: Positions) -> Bool[Array, "B T"] | None:
+    """False in rows that are padding; None if there are none."""
+    return None if lengths is None else rows[None] < lengths[:, None]
+
+
+def distance(mask: Mask, rows: Positions, columns: Positions) -> UInt32[Array, "#B 1 T S"]:
+    """|query position - key position|"""
+    return apart(*_positions(mask, rows, columns))
+
+
+def apart(query: Array, key: Array) -> UInt32[Array, "..."]:
+    """|query - key| of any two int32."""
+    return (jnp.maximum(query, key) - jnp.minimum(query, key)).astype(jnp.uint32)
+
+
+def plus(x: int | Array, n: Length) -> Array:
+    """The sum, or MOST where that is less; n >= 0."""
+    n = _number(n)
+    return jnp.minimum(x, MOST - n) + n
+
+
+def minus(x: int | Array, n: Length) -> Array:
+    """The difference, or LEAST where that is more; n >= 0."""
+    n = _number(n)
+    return jnp.maximum(x, LEAST + n) - n
+
+
+def _number(n: Length) -> int | Array:
+    """A symbol of `jax.export` as an array: JAX would add LEAST to its constant, which then has more than 32 bits."""
+    return n if isinstance(n, int) else jnp.asarray(n).astype(jnp.int32)
+
+
+def _positions(
+    mask: Mask, rows: Positions, columns: Positions
+) -> tuple[Int[Array, "#B 1 T 1"], Int[Array, "#B 1 1 S"]]:
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
-    query_position = rows + offset[:, None]  # [#B, T]
-    return key_positions(mask, columns)[:, None, None, :] - query_position[:, None, :, None]
+    query = rows[None] + offset[:, None]  # [#B, T]
+    return query[:, None, :, None], key_positions(mask, columns)[:, None, None, :]
 
 
 def key_positions(mask: Mask, columns: Positions) -> Int[Array, "#B X"]:
     """Positions of keys by their index; negative in slots of a ring that were never written."""
     if mask.ring is None:
         return columns[None]
-    return ring_positions(columns, mask.ring.lengths[:, None], mask.ring.slots)
+    return ring_positions(columns[None], mask.ring.lengths[:, None], mask.ring.slots)
 
 
 def ring_positions(slot: Array, length: Array, slots: int) -> Array:
     """What position a slot holds after `length` tokens: the newest that is equal to it modulo `slots`."""
     newest = length - 1
     of_newest = lax.rem(newest, jnp.asarray(slots, newest.dtype))
-    return slot + (newest - of_newest) - jnp.where(slot > of_newest, slots, 0)
+    return slot + ((newest - of_newest) - jnp.where(slot > of_newest, slots, 0))

@@ -3,50 +3,125 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from mqa_jax.cache_append import Keys
+from mqa_jax.cache_append import Keys, Lengths
+from mqa_jax.cache_checks import SHORT_COLUMNS, SHORT_ROWS, within
+from mqa_jax.setting_types import is_flag
 
 
 class Call(NamedTuple):
-    """The arguments that depend on each other."""
+    """The arguments that depend on each other, and what they have to fit: D, K and H of the module."""
 
     x: Array
     past_key_value: Any
     inputs_k: ArrayLike | None
+    inputs_v: ArrayLike | None
     prev_layer_key_value: Any
     segment_ids: ArrayLike | None
+    seq_lengths: ArrayLike | None
     causal: bool
     cached: bool
+    sizes: tuple[int, int, int]
 
     def check(self) -> None:
-        x, past = self.x, self.past_key_value
-        if x.ndim < 2:
-            raise ValueError(f"x must be [..., T, D]: x.shape={x.shape}.")
+        self._check_x()
+        for name in ("past_key_value", "prev_layer_key_value"):
+            self._check_key_value(name, getattr(self, name))
+        given = self._check_sources()
+        self._check_inputs()
+        if self.segment_ids is not None:
+            if given:
+                raise ValueError(
+                    "segment_ids separate packed sequences in self-attention over x alone; "
+                    f"with {' and '.join(given)} pass a mask."
+                )
+            integers("segment_ids", self.segment_ids, self.x.shape[:-1], "one id for each token")
+        unclear = {"inputs_k": self.inputs_k, "past_key_value": self.past_key_value}
+        names = [name for name, x in unclear.items() if x is not None]
+        if self.seq_lengths is not None and names:
+            raise ValueError(
+                f"seq_lengths say which tokens of x are padding, and {names[0]} has keys of which they say nothing, in "
+                "this call or a later one: pass a mask [..., S] of the keys, or use the cache collection."
+            )
+
+    def _check_x(self) -> None:
+        x, (dim, *_) = self.x, self.sizes
+        if x.ndim < 2 or x.shape[-1] != dim:
+            raise ValueError(f"x must be [..., T, D]: x.shape={x.shape}, dim={dim}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be floating: x.dtype={x.dtype!s}. Embed tokens first, or cast with .astype().")
         if self.cached and x.ndim != 3:
             raise ValueError(f"With a cache x must be [batch, T, D]: x.shape={x.shape}.")
+
+    def _check_sources(self) -> list[str]:
+        """Where earlier keys and values are, of which there is one place."""
         sources = {
             "a cache collection": self.cached,
-            "past_key_value": past is not None and len(past) > 0,
+            "past_key_value": self.past_key_value is not None and len(self.past_key_value) > 0,
             "inputs_k": self.inputs_k is not None,
+            "prev_layer_key_value": self.prev_layer_key_value is not None,
         }
         given = [name for name, is_given in sources.items() if is_given]
-        if len(given) > 1 or (self.prev_layer_key_value is not None and given):
-            given += ["prev_layer_key_value"] if self.prev_layer_key_value is not None else []
+        if len(given) > 1:
             raise ValueError(f"Only one of these can say where earlier keys and values are, got {' and '.join(given)}.")
-        for name, pair in (("past_key_value", past), ("prev_layer_key_value", self.prev_layer_key_value)):
-            _check_key_value(name, pair, x)
-        if self.segment_ids is not None and (given or self.prev_layer_key_value is not None):
-            raise ValueError(
-                "segment_ids separate packed sequences in self-attention over x alone; "
-                f"with {' and '.join(given) or 'prev_layer_key_value'} pass a mask."
-            )
-        if self.inputs_k is not None and self.causal and jnp.shape(self.inputs_k)[-2] != x.shape[-2]:
+        return given
+
+    def _check_inputs(self) -> None:
+        keys = self.x.shape if self.inputs_k is None else jnp.shape(self.inputs_k)
+        for name, source in (("inputs_k", self.inputs_k), ("inputs_v", self.inputs_v)):
+            if source is None:
+                continue
+            shape, dtype = jnp.shape(source), jnp.asarray(source).dtype
+            if shape[:-2] != self.x.shape[:-2] or shape[:-1] != keys[:-1] or not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(
+                    f"{name} must be floating [..., S, features] with the leading axes of x, S the same for keys and "
+                    f"values: {name}.shape={shape}, {name}.dtype={dtype!s}, x.shape={self.x.shape}, "
+                    f"keys from {keys}."
+                )
+        if self.inputs_v is not None and self.prev_layer_key_value is not None:
+            raise ValueError("prev_layer_key_value are keys and values already, so there is no place for inputs_v.")
+        if self.inputs_k is not None and self.causal and keys[-2] != self.x.shape[-2]:
             raise ValueError(
                 "Causal attention to inputs_k of another length has no agreed meaning: "
-                f"x.shape={x.shape}, inputs_k.shape={jnp.shape(self.inputs_k)}. Pass causal=False."
+                f"x.shape={self.x.shape}, inputs_k.shape={keys}. Pass causal=False."
             )
+
+    def _check_key_value(self, name: str, pair: Any) -> None:
+        """`()` or None, or a pair [..., S, K, H]."""
+        if pair is None or (isinstance(pair, tuple | list) and len(pair) == 0 and name == "past_key_value"):
+            return
+        _, heads, features = self.sizes
+        arrays = [jnp.asarray(array) for array in pair] if isinstance(pair, tuple | list) else []
+        shapes = [array.shape for array in arrays] or jnp.shape(pair)
+        right = len(arrays) == 2 and all(
+            array.ndim == self.x.ndim + 1
+            and array.shape == shapes[0]
+            and array.shape[:-3] == self.x.shape[:-2]
+            and (array.shape[-2] == heads or name != "past_key_value")
+            and array.shape[-1] == features
+            and jnp.issubdtype(array.dtype, jnp.floating)
+            for array in arrays
+        )
+        if not right:
+            raise ValueError(
+                f"{name} must be (key, value), each [..., length, kv_heads, head_dim] with the leading axes of x, "
+                f"floating: shapes={shapes}, dtypes={[str(array.dtype) for array in arrays]}, x.shape={self.x.shape}, "
+                f"kv_heads={heads}, head_dim={features}. mqa_jax.torch_interop converts upstream's layouts."
+            )
+        if name == "prev_layer_key_value" and arrays[0].shape[-3] < self.x.shape[-2]:
+            raise ValueError(
+                "The queries are the last T positions of prev_layer_key_value, which has fewer: "
+                f"x.shape={self.x.shape}, shapes={shapes}."
+            )
+
+    @property
+    def has_earlier(self) -> bool:
+        """Whether keys come from elsewhere than x alone, a cache aside."""
+        elsewhere = self.past_key_value, self.inputs_k, self.prev_layer_key_value
+        return any(x is not None for x in elsewhere)
 
     @property
     def query_offset(self) -> int:
@@ -58,70 +133,114 @@ class Call(NamedTuple):
         return 0
 
 
-def _check_key_value(name: str, pair: Any, x: Array) -> None:
-    """`()` or None, or a pair [..., S, K, H]."""
-    if pair is None or len(pair) == 0:
-        return
-    shapes = [jnp.shape(array) for array in pair]
-    if len(pair) != 2 or any(len(shape) != x.ndim + 1 for shape in shapes):
+def check_flags(**flags: Any) -> None:
+    """Arguments that are None or a bool; anything else would count as True."""
+    for name, x in flags.items():
+        if x is not None and not is_flag(x):
+            raise ValueError(f"{name} must be True or False: {name}={x!r}.")
+
+
+def integers(name: str, x: ArrayLike, shape: tuple[int, ...], what: str, remedy: str = "") -> ArrayLike:
+    x = jnp.asarray(x) if isinstance(x, list | tuple) else x
+    found, dtype = jnp.shape(x), jnp.result_type(x)
+    if found != shape or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"{name} must be (key, value), each [..., length, kv_heads, head_dim] with the leading axes of x: "
-            f"shapes={shapes}, x.shape={x.shape}. mqa_jax.torch_interop converts upstream's layouts."
+            f"{name} must be integers, {what}: {name}.shape={found}, expected {shape}, {name}.dtype={dtype!s}.{remedy}"
         )
+    return x  # not yet an array of JAX, which would cut it down to 32 bits
 
 
-def pair_mask(mask: ArrayLike | None, attention_mask: ArrayLike | None, leading_axes: int) -> Array | None:
+def checked_lengths(seq_lengths: ArrayLike | None, x: Array) -> Lengths | None:
+    """For each row a number of tokens that is there; see `cache_checks.within` for what cannot be known yet."""
+    if seq_lengths is None:
+        return None
+    remedy = " A mask of the tokens goes to attention_mask=; how many it has in each row is mask.sum(-1)."
+    rule = "how many of the T tokens of each row count"
+    lengths = integers("seq_lengths", seq_lengths, x.shape[:-2], rule, remedy)
+    message = "seq_lengths must lie between 0 and the tokens of the call: seq_lengths={value}, tokens={high}."
+    return Lengths(*within(lengths, 0, x.shape[-2], message))
+
+
+def checked_positions(positions: ArrayLike, x: Array) -> Int[Array, "..."]:
+    """`[T]`, or with leading axes that are those of x or 1."""
+    shape = jnp.shape(positions)
+    axes = zip(shape[:-1][::-1], x.shape[:-2][::-1])
+    broadcasts = shape[-1:] == x.shape[-2:-1] and len(shape) < x.ndim and all(n in (1, whole) for n, whole in axes)
+    what = "one for each token, [..., T]"
+    return jnp.asarray(integers("positions", positions, shape if broadcasts else x.shape[:-1], what))
+
+
+def pair_mask(mask: ArrayLike | None, attention_mask: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
     """`[..., S]` (keys), `[..., T, S]` or `[..., N, T, S]`, bool, as `[..., N, T, S]`; the two are one argument."""
     if mask is not None and attention_mask is not None:
         raise ValueError("mask and attention_mask are two names of one argument: pass one.")
+    name = "attention_mask" if mask is None else "mask"
     mask = attention_mask if mask is None else mask
     if mask is None:
         return None
     mask = jnp.asarray(mask)
-    extra = mask.ndim - leading_axes
-    if extra == 1:
-        return mask[..., None, None, :]
-    if extra == 2:
-        return mask[..., None, :, :]
-    if extra == 3:
-        return mask
-    raise ValueError(
-        f"mask must be [..., S], [..., T, S] or [..., N, T, S], where ... is {leading_axes} axes of x: "
-        f"mask.shape={mask.shape}."
-    )
+    if mask.dtype != jnp.bool_:
+        floating = jnp.issubdtype(mask.dtype, jnp.floating)
+        raise ValueError(
+            f"{name} must be bool, True = may attend: {name}.dtype={mask.dtype!s}. "
+            + ("One that is added to the scores goes to bias=, " if floating else "")
+            + f"{'one' if floating else 'One'} of 0 and 1, such as a tokenizer's, is {name}.astype(bool)."
+        )
+    extra = mask.ndim - len(batch)
+    if extra not in (1, 2, 3) or any(n not in (1, whole) for n, whole in zip(mask.shape, batch)):
+        raise ValueError(
+            f"{name} must be [..., S], [..., T, S] or [..., N, T, S], where ... are the leading axes of x or 1: "
+            f"{name}.shape={mask.shape}, leading axes of x={batch}."
+        )
+    return mask.reshape(mask.shape[: len(batch)] + (1,) * (3 - extra) + mask.shape[len(batch) :])
 
 
-def pair_bias(bias: ArrayLike | None) -> Array | None:
+def pair_bias(bias: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
     if bias is None:
         return None
     bias = jnp.asarray(bias)
-    if bias.ndim < 2:
+    axes = zip(bias.shape[:-3][::-1], batch[::-1])
+    if not 2 <= bias.ndim <= len(batch) + 3 or any(n not in (1, whole) for n, whole in axes):
         raise ValueError(f"bias must be [..., N, T, S]: bias.shape={bias.shape}. Give axes that are shared size 1.")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias must be floating: bias.dtype={bias.dtype!s}. A boolean mask goes to mask=.")
     return bias
 
 
-def columns_of(*pairs: Array | None) -> int | None:
-    """The shortest key axis of masks and biases that have one."""
-    return min((x.shape[-1] for x in pairs if x is not None and x.shape[-1] > 1), default=None)
+def limits(rows: int, in_ring: bool, *pairs: Array | None) -> list[tuple[int, str]]:
+    """How many positions masks and biases reach that are read by position, for `cache_append.append`."""
+    given = [x.shape for x in pairs if x is not None]
+    tables = [(shape[-2], SHORT_ROWS) for shape in given if shape[-2] > rows]
+    return tables + [(shape[-1], SHORT_COLUMNS) for shape in given if shape[-1] > 1 and in_ring]
 
 
-def for_keys(pairs: Array | None, keys: Keys, rows: int | None = None) -> Array | None:
-    """A mask or bias by position, for keys as they lie.
-
-    `rows`: of one that was made for a longer text, the part for the last queries and keys (upstream's way).
-    """
-    if pairs is None:
+def last_rows_and_columns(bias: Array | None, keys: Keys, rows: int) -> Array | None:
+    """Of a bias that was made for a longer text, the part for the last queries and keys: upstream's way."""
+    if bias is None:
         return None
-    if rows is not None:
-        pairs = pairs[..., max(0, pairs.shape[-2] - rows) :, :]
-    if keys.positions is None:
-        first = 0 if rows is None else max(0, pairs.shape[-1] - keys.key.shape[-3])
-        return pairs[..., first:]
-    if pairs.shape[-1] == 1:
+    return bias[..., max(0, bias.shape[-2] - rows) :, max(0, bias.shape[-1] - keys.key.shape[-3]) :]
+
+
+def by_position(name: str, pairs: Array | None, keys: Keys, rows: int) -> Array | None:
+    """A mask or bias for cached keys as they lie: its rows are those of the call, or of all positions."""
+    if pairs is None or keys.start is None:
         return pairs
     pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
-    existing = jnp.clip(keys.positions, 0, pairs.shape[-1] - 1)  # other slots are hidden, or the row is worthless
-    return jnp.take_along_axis(pairs, existing[:, None, None], axis=-1)
+    if pairs.shape[-2] > rows:
+        place = jnp.minimum(keys.start[:, None] + np.arange(rows, dtype=np.int32)[None], pairs.shape[-2] - 1)
+        pairs = jnp.take_along_axis(pairs, place[:, None, :, None], axis=-2)  # beyond its end the row is worthless
+    columns = pairs.shape[-1]
+    if columns == 1:
+        return pairs
+    if keys.positions is not None:
+        existing = jnp.clip(keys.positions, 0, columns - 1)  # other slots are hidden, or the row is worthless
+        return jnp.take_along_axis(pairs, existing[:, None, None], axis=-1)
+    if columns < keys.key.shape[1]:
+        raise ValueError(
+            f"With a static cache {name} has a column for each of its positions: {name}.shape={pairs.shape}, "
+            f"max_length={keys.key.shape[1]}. Pad it; what lies behind the last token is never seen."
+        )
+    return pairs[..., : keys.key.shape[1]]
 
 
 def check_weights(keys: Keys) -> None:

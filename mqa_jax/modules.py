@@ -5,7 +5,6 @@ cache; attention itself is `mqa_jax.dot_product_attention`. Its parameters have 
 `flax.linen.MultiHeadDotProductAttention`: `query`, `key`, `value` with kernel `[D, N | K, H]`, `out` with `[N, H, D]`.
 """
 
-import functools
 import sys
 import warnings
 from typing import Any
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mqa_jax import cache_append, kv_cache, module_calls, shapes
 from mqa_jax.attention import attention_with_weights, dot_product_attention
-from mqa_jax.cache_append import Keys
+from mqa_jax.cache_append import Keys, Lengths
 from mqa_jax.checks import checked_window
 from mqa_jax.module_settings import check_kv_heads, check_settings, implementation_of
 from mqa_jax.norms import make_norm
@@ -29,7 +28,7 @@ from mqa_jax.positions import Rope, TemperatureTuning, alibi_slopes, falcon_alib
 KeyValue = tuple[Float[Array, "... S K H"], Float[Array, "... S K H"]]
 
 
-class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
+class GroupedQueryAttention(nn.Module):
     """Grouped-query attention with rotary or ALiBi positions, a KV cache, and upstream's options.
 
     Settings and defaults are those of mqa's and zeta's `MultiQueryAttention` (from dim to device), then llm-foundry's
@@ -136,15 +135,17 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         """Attends from `x` to itself, to what was cached before it, or to `inputs_k`.
 
         Where the variables hold a `cache` collection (see `init_cache`), the new keys and values are appended to it and
-        the queries attend to all of it; call with `mutable=["cache"]`. The key axis S of `mask` and `bias` is then
-        `max_length`; with a ring buffer it is the position, and any length that reaches the last token will do. A row
-        whose tokens do not fit is an error, or, under jit, NaN and a check for `checkify`.
+        the queries attend to all of it; call with `mutable=["cache"]`. The key axis S of `mask` and `bias` is then the
+        position, of which there are `max_length`; with a ring buffer any length that reaches the last token will do.
+        Their query axis is that of the call, or longer: then it is the position, too, so that one table of all pairs
+        serves every call. A row whose tokens do not fit is an error, or, under jit, NaN and a check for `checkify`.
 
         Args:
           x: any leading axes; one batch axis with a cache.
           past_key_value: keys and values of earlier tokens, each `[..., length, K, H]`, or `()` to start; the third
             result is then theirs and the new ones together. The `cache` collection is the better way under jit.
-          bias: added to the scores, broadcasts to `[..., N, T, S]`; of a longer one, the last T rows and S columns.
+          bias: added to the scores, broadcasts to `[..., N, T, S]`; of a longer one, without a cache, the last T rows
+            and S columns.
           mask: bool, True = may attend: for keys `[..., S]`, for pairs `[..., T, S]`, or with heads `[..., N, T, S]`.
           causal: key position <= query position, positions counting from the first cached token.
           needs_weights: also return the weights. They are computed by the reference, in memory N * T * S.
@@ -155,39 +156,48 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
             `value` parameters. The queries are the last T positions.
           positions: for RoPE and temperature, default offset + 0, 1, 2, ...
           segment_ids: packed sequences: only equal ids attend to each other.
-          seq_lengths: how many of the T tokens of each row count; the rest is padding.
+          seq_lengths: how many of the T tokens of each row count; the rest is padding. A number that is not between 0
+            and T is an error, or, under jit, NaN in that row and a check for `checkify`.
 
         Returns:
           (output, weights or None, past_key_value or None).
         """
         x = jnp.asarray(x)
         causal = self.causal if causal is None else causal
+        module_calls.check_flags(causal=causal, needs_weights=needs_weights, deterministic=deterministic)
+        self._allocate(inputs_k is None and prev_layer_key_value is None and past_key_value is None)
         cached = self.has_variable("cache", kv_cache.KEY)
-        call = module_calls.Call(x, past_key_value, inputs_k, prev_layer_key_value, segment_ids, causal, cached)
+        sizes = self.dim, self._kv_heads, self._head_dim
+        earlier = past_key_value, inputs_k, inputs_v, prev_layer_key_value
+        call = module_calls.Call(x, *earlier, segment_ids, seq_lengths, causal, cached, sizes)
         call.check()
+        self._check_collection(call)
         self._speak(x)
         query = self._project("query", x, self.heads)
         cache = self._cache() if cached else None
         offset = call.query_offset if cache is None else kv_cache.index_of(cache)
-        bias = module_calls.pair_bias(bias)
-        mask = module_calls.pair_mask(mask, attention_mask, leading_axes=x.ndim - 2)
-        positions = self._positions(x, offset) if positions is None else jnp.asarray(positions)
+        bias = module_calls.pair_bias(bias, batch=x.shape[:-2])
+        mask = module_calls.pair_mask(mask, attention_mask, batch=x.shape[:-2])
+        positions = self._positions(x, offset) if positions is None else module_calls.checked_positions(positions, x)
         if prev_layer_key_value is None:
             key, value = self._project_keys(x, inputs_k, inputs_v, positions)
         else:
             key, value = promote_dtype(*prev_layer_key_value, dtype=query.dtype)
         query = query if self.rope is None else self.rope(query, positions)
         query = query if self.attn_temperature_tuning is None else self.attn_temperature_tuning(query, positions)
-        lengths = None if seq_lengths is None else jnp.asarray(seq_lengths, jnp.int32)
+        lengths = module_calls.checked_lengths(seq_lengths, x)
+        rows = x.shape[-2]
         if cache is None:
             keys = self._keys(key, value, offset, lengths, past_key_value)
+            bias = module_calls.last_rows_and_columns(bias, keys, rows)
         else:
-            keys = self._append(cache, key, value, lengths, module_calls.columns_of(mask, bias))
+            limits = module_calls.limits(rows, kv_cache.RING_INDEX in cache, mask, bias)
+            keys = self._append(cache, key, value, lengths, limits)
         out, weights = self._attend(
             query,
             keys,
-            module_calls.for_keys(bias, keys, rows=x.shape[-2]),
-            module_calls.for_keys(mask, keys),
+            module_calls.by_position("bias", bias, keys, rows),
+            module_calls.by_position("mask", mask, keys, rows),
             needs_weights,
             is_causal=causal,
             query_segment_ids=segment_ids,
@@ -208,8 +218,9 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         dtype = dtype or self.cache_dtype or self.dtype or self.param_dtype
         length, index = max_length, kv_cache.INDEX
         if self.cache_layout == "ring":
-            assert self._window is not None  # see check_settings
-            length, index = kv_cache.ring_slots(self._window[0]), kv_cache.RING_INDEX
+            left, _ = self._window or (None, None)
+            assert left is not None  # see check_settings
+            length, index = kv_cache.ring_slots(left), kv_cache.RING_INDEX
         cache = kv_cache.new_cache(batch, length, self._kv_heads, self._head_dim, dtype, index)
         if self.scope is not None and self.is_mutable_collection("cache"):
             for name, array in cache.items():
@@ -275,47 +286,62 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
 
     @staticmethod
     def _positions(x: Array, offset: int | Array) -> Int[Array, "... T"]:
-        return jnp.asarray(offset, jnp.int32)[..., None] + shapes.positions(x.shape[-2])
+        offset = jnp.asarray(offset, jnp.int32)[..., None]
+        return offset + jnp.expand_dims(shapes.positions(x.shape[-2]), range(offset.ndim - 1))
 
     @staticmethod
-    def _keys(key: Array, value: Array, offset: int | Array, lengths: Array | None, past: Any) -> Keys:
+    def _keys(key: Array, value: Array, offset: int | Array, lengths: Lengths | None, past: Any) -> Keys:
         """What is attended to without a cache: what is past and what is new."""
         if past:
             key, value = (jnp.concatenate(pair, axis=-3) for pair in zip(past, (key, value)))
-        return Keys(key, value, lengths=None if lengths is None else offset + lengths, query_offset=offset)
+        if lengths is None:
+            return Keys(key, value, query_offset=offset)
+        return Keys(key, value, lengths=offset + lengths.tokens, query_offset=offset, spoiled=lengths.wrong)
 
     @property
-    def _window(self) -> tuple[int, int] | None:
+    def _window(self) -> tuple[int | None, int | None] | None:
         return checked_window(self.local_window_size)
 
     def _cache(self) -> dict[str, Array]:
-        names = filter(functools.partial(self.has_variable, "cache"), kv_cache.NAMES)
-        return {name: self.get_variable("cache", name) for name in names}
+        return {name: self.get_variable("cache", name) for name in kv_cache.NAMES if self.has_variable("cache", name)}
+
+    def _allocate(self, is_self_attention: bool) -> None:
+        """Makes a cache where `mqa_jax.init_cache` traces the model, and one more for each further call in a step."""
+        wanted = kv_cache.wanted()
+        if wanted is None or not is_self_attention:
+            return
+        earlier = self._cache()
+        self.init_cache(*wanted)
+        if earlier:
+            others = self.get_variable("cache", kv_cache.OTHER_CALLS, ())
+            self.put_variable("cache", kv_cache.OTHER_CALLS, (*others, earlier))
+
+    def _check_collection(self, call: module_calls.Call) -> None:
+        """A cache that is never found, or never written, is not the cache that somebody passed."""
+        if call.cached and not self.is_mutable_collection("cache"):
+            raise ValueError("The new tokens cannot be written: pass mutable=['cache'] to apply, and keep its result.")
+        if call.cached or not call.causal or call.has_earlier or self.is_initializing():
+            return
+        collection = self.scope.root.variables().get("cache", {})  # type: ignore[union-attr]
+        if collection:
+            raise ValueError(
+                f"The cache collection holds no cache for this module: path={self.path}, the collection has "
+                f"{sorted(collection)}. Make it with mqa_jax.init_cache(model, ...), and pass it as variables['cache']."
+            )
 
     def _append(
-        self, cache: dict[str, Array], key: Array, value: Array, lengths: Array | None, pair_columns: int | None
+        self, cache: dict[str, Array], key: Array, value: Array, lengths: Lengths | None, limits: list[tuple[int, str]]
     ) -> Keys:
-        """Stores the new tokens."""
-        cache, keys = cache_append.append(
-            cache,
-            key,
-            value,
-            lengths,
-            window=self._window,
-            pair_columns=pair_columns,
-            traced_check=not self._is_lifted,
-        )
+        """Stores the new tokens, and puts the cache behind those of the other calls of this module in a step."""
+        cache, keys = cache_append.append(cache, key, value, lengths, window=self._window, limits=limits)
+        others = self.get_variable("cache", kv_cache.OTHER_CALLS, ())
+        if others:
+            following, *rest = others
+            self.put_variable("cache", kv_cache.OTHER_CALLS, (*rest, cache))
+            cache = following
         for name, array in cache.items():
             self.put_variable("cache", name, array)
         return keys
-
-    @property
-    def _is_lifted(self) -> bool:
-        """Inside nn.scan, nn.vmap, ...: Flax 0.12.12 refuses an nn.scan over what has an effect, such as a check."""
-        scope: Any = self.scope
-        while scope is not None and scope.parent is not None:
-            scope = scope.parent
-        return scope is not None and scope.path != ()
 
     def _attend(
         self, query: Array, keys: Keys, bias: Array | None, mask: Array | None, needs_weights: bool, **options: Any
@@ -326,7 +352,7 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
             scale=self.softmax_scale,
             local_window_size=self.local_window_size,
             logits_soft_cap=self.logits_soft_cap,
-            alibi_slopes=alibi_slopes(self.heads, self.alibi_bias_max) if self.alibi is True else None,
+            alibi_slopes=None if self.alibi in (False, "falcon") else alibi_slopes(self.heads, self.alibi_bias_max),
             sinks=sinks,
             precision=self.precision,
         )
@@ -334,19 +360,24 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
             added = falcon_alibi(self.heads, self._head_dim, keys.key.shape[-3])
             bias = added if bias is None else bias.astype(jnp.float32) + added
         arrays = query, keys.key, keys.value, bias, mask
+        log_sum_exp: Array | None
         weights = None
         if needs_weights:
             module_calls.check_weights(keys)
             out, log_sum_exp, weights = attention_with_weights(*arrays, Options(**options))
         else:
             implementation = implementation_of(self.attn_impl)
-            out, log_sum_exp = dot_product_attention(
-                *arrays, **options, implementation=implementation, return_residual=True
+            found = dot_product_attention(
+                *arrays, **options, implementation=implementation, return_residual=self.add_bias_kv
             )
+            out, log_sum_exp = found if self.add_bias_kv else (found, None)  # which cuDNN does not have
         if self.add_bias_kv:
+            assert log_sum_exp is not None  # for mypy: it was asked for
             out, weights = self._attend_to_bias_kv(query, out, log_sum_exp, weights)
-        if keys.overflow is not None:
-            out = jnp.where(keys.overflow[:, None, None, None], jnp.nan, out)
+        if keys.spoiled is not None:
+            spoiled = keys.spoiled[..., None, None, None]
+            out = jnp.where(spoiled, jnp.nan, out)
+            weights = None if weights is None else jnp.where(spoiled, jnp.nan, weights)
         return out, weights
 
     def _sinks(self) -> Float[Array, " N"] | None:
@@ -362,11 +393,14 @@ class GroupedQueryAttention(nn.Module, kv_cache.CachingModule):
         """Merges in the learned key and value that every query sees: two partial softmaxes, weighed by log-sum-exp."""
         shape = self._kv_heads, self._head_dim
         bias_k, bias_v = (self.param(name, self.kernel_init, shape, self.param_dtype) for name in ("bias_k", "bias_v"))
-        grouped = query.reshape(*query.shape[:-2], self._kv_heads, -1, self._head_dim).astype(jnp.float32)
+        grouped = query.reshape(*query.shape[:-2], self._kv_heads, -1, self._head_dim).astype(log_sum_exp.dtype)
         scale = self._head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-        score = scale * jnp.einsum("...kgh,kh->...kg", grouped, bias_k, precision="highest").reshape(log_sum_exp.shape)
+        score = scale * jnp.einsum(
+            "...kgh,kh->...kg", grouped, bias_k.astype(grouped.dtype), precision="highest"
+        ).reshape(log_sum_exp.shape)
         share = jax.nn.sigmoid(log_sum_exp - score)  # of the keys before it, [..., T, N]
         added = jnp.repeat(bias_v, self.heads // self._kv_heads, axis=0)  # [N, H]
+        added = jnp.expand_dims(added, range(out.ndim - 2)).astype(share.dtype)
         out = (share[..., None] * out + (1 - share)[..., None] * added).astype(out.dtype)
         return out, None if weights is None else weights * jnp.swapaxes(share, -1, -2)[..., None]
 

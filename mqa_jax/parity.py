@@ -9,6 +9,7 @@ import argparse
 import copy
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mqa_jax import torch_arrays, torch_layouts, torch_state_dict
+from mqa_jax import torch_arrays, torch_layouts, torch_modules, torch_state_dict
 from mqa_jax.modules import GroupedQueryAttention
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _our_results(
     results = {"output": out, "d_x": d_x, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
     if module.output_projection and theirs.shows_context:
         without = {name: x for name, x in params.items() if name != "out"}
-        headless = module.clone(output_projection=False)
+        headless = module.clone(output_projection=False, out_features=None, use_out_bias=None)
         results["context"], _ = _with_gradients(headless, without, x, None)
     return results
 
@@ -248,6 +249,7 @@ class _Torch:
     def __init__(self, module: Any, call: Callable[..., Any], layout: str | None, ours: GroupedQueryAttention):
         self.module, self.call, self.ours = copy.deepcopy(module).eval(), call, ours
         heads, kv_heads = ours.heads, ours.kv_heads or ours.heads
+        layout = torch_modules.layout_of(module, layout)
         self.layout, self.known = torch_layouts.find(layout, module.state_dict(), heads, kv_heads)
         self.out_features = ours.out_features or (
             ours.dim if ours.output_projection else ours.heads * (ours.head_dim or 0)
@@ -311,39 +313,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m mqa_jax.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a Hugging Face checkpoint: config.json and weights")
-    parser.add_argument("--layer", type=int, nargs="+", help="which layers; default all")
+    parser.add_argument("--layer", type=int, nargs="+", help="which layers, from 0; default all")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of weights and hidden states")
     parser.add_argument("--length", type=int, default=64, help="tokens, whose hidden states are random")
     parser.add_argument("--json", type=Path, help="a file for the differences")
     parser.add_argument("--plot", type=Path, help="a PNG of where the last layer's errors are, by head and row")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.length < 1:
+        parser.error(f"at least one token: --length {options.length}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[int, Report]:
+    """Status 1: a layer differs. Status 2: nothing could be compared; stderr says why."""
     options = parse_arguments(arguments)
     try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise SystemExit(f"{error}. This command wants PyTorch: pip install 'mqa-jax[torch]'.") from error
-    from mqa_jax import hf_attention
-    from mqa_jax.hf_checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(options.folder)
-    dtype: Any = getattr(torch, options.dtype)
-    auto: Any = transformers.AutoModel
-    model = auto.from_pretrained(options.folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
-    reports = {}
-    for layer in options.layer or range(checkpoint.layers):
-        module, variables = checkpoint.attention(layer)
-        variables = jax.tree.map(lambda x: jnp.asarray(x, options.dtype), variables)
-        family = hf_attention.FAMILIES[checkpoint.config["model_type"]]
-        path = family.prefix.format(layer).rstrip(".")
-        names = {name for name, _ in model.named_modules()}
-        theirs = model.get_submodule(path if path in names else path.partition(".")[2])
-        x = np.random.default_rng(layer).standard_normal((1, options.length, module.dim))
-        reports[layer] = compare(module.clone(parent=None), variables, theirs, x)
-        print(f"layer {layer}\n{reports[layer].table()}\n", flush=True)
+        reports = _compare_folder(options)
+    except (ImportError, OSError, ValueError, NotImplementedError) as error:
+        wants = ". This command wants PyTorch: pip install 'mqa-jax[torch]'." if isinstance(error, ImportError) else ""
+        print(f"python -m mqa_jax.parity: {' '.join(str(error).split())}{wants}", file=sys.stderr)
+        raise SystemExit(2) from error
     if options.json is not None:
         texts = {layer: json.loads(report.to_json()) for layer, report in reports.items()}
         options.json.write_text(json.dumps(texts, indent=2) + "\n")
@@ -355,6 +344,34 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, Report]:
     decoded = any(x.name == "decoded" for report in reports.values() for x in report.differences)
     compared = f"outputs, gradients{', cached decoding' if decoded else ''}"
     print(f"{len(reports)} of {len(reports)} layers agree in {options.dtype}: {compared}")
+    return reports
+
+
+def _compare_folder(options: argparse.Namespace) -> dict[int, Report]:
+    import torch
+    import transformers
+
+    from mqa_jax import hf_attention
+    from mqa_jax.hf_checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(options.folder)
+    layers = options.layer or range(hf_attention.layers_of(checkpoint.config))
+    for layer in layers:  # before the model is loaded, which takes long
+        checkpoint.attention(layer)
+    dtype: Any = getattr(torch, options.dtype)
+    auto: Any = transformers.AutoModel
+    model = auto.from_pretrained(options.folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
+    reports = {}
+    for layer in layers:
+        module, variables = checkpoint.attention(layer)
+        variables = jax.tree.map(lambda x: jnp.asarray(x, options.dtype), variables)
+        family = hf_attention.FAMILIES[checkpoint.config["model_type"]]
+        path = family.prefix.format(layer).rstrip(".")
+        names = {name for name, _ in model.named_modules()}
+        theirs = model.get_submodule(path if path in names else path.partition(".")[2])
+        x = np.random.default_rng(layer).standard_normal((1, options.length, module.dim))
+        reports[layer] = compare(module.clone(parent=None), variables, theirs, x)
+        print(f"layer {layer}\n{reports[layer].table()}\n", flush=True)
     return reports
 
 

@@ -1,4 +1,8 @@
-"""Positions: rotary embeddings (RoPE), ALiBi slopes, and the temperature of queries far into a text."""
+"""Positions: rotary embeddings (RoPE), ALiBi slopes, and the temperature of queries far into a text.
+
+How RoPE is scaled for longer contexts is a dataclass: called with the frequencies it returns the new ones, and its
+`magnitude` multiplies the rotated queries and keys.
+"""
 
 import functools
 import math
@@ -9,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mqa_jax.setting_types import check_types, is_integer, is_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
@@ -16,8 +22,30 @@ class LinearScaling:
 
     factor: float
 
+    magnitude = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         return frequencies / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableScaling:
+    """Each frequency divided by its own one of `factors`, as the tensor `rope_freqs.weight` of a GGUF file says."""
+
+    factors: tuple[float, ...]
+
+    magnitude = 1.0
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        if len(self.factors) != len(frequencies):
+            raise ValueError(
+                f"TableScaling has one factor for each pair of features: {len(self.factors)} factors, "
+                f"head_dim={2 * len(frequencies)}."
+            )
+        return frequencies / np.asarray(self.factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +60,75 @@ class Llama3Scaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
+    magnitude = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                "Slow rotations come before fast ones: "
+                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}."
+            )
+
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
         kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN's (Peng et al. 2023, arXiv 2309.00071, `rope_type="yarn"`), with the names and defaults of transformers.
+
+    Frequencies that turn less than `beta_slow` times in `original_max_position_embeddings` are divided by `factor`,
+    those that turn more than `beta_fast` times are kept, and a ramp over the feature pairs lies between.
+
+    Attributes:
+      factor, original_max_position_embeddings: how many times longer the context is than which one.
+      attention_factor: `magnitude`. Default: 0.1 * log(factor) + 1 (section 3.4), or the quotient of two such numbers
+        where `mscale` and `mscale_all_dim`, DeepSeek's factors of the logarithm, are both given.
+      truncate: whether the ramp starts and ends at whole pairs.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or self.original_max_position_embeddings <= 0:
+            raise ValueError(
+                f"YarnScaling needs a positive factor and context: factor={self.factor}, "
+                f"original_max_position_embeddings={self.original_max_position_embeddings}."
+            )
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        temper = lambda scale: 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1
+        return temper(self.mscale) / temper(self.mscale_all_dim) if self.mscale and self.mscale_all_dim else temper(1.0)
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        pairs = np.arange(len(frequencies))
+        low, high = self._pair(frequencies, self.beta_fast), self._pair(frequencies, self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
+        slow = np.clip((pairs - low) / (high - low if high != low else 0.001), 0, 1)  # as transformers divides
+        return frequencies * (1 - slow + slow / self.factor)
+
+    def _pair(self, frequencies: np.ndarray, turns: float) -> float:
+        """Which feature pair turns so often in the original context; pairs between two have a frequency too."""
+        step = math.log(frequencies[0] / frequencies[1]) if len(frequencies) > 1 else math.inf
+        return math.log(self.original_max_position_embeddings / (2 * math.pi * turns)) / step
+
+
+Scaling = LinearScaling | TableScaling | Llama3Scaling | YarnScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +140,15 @@ class Rope:
     Attributes:
       theta: base of the frequencies.
       interleaved: pair features (2i, 2i + 1), as GPT-J and GGUF files do, instead of (i, i + H / 2), as Hugging Face.
-      scaling: how the frequencies of a longer context differ, or None.
+      scaling: how the frequencies of a longer context differ, or None. YaRN's also has a magnitude.
     """
 
     theta: float = 10_000.0
     interleaved: bool = False
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: Scaling | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def frequencies(self, features: int) -> np.ndarray:
         """Angle per position of each pair, float32 `[H / 2]`."""
@@ -62,13 +158,16 @@ class Rope:
         return (frequencies if self.scaling is None else self.scaling(frequencies)).astype(np.float32)
 
     def __call__(self, x: Float[Array, "... T N H"], positions: Int[Array, "... T"]) -> Float[Array, "... T N H"]:
-        """Rotates `x`, in float32, and returns it in its own dtype."""
-        features = x.shape[-1]
-        angle = positions[..., None, None].astype(jnp.float32) * self.frequencies(features)  # [..., T, 1, H/2]
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        """Rotates `x`, in float32 (float64 for float64), and returns it in its own dtype."""
+        features, dtype = x.shape[-1], jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+        positions = jnp.expand_dims(positions, range(x.ndim - 2 - positions.ndim))
+        frequencies = jnp.expand_dims(self.frequencies(features).astype(dtype), range(x.ndim - 1))
+        angle = positions[..., None, None].astype(dtype) * frequencies  # [..., T, 1, H/2]
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
         pairs = (*x.shape[:-1], features // 2, 2) if self.interleaved else (*x.shape[:-1], 2, features // 2)
         axis = -1 if self.interleaved else -2
-        first, second = jnp.moveaxis(x.astype(jnp.float32).reshape(pairs), axis, 0)
+        first, second = jnp.moveaxis(x.astype(dtype).reshape(pairs), axis, 0)
         rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
         return rotated.reshape(x.shape).astype(x.dtype)
 
@@ -80,9 +179,13 @@ class TemperatureTuning:
     attn_scale: float = 0.1
     floor_scale: float = 8192
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def __call__(self, query: Float[Array, "... T N H"], positions: Int[Array, "... T"]) -> Float[Array, "... T N H"]:
         steps = jnp.floor((positions + 1).astype(jnp.float32) / self.floor_scale)
-        return query * (1 + self.attn_scale * jnp.log(steps + 1))[..., None, None].astype(query.dtype)
+        factor = (1 + self.attn_scale * jnp.log(steps + 1))[..., None, None].astype(query.dtype)
+        return query * jnp.expand_dims(factor, range(query.ndim - factor.ndim))
 
 
 def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:
@@ -91,8 +194,11 @@ def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:
     2 ** (-alibi_bias_max * i / n) for i = 1 .. n, where n is `heads` rounded up to a power of two; if that is more than
     `heads`, every second slope comes first and the rest is cut off.
     """
-    if heads < 1:
-        raise ValueError(f"alibi_slopes needs at least one head: heads={heads}.")
+    if not (is_integer(heads) and heads >= 1 and is_number(alibi_bias_max) and alibi_bias_max > 0):
+        raise ValueError(
+            "alibi_slopes needs at least one head and slopes that fall: "
+            f"heads={heads!r}, alibi_bias_max={alibi_bias_max!r}."
+        )
     count = 2 ** math.ceil(math.log2(heads))
     slopes = 2.0 ** (-alibi_bias_max * np.arange(1, count + 1) / count)
     if count != heads:

@@ -45,8 +45,8 @@ def quantize(x: Float[ArrayLike, "*B S K H"], dtype: DTypeLike) -> tuple[Array, 
 
 
 def dequantize(x: Array, scale: Float[Array, "*B S K"]) -> Float[Array, "*B S K H"]:
-    """What quantized numbers stand for, in float32."""
-    return x.astype(jnp.float32) * scale[..., None]
+    """What quantized numbers stand for, in the dtype of the scale."""
+    return x.astype(scale.dtype) * scale[..., None]
 
 
 def rounding_error(dtype: DTypeLike, scale: Float[Array, "*B S K"]) -> Float[Array, "*B S K"]:

@@ -20,6 +20,8 @@ key/value head n // G:
 The aliases below name arrays after the leading axes have been flattened into one B; `#X` may also have size 1.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real
 
@@ -31,8 +33,9 @@ LogSumExp = Float[Array, "B T N"]
 Bias = Float[Array, "#B #N #T #S"]
 BoolMask = Bool[Array, "#B #N #T #S"]
 Positions = Int[Array, " X"]
+Length = Any  # an int, or a symbol of `jax.export`
 
 
-def positions(length: int) -> Positions:
+def positions(length: Length) -> Positions:
     """0, 1, 2, ... in 32 bits, whatever `jax_enable_x64` says."""
     return jnp.arange(length, dtype=jnp.int32)

@@ -3,13 +3,14 @@
 A call takes hidden states `[batch, length, features]` of tokens that follow what is cached, and returns as many.
 """
 
+import inspect
 import math
 import sys
 from typing import Any, Protocol
 
 import torch
 
-from mqa_jax import hf_attention
+from mqa_jax import hf_attention, torch_modules
 
 
 class Call(Protocol):
@@ -46,6 +47,12 @@ def _length(layer: Any, cache: Any) -> int:
     return 0 if cache is None else cache.get_seq_length(layer.layer_idx)
 
 
+def _cached(layer: Any, cache: Any) -> dict[str, Any]:
+    """The cache, under the name that this layer has for it: by class, and by version of transformers."""
+    names = inspect.signature(layer.forward).parameters
+    return {next(name for name in ("cache", "past_key_values", "layer_past") if name in names): cache}
+
+
 def _hidden(layer: Any, x: torch.Tensor, cache: Any, window: int | None = None) -> torch.Tensor:
     """True where a token may not attend, `[T, S]`: to what follows it, and beyond a window that counts itself."""
     start = _length(layer, cache)
@@ -67,35 +74,35 @@ def _rotary(layer: Any, x: torch.Tensor, cache: Any) -> Any:
 
 
 def _llama(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
-    window = hf_attention.attention_of(layer.config.to_dict(), layer.layer_idx)[0].local_window_size
+    window = hf_attention.attention_of(torch_modules.config_of(layer) or {}, layer.layer_idx)[0].local_window_size
     size = window[0] + 1 if isinstance(window, tuple) else None
     mask = _additive(_hidden(layer, x, cache, size), x.dtype)
-    return layer(x, _rotary(layer, x, cache), mask, past_key_values=cache)[0]
+    return layer(x, _rotary(layer, x, cache), mask, **_cached(layer, cache))[0]
 
 
 def _gpt_bigcode(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
     mask = _additive(_hidden(layer, x, cache), x.dtype)
-    return layer(x, layer_past=cache, attention_mask=mask)[0]
+    return layer(x, attention_mask=mask, **_cached(layer, cache))[0]
 
 
 def _falcon(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
     mask = _additive(_hidden(layer, x, cache), x.dtype)
     if not layer.config.alibi:
-        return layer(x, None, mask, layer_past=cache, position_embeddings=_rotary(layer, x, cache))[0]
+        return layer(x, None, mask, position_embeddings=_rotary(layer, x, cache), **_cached(layer, cache))[0]
     from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
     keys = torch.ones(1, mask.shape[-1], dtype=torch.int64)
     alibi = build_alibi_tensor(keys, layer.num_heads, x.dtype)
     # In the mask, as "sdpa" has it; "eager", which would add it once more, is given 0.
     nothing = torch.zeros(len(x), *alibi.shape, dtype=x.dtype)
-    return layer(x, nothing, mask + alibi / math.sqrt(layer.head_dim), layer_past=cache)[0]
+    return layer(x, nothing, mask + alibi / math.sqrt(layer.head_dim), **_cached(layer, cache))[0]
 
 
 def _mpt(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
     alibi = build_mpt_alibi_tensor(layer.n_heads, layer.max_seq_length).to(x.dtype)
-    return layer(x, alibi, past_key_values=cache, attention_mask=_hidden(layer, x, cache)[None, None])[0]
+    return layer(x, alibi, attention_mask=_hidden(layer, x, cache)[None, None], **_cached(layer, cache))[0]
 
 
 _CALLS = {

@@ -9,20 +9,22 @@ parameters of our modules, the state dict back again (bitwise, since nothing is 
     torch         in_proj_weight: q | k | v                                       torch.nn.MultiheadAttention
     torch_kdim    q_proj_weight, k_proj_weight, v_proj_weight; in_proj_bias       the same with kdim or vdim
     llama         q_proj, k_proj, v_proj, o_proj                                  Llama, Mistral, Qwen2, SmolLM
-    falcon        query_key_value: for each k/v head its q heads, then k, then v  Falcon 7B, 40B, and with plain MHA
-    gpt_bigcode   c_attn: the same                                                GPTBigCode (StarCoder), MQA and MHA
+    falcon        query_key_value: for each k/v head its q heads, then k, then v  Falcon 7B, 40B, with MHA; NeoX
+    chatglm       query_key_value: q of all heads | k of all | v of all           ChatGLM 2 and 3
+    gpt_bigcode   c_attn: for each k/v head its q heads, then k, then v           GPTBigCode (StarCoder), MQA and MHA
+    nanogpt       c_attn: q of all heads | k of all | v of all                    nanoGPT, Qwen 1
+    gpt2          the same in `Conv1D`, whose weights are [in, out]               GPT-2
     bert          self.query, self.key, self.value, output.dense                  BERT, RoBERTa, MiniLM
     lucidrains    to_q; to_kv: k of all heads | v of all                          FlashMHA's other FlashAttention
     knotgrass     query, key, value of one head, or one of these for each head    knotgrass's four classes
 """
 
+import collections
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 Params = dict[str, Any]
 Block = tuple[str, int]  # the rows of one head: "query", "key" or "value", and its number
@@ -38,6 +40,7 @@ class Layout:
       out: the output projection, None without one; its weight is `[D, N * H]`.
       folded: two output projections one after the other, of each group and of all: a name with the group's number.
       others: tensor -> where it is among our parameters, and how many heads it is split into (None: as it is).
+      transposed: weights are `[in, out]`.
     """
 
     weights: Rows
@@ -45,6 +48,13 @@ class Layout:
     out: str | None
     folded: str | None = None
     others: Mapping[str, tuple[tuple[str, ...], int | None]] = field(default_factory=dict)
+    transposed: bool = False
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        counts = collections.Counter(kind for blocks in self.weights.values() for kind, _ in blocks)
+        return dict(counts)
 
     @property
     def folded_names(self) -> list[str]:
@@ -76,9 +86,12 @@ NORMS = {
 }
 
 
-def _fused(heads: int, kv_heads: int) -> Layout:
-    rows = [*_all("query", heads), *_all("key", kv_heads), *_all("value", kv_heads)]
-    return _linear({"Wqkv": rows}, "out_proj", others=NORMS)
+def _fused(fused: str, out: str, **more: Any) -> Callable[[int, int], Layout]:
+    def layout(heads: int, kv_heads: int) -> Layout:
+        rows = [*_all("query", heads), *_all("key", kv_heads), *_all("value", kv_heads)]
+        return _linear({fused: rows}, out, **more)
+
+    return layout
 
 
 def _unfused(heads: int, kv_heads: int) -> Layout:
@@ -153,16 +166,20 @@ def _knotgrass_grouped(heads: int, kv_heads: int) -> Layout:
     return _linear(rows, "proj", folded="grouped.{}.proj.weight")
 
 
-# A tensor that tells the layout by its name, and the layout. Of several that are there the first counts.
+# A tensor that tells the layout by its name, and the layout. Of several tensors that are there the first counts; where
+# several layouts have one, shapes decide, or the caller.
 LAYOUTS: dict[str, tuple[str, Callable[[int, int], Layout]]] = {
-    "fused": ("Wqkv.weight", _fused),
+    "fused": ("Wqkv.weight", _fused("Wqkv", "out_proj", others=NORMS)),
     "unfused": ("Wk.weight", _unfused),
     "unfused_without_keys": ("Wq.weight", _unfused_without_keys),
     "torch": ("in_proj_weight", _torch),
     "torch_kdim": ("q_proj_weight", _torch_kdim),
     "llama": ("q_proj.weight", _separate("q_proj", "k_proj", "v_proj", "o_proj")),
     "falcon": ("query_key_value.weight", _by_group("query_key_value", "dense")),
+    "chatglm": ("query_key_value.weight", _fused("query_key_value", "dense")),
     "gpt_bigcode": ("c_attn.weight", _by_group("c_attn", "c_proj")),
+    "nanogpt": ("c_attn.weight", _fused("c_attn", "c_proj")),
+    "gpt2": ("c_attn.weight", _fused("c_attn", "c_proj", transposed=True)),
     "bert": ("self.query.weight", _separate("self.query", "self.key", "self.value", "output.dense")),
     "lucidrains": ("to_q.weight", _lucidrains),
     "knotgrass_multihead": ("multihead.0.query.weight", _knotgrass_multihead),
@@ -172,18 +189,53 @@ LAYOUTS: dict[str, tuple[str, Callable[[int, int], Layout]]] = {
 }
 
 
+# Tensors that some files hold beside the weights: what a RoPE or a causal mask is made of, and BERT's norm behind it.
+IGNORED = re.compile(r"rotary_emb\.inv_freq|(attn\.)?masked_bias|output\.LayerNorm\.(weight|bias)")
+
+
+def is_ignored(name: str, x: Any) -> bool:
+    """Whether a tensor says nothing of the attention layer; GPT-2's and nanoGPT's causal mask is called `bias`."""
+    return bool(IGNORED.fullmatch(name)) or (name == "bias" and x.ndim == 4)
+
+
 def find(name: str | None, tensors: Mapping[str, Any], heads: int, kv_heads: int) -> tuple[str, Layout]:
     """The layout of this name, or the one that the tensors tell."""
-    if name is None:
-        name = next((name for name, (marker, _) in LAYOUTS.items() if marker in tensors), None)
-        if name is None:
-            raise ValueError(
-                f"No known attention layout: found {shapes(tensors)}; expected one of "
-                f"{[marker for marker, _ in LAYOUTS.values()]}. Is the prefix right?"
-            )
+    name = _recognised(tensors, heads, kv_heads) if name is None else name
     if name not in LAYOUTS:
         raise ValueError(f"Unknown layout={name!r}: use one of {list(LAYOUTS)}, or None to have it recognised.")
-    return name, LAYOUTS[name][1](heads, kv_heads)
+    layout = LAYOUTS[name][1](heads, kv_heads)
+    wanted = {"query": heads, "key": kv_heads, "value": kv_heads}
+    if any(count != wanted[kind] for kind, count in layout.heads.items()):
+        raise ValueError(
+            f"layout={name!r} has these numbers of heads: {layout.heads}; given were heads={heads}, "
+            f"kv_heads={kv_heads}."
+        )
+    return name, layout
+
+
+def _recognised(tensors: Mapping[str, Any], heads: int, kv_heads: int) -> str:
+    marker = next((marker for marker, _ in LAYOUTS.values() if marker in tensors), None)
+    if marker is None:
+        some = shapes(dict(itertools.islice(tensors.items(), 20)))
+        raise ValueError(
+            f"No known attention layout: found {some}{' and more' if len(tensors) > 20 else ''}; expected one of "
+            f"{sorted({marker for marker, _ in LAYOUTS.values()})}. Is the prefix right?"
+        )
+    layouts = {name: make(heads, kv_heads) for name, (found, make) in LAYOUTS.items() if found == marker}
+    fitting = {name: x for name, x in layouts.items() if _has_shapes_of(x, tensors, heads)}
+    first = next(iter(fitting or layouts))
+    if any(x != fitting[first] for x in fitting.values()):
+        rows = {name: _order(x.weights[marker], heads // kv_heads + 3) for name, x in fitting.items()}
+        raise ValueError(
+            f"Several layouts have a {marker} of shape {tuple(tensors[marker].shape)}, with rows of heads in another "
+            f"order: {rows}. Say which, with heads={heads}, kv_heads={kv_heads}: "
+            f"layout={' or '.join(map(repr, rows))}."
+        )
+    return first
+
+
+def _order(blocks: list[Block], count: int) -> str:
+    return " ".join(f"{kind[0]}{head}" for kind, head in blocks[:count]) + " ..."
 
 
 def knotgrass_settings(names: Iterable[str]) -> dict[str, Any]:
@@ -193,159 +245,44 @@ def knotgrass_settings(names: Iterable[str]) -> dict[str, Any]:
     return dict(heads=heads, kv_heads=kv_heads, causal=False) if heads else {}
 
 
-# -- from a state dict ------------------------------------------------------------------------------------------------
+# -- shapes ------------------------------------------------------------------------------------------------------------
 
 
-def read(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv_heads: int) -> Params:
-    """Parameters of our modules."""
-    head_dim = _check(name, layout, tensors, heads, kv_heads)
-    counts = {"query": heads, "key": kv_heads, "value": kv_heads}
-    params: Params = {}
-    for kind, parts in _by_head(layout.weights, tensors, head_dim).items():
-        rows = concatenate([parts[head] for head in range(counts[kind])])
-        params[kind] = {"kernel": rows.T.reshape(rows.shape[1], counts[kind], head_dim)}
-    if all(bias in tensors for bias in layout.biases):
-        for kind, parts in _by_head(layout.biases, tensors, head_dim).items():
-            if kind in params:
-                params[kind]["bias"] = concatenate([parts[head] for head in range(counts[kind])]).reshape(-1, head_dim)
-    if layout.out is not None:
-        weight = _output_weight(layout, tensors)
-        params["out"] = {"kernel": weight.T.reshape(heads, head_dim, -1)}
-        if f"{layout.out}.bias" in tensors:
-            params["out"]["bias"] = tensors[f"{layout.out}.bias"]
-    for theirs, (ours, split) in layout.others.items():
-        if theirs in tensors:
-            _put(params, ours, tensors[theirs] if split is None else tensors[theirs].reshape(split, -1))
-    return params
+def _has_shapes_of(layout: Layout, tensors: Mapping[str, Any], heads: int) -> bool:
+    tensors = upright(layout, tensors)
+    known = expected(layout, tensors, head_dim_of(layout, tensors), heads)
+    return all(fits(tensors[name].shape, shape) for name, shape in known.items() if name in tensors)
 
 
-def _by_head(rows: Rows, tensors: Mapping[str, Any], head_dim: int) -> dict[str, dict[int, Any]]:
-    parts: dict[str, dict[int, Any]] = {}
-    for name, blocks in rows.items():
-        for place, (kind, head) in enumerate(blocks):
-            parts.setdefault(kind, {})[head] = tensors[name][place * head_dim : (place + 1) * head_dim]
-    return parts
+def upright(layout: Layout, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Weights as `[out, in]`; the way there and back."""
+    if not layout.transposed:
+        return tensors
+    return {name: x.T if name.endswith(".weight") else x for name, x in tensors.items()}
 
 
-def _output_weight(layout: Layout, tensors: Mapping[str, Any]) -> Any:
-    """Where there are two one after the other, their product."""
-    outer, names = tensors[f"{layout.out}.weight"], layout.folded_names
-    if not names:
-        return outer
-    parts = split_columns(outer, len(names))
-    return concatenate([part @ tensors[name] for part, name in zip(parts, names)], axis=1)
-
-
-# -- to a state dict --------------------------------------------------------------------------------------------------
-
-
-def write(layout: Layout, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict from which `read` makes these parameters."""
-    wanted = {kind for blocks in layout.weights.values() for kind, _ in blocks} | ({"out"} if layout.out else set())
-    others = {ours[0] for ours, _ in layout.others.values()}
-    if not wanted <= set(params) <= wanted | others:
-        raise ValueError(
-            f"These parameters do not fit the layout: found {sorted(params)}, expected {sorted(wanted)} and perhaps "
-            f"{sorted(others)}."
-        )
-    tensors = {}
-    for rows, part in ((layout.weights, "kernel"), (layout.biases, "bias")):
-        kinds = {kind for blocks in rows.values() for kind, _ in blocks}
-        if all(part in params[kind] for kind in kinds):
-            for name, blocks in rows.items():
-                tensors[name] = concatenate([_head(params[kind][part], head) for kind, head in blocks])
-    if layout.out is not None:
-        kernel = params["out"]["kernel"]
-        tensors |= _output(layout, kernel.reshape(-1, kernel.shape[-1]).T)
-        if "bias" in params["out"]:
-            tensors[f"{layout.out}.bias"] = params["out"]["bias"]
-    for theirs, (ours, split) in layout.others.items():
-        if ours[0] in params and (len(ours) == 1 or ours[1] in params[ours[0]]):
-            found = params[ours[0]] if len(ours) == 1 else params[ours[0]][ours[1]]
-            tensors[theirs] = found if split is None else found.reshape(1, 1, -1)
-    return tensors
-
-
-def _head(x: Any, head: int) -> Any:
-    """The rows of one head, of a kernel `[D, heads, H]` or a bias `[heads, H]`."""
-    return x[:, head].T if x.ndim == 3 else x[head]
-
-
-def _output(layout: Layout, weight: Any) -> dict[str, Any]:
-    """A folded projection is unfolded into itself, of the groups, and a sum over them."""
-    if layout.folded is None:
-        return {f"{layout.out}.weight": weight}
-    names = layout.folded_names
-    unit = np.eye(weight.shape[0], dtype=weight.dtype)
-    folded = dict(zip(names, split_columns(weight, len(names))))
-    return {**folded, f"{layout.out}.weight": np.concatenate([unit] * len(names), axis=1)}
-
-
-# -- what can be wrong ------------------------------------------------------------------------------------------------
-
-
-def _check(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv_heads: int) -> int:
-    """Names and shapes; returns the head size H."""
+def head_dim_of(layout: Layout, tensors: Mapping[str, Any]) -> int:
     first, blocks = next(iter(layout.weights.items()))
-    rows = tensors[first].shape[0] if first in tensors else len(blocks)
-    head_dim = rows // len(blocks)
-    expected = _expected(layout, tensors, head_dim, heads)
-    has_biases = any(bias in tensors for bias in layout.biases)
-    optional = {*layout.others, f"{layout.out}.bias", *([] if has_biases else layout.biases)}
-    faults = {
-        "missing": [tensor for tensor in expected if tensor not in tensors and tensor not in optional],
-        "unexpected": [tensor for tensor in tensors if tensor not in expected],
-        "misshapen": [x for x in expected if x in tensors and not _fits(tensors[x].shape, expected[x])],
-        "not divisible by heads": [first] if rows % len(blocks) else [],
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-        raise ValueError(
-            f"These tensors are no attention layer of layout={name!r} with heads={heads}, kv_heads={kv_heads}. {told}. "
-            f"Found {shapes(tensors)}, expected {expected}, where None is any length."
-        )
-    return head_dim
+    return tensors[first].shape[0] // len(blocks) if first in tensors else 1
 
 
-def _expected(layout: Layout, tensors: Mapping[str, Any], head_dim: int, heads: int) -> dict[str, tuple]:
+def expected(layout: Layout, tensors: Mapping[str, Any], head_dim: int, heads: int) -> dict[str, tuple]:
     """The shape of every tensor that the layout knows."""
-    expected: dict[str, tuple] = {name: (len(blocks) * head_dim, None) for name, blocks in layout.weights.items()}
-    expected |= {name: (len(blocks) * head_dim,) for name, blocks in layout.biases.items()}
+    known: dict[str, tuple] = {name: (len(blocks) * head_dim, None) for name, blocks in layout.weights.items()}
+    known |= {name: (len(blocks) * head_dim,) for name, blocks in layout.biases.items()}
     if layout.out is not None:
         folded = layout.folded_names
-        expected |= {name: (None, heads * head_dim // len(folded)) for name in folded}
+        known |= {name: (None, heads * head_dim // len(folded)) for name in folded}
         width = sum(tensors[name].shape[0] for name in folded if name in tensors)
-        expected |= {f"{layout.out}.weight": (None, width or heads * head_dim), f"{layout.out}.bias": (None,)}
+        known |= {f"{layout.out}.weight": (None, width or heads * head_dim), f"{layout.out}.bias": (None,)}
     for name, (_, split) in layout.others.items():
-        expected[name] = (None,) if split is None else (1, 1, heads * head_dim)
-    return expected
+        known[name] = (None,) if split is None else (1, 1, heads * head_dim)
+    return known
 
 
-def _fits(shape: tuple[int, ...], expected: tuple) -> bool:
+def fits(shape: tuple[int, ...], expected: tuple) -> bool:
     return len(shape) == len(expected) and all(n in (None, m) for m, n in zip(shape, expected))
 
 
 def shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in tensors.items()}
-
-
-# -- arrays -----------------------------------------------------------------------------------------------------------
-
-
-def concatenate(arrays: list[Any], axis: int = 0) -> Any:
-    """With numpy for numpy arrays, with JAX for JAX arrays, so that JAX can differentiate a conversion."""
-    if len(arrays) == 1:
-        return arrays[0]
-    return (np if all(isinstance(x, np.ndarray) for x in arrays) else jnp).concatenate(arrays, axis)
-
-
-def split_columns(weight: Any, parts: int) -> list[Any]:
-    width = weight.shape[1] // parts
-    return [weight[:, part * width : (part + 1) * width] for part in range(parts)]
-
-
-def _put(params: Params, where: tuple[str, ...], x: Any) -> None:
-    if len(where) == 1:
-        params[where[0]] = x
-    else:
-        params.setdefault(where[0], {})[where[1]] = x

@@ -4,10 +4,11 @@
 hold `[out, in]`, ours `[in, heads, H]` and `[heads, H, out]`.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from mqa_jax import torch_arrays, torch_layouts
+from mqa_jax import torch_arrays, torch_layouts, torch_weights
 from mqa_jax.torch_layouts import Params
 
 StateDict = Mapping[str, Any]
@@ -24,19 +25,21 @@ def from_state_dict(
       heads: query heads, N.
       kv_heads: key/value heads, K. Default N.
       prefix: take only the names that start with it, without it.
-      layout: a name of `mqa_jax.torch_layouts`. Default: recognised by the names of the tensors.
+      layout: a name of `mqa_jax.torch_layouts`. Default: recognised by the names and shapes of the tensors.
 
     Returns:
       `{"query": {"kernel": [D, N, H], "bias": [N, H]}, "key": ..., "value": ..., "out": {"kernel": [N, H, D], ...}}`.
 
     Raises:
-      ValueError: the layout is unknown, or a tensor is missing, unexpected or misshapen; with what was found and what
-        was expected.
+      ValueError: the layout is unknown, or is one of several with these names and shapes; or a tensor is missing,
+        unexpected or misshapen; with what was found and what was expected. What is known to say nothing of the layer
+        may be there, see `torch_layouts.is_ignored`.
+      NotImplementedError: the weights are quantised.
     """
-    tensors = {name.removeprefix(prefix): _array(x) for name, x in state_dict.items() if name.startswith(prefix)}
+    tensors = {name.removeprefix(prefix): _array(x, name) for name, x in state_dict.items() if name.startswith(prefix)}
     kv_heads = _checked_kv_heads(heads, kv_heads)
     name, known = torch_layouts.find(layout, tensors, heads, kv_heads)
-    return torch_layouts.read(name, known, tensors, heads, kv_heads)
+    return torch_weights.read(name, known, tensors, heads, kv_heads)
 
 
 def to_state_dict(params: Params, *, layout: str, prefix: str = "") -> dict[str, Any]:
@@ -53,7 +56,7 @@ def to_state_dict(params: Params, *, layout: str, prefix: str = "") -> dict[str,
     heads = params["query"]["kernel"].shape[1]
     kv_heads = params["key"]["kernel"].shape[1] if "key" in params else heads
     _, known = torch_layouts.find(layout, {}, heads, kv_heads)
-    return {f"{prefix}{name}": x for name, x in torch_layouts.write(known, params).items()}
+    return {f"{prefix}{name}": x for name, x in torch_weights.write(known, params).items()}
 
 
 def past_key_value_from_torch(key: Any, value: Any, kv_heads: int) -> tuple[Any, Any]:
@@ -98,8 +101,15 @@ def _checked_kv_heads(heads: int, kv_heads: int | None) -> int:
     return kv_heads
 
 
-def _array(x: Any) -> Any:
+def _array(x: Any, name: str = "a cache") -> Any:
     """A torch tensor as numpy, or as a JAX array if it is on a GPU; other arrays as they are. No copy if avoidable."""
     if not torch_arrays.is_tensor(x):
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise NotImplementedError(f"Only arrays are read, not packed weights: {name} is a {type(x).__name__}.")
         return x
+    if x.is_meta or x.layout is not sys.modules["torch"].strided:
+        raise ValueError(
+            f"There are no numbers in memory, one after the other: {name} has device='{x.device}', layout={x.layout}. "
+            "Load the weights, densely."
+        )
     return torch_arrays.to_numpy(x) if x.device.type == "cpu" else torch_arrays.to_jax(x)

@@ -25,7 +25,8 @@ def new_cache(module, batch=3, max_length=MAX_LENGTH, **options):
 
 
 def eager_step(module, params, cache, x, **options):
-    (out, _, _), changed = module.apply({"params": params, "cache": cache}, x, mutable=["cache"], **options)
+    with jax.numpy_rank_promotion("raise"):  # as careful users set it; the tests themselves promote
+        (out, _, _), changed = module.apply({"params": params, "cache": cache}, x, mutable=["cache"], **options)
     return out, changed["cache"]
 
 

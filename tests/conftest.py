@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -30,6 +31,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+# As warnings name them. Files in `tests` and `examples` are modules by themselves.
+ROOT = Path(__file__).parents[1]
+FILES = (path.stem for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py"))
+NAMES = "|".join(["mqa_jax", "benchmarks", "__main__", r"test_\w+", *sorted(FILES)])
+OUR_MODULES = rf"({NAMES})(\.|$)"
+
+
 def pytest_terminal_summary(terminalreporter):
     """Names every test that did not run, with its reason: a skip that nobody counts is a hole."""
     skipped = terminalreporter.getreports("skipped")
@@ -55,6 +63,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{kind}:{OUR_MODULES}")
     if not config.getoption("--gpu"):
         jax.config.update("jax_platforms", "cpu")
         os.environ.setdefault("XLA_FLAGS", " ".join(FAST_TO_COMPILE))  # read when the first array is made

@@ -177,18 +177,18 @@ def _run_knotgrass(golden: Golden, weights: Arrays, arguments: list[Any], option
     heads = settings.get("n_head") or settings.get("n_query") or 1
     if "n_grouped" in settings:
         heads = settings["n_grouped"] * settings["n_query_each_group"]
-    module = mqa_jax.GroupedQueryAttention(
-        settings["word_size"],
-        heads,
-        kv_heads=kv_heads.get(golden.upstream_class, heads),
-        head_dim=settings["embed_dim"],
-        out_features=settings["embed_dim"],
-        output_projection=golden.upstream_class != "Attention",
-        use_out_bias=False,
-        causal=False,
-    )
     if golden.upstream_class == "Attention":
-        module = mqa_jax.Attention(settings["word_size"], head_dim=settings["embed_dim"])
+        module: Any = mqa_jax.Attention(settings["word_size"], head_dim=settings["embed_dim"])
+    else:
+        module = mqa_jax.GroupedQueryAttention(
+            settings["word_size"],
+            heads,
+            kv_heads=kv_heads.get(golden.upstream_class, heads),
+            head_dim=settings["embed_dim"],
+            out_features=settings["embed_dim"],
+            use_out_bias=False,
+            causal=False,
+        )
     params = torch_interop.from_state_dict(weights, heads=heads, kv_heads=module.kv_heads)
     mask = options.get("mask")  # non-zero is kept; it broadcasts to the scores of one text, [s, s]
     if mask is not None:

@@ -14,6 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import mqa_jax
+from mqa_jax import dropout, masks, reference
+from mqa_jax.batch_axes import over_flat_batch
+from mqa_jax.checks import checked_inputs
+from mqa_jax.inputs import Inputs
+from mqa_jax.options import Options
 
 FACTOR = 2  # times the error of the plain computation
 # Units in the last place of the largest expected entry: rounding the result itself, and, in float32, where the plain
@@ -32,7 +37,8 @@ class Problem:
     cotangents: tuple[Any, Any] = (None, None)
 
     def astype(self, dtype: Any) -> "Problem":
-        cast = {name: x.astype(dtype) for name, x in self.arrays.items()}
+        """What is in 8 bits stays so."""
+        cast = {name: x if x.dtype.itemsize == 1 else x.astype(dtype) for name, x in self.arrays.items()}
         return dataclasses.replace(self, arrays=cast)
 
 
@@ -87,58 +93,109 @@ def quantized(problem: Problem, dtype: str) -> Problem:
 
 def plain_results(problem: Problem) -> dict[str, Any]:
     """The same, plainly computed in the precision of the arrays and in another order than the reference."""
-    return _differentiated(problem, lambda arrays: plain_attention(arrays, problem.options))(problem.arrays)
+    return plain_program_for_values(problem)(problem)
 
 
 def program(problem: Problem, implementation: str | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Compiled `results` for other arrays of the same shapes."""
-    return _differentiated(
-        problem,
-        lambda arrays: mqa_jax.dot_product_attention(
-            **arrays, **problem.options, implementation=implementation, return_residual=True
-        ),
+    compute = program_for_values(problem, implementation)
+    return lambda arrays: compute(dataclasses.replace(problem, arrays=arrays))
+
+
+def program_for_values(
+    problem: Problem, implementation: str | None, differentiated: bool = True
+) -> Callable[[Problem], dict[str, Any]]:
+    """Compiled `results`, or `outputs`, of problems that differ in the values of arrays: lengths, masks, seeds too."""
+    attend = lambda arrays, options: mqa_jax.dot_product_attention(
+        **arrays, **options, implementation=implementation, return_residual=True
     )
+    return compiled(problem, attend, differentiated)
 
 
-def _differentiated(problem: Problem, attend: Callable) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def loss(arrays):
-        out, log_sum_exp = attend(arrays)
+def plain_program_for_values(problem: Problem, differentiated: bool = True) -> Callable[[Problem], dict[str, Any]]:
+    return compiled(problem, plain_attention, differentiated)
+
+
+def compiled(problem: Problem, attend: Callable, differentiated: bool = True) -> Callable[[Problem], dict[str, Any]]:
+    """What is an array is an argument of the program, everything else a part of it."""
+    traced = lambda options: {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    static = {name: x for name, x in problem.options.items() if not isinstance(x, jax.Array)}
+
+    def loss(arrays, options, cotangents):
+        out, log_sum_exp = attend(arrays, static | options)
         seen = log_sum_exp > -jnp.inf
-        weighed = jnp.where(seen, log_sum_exp, 0.0) * problem.cotangents[1]
-        total = jnp.sum(out.astype(jnp.float32) * problem.cotangents[0]) + jnp.sum(weighed)
+        weighed = jnp.where(seen, log_sum_exp, 0.0) * cotangents[1]
+        total = jnp.sum(out.astype(jnp.float32) * cotangents[0]) + jnp.sum(weighed)
         return total, {"out": out, "log_sum_exp": log_sum_exp}
 
-    def every_result(arrays):
-        gradients, outputs = jax.grad(loss, has_aux=True)(arrays)
+    @jax.jit
+    def compute(arrays, options, cotangents):
+        if not differentiated:
+            return dict(zip(("out", "log_sum_exp"), attend(arrays, static | options)))
+        gradients, outputs = jax.grad(loss, has_aux=True)(arrays, options, cotangents)
         return outputs | {f"d_{name}": gradient for name, gradient in gradients.items()}
 
-    return jax.jit(every_result)
+    def for_values(other: Problem) -> dict[str, Any]:
+        assert {name: x for name, x in other.options.items() if name in static} == static, "another program"
+        return compute(other.arrays, traced(other.options), other.cotangents)
+
+    return for_values
 
 
 def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     """Every intermediate in the precision of the arrays except the softmax; keys in reverse order."""
+    apart = {name: x for name, x in options.items() if name != "mask"}
+    operands: dict[str, Any] = {name: arrays.get(name) for name in ("query", "key", "value", "bias")}
+    added = {name: arrays[name] for name in ("alibi_slopes", "sinks") if name in arrays}
+    inputs = checked_inputs(**operands, mask=options.get("mask"), options=Options(**apart, **added))
+    return over_flat_batch(_plain_attention, inputs)
+
+
+def _plain_attention(inputs: Inputs) -> tuple[Any, Any]:
+    operands, size, dtype = inputs.operands, inputs.sizes, inputs.dtype
+    rows, columns = jnp.arange(size.T), jnp.arange(size.S)
     reverse = lambda x, axis: jnp.flip(x, axis) if x.shape[axis] > 1 else x
-    stored = arrays | {name: _restored(arrays, options, name) for name in ("key", "value")}
-    query, key, value = arrays["query"], reverse(stored["key"], -3), reverse(stored["value"], -3)
-    group = query.shape[-2] // key.shape[-2]
-    key, value = jnp.repeat(key, group, axis=-2), jnp.repeat(value, group, axis=-2)
-    scale = options.get("scale") or query.shape[-1] ** -0.5
-    score = jnp.einsum("...tnh,...snh->...nts", query, key).astype(jnp.float32) * scale
-    if "logits_soft_cap" in options:
-        score = options["logits_soft_cap"] * jnp.tanh(score / options["logits_soft_cap"])
-    if "bias" in arrays:
-        score = score + reverse(arrays["bias"], -1).astype(jnp.float32)
-    if options.get("is_causal"):
-        rows, columns = score.shape[-2:]
-        score = jnp.where(jnp.flip(jnp.tri(rows, columns, dtype=bool), 1), score, -jnp.inf)
-    weight = jax.nn.softmax(score, axis=-1).astype(value.dtype)
-    return jnp.einsum("...nts,...snv->...tnv", weight, value), jnp.moveaxis(jax.nn.logsumexp(score, axis=-1), -1, -2)
+    key, value = (
+        _restored(operands.key, operands.key_scale, dtype),
+        _restored(operands.value, operands.value_scale, dtype),
+    )
+    key, value = (reverse(_without_padding(x, inputs.mask.key_lengths), 1) for x in (key, value))
+    query = _without_padding(operands.query, inputs.mask.query_lengths)
+    key, value = jnp.repeat(key, size.G, axis=2), jnp.repeat(value, size.G, axis=2)
+    score = jnp.einsum("btnh,bsnh->bnts", query, key).astype(jnp.float32) * inputs.scale
+    if inputs.logits_soft_cap is not None:
+        score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
+    if operands.bias is not None:
+        score = score + reverse(operands.bias, 3).astype(jnp.float32)
+    if operands.alibi_slopes is not None:
+        distance = masks.distance(inputs.mask, rows, columns).astype(jnp.float32)
+        score = score - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * reverse(distance, 3)
+    visible = masks.visible(inputs.mask, rows, columns)
+    if visible is not None:
+        score = jnp.where(reverse(visible, 3), score, -jnp.inf)
+    sinks = reference.sinks_of_rows(inputs)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks, (*score.shape[:3], 1))
+        score = jnp.concatenate([score, sinks], axis=-1)
+    empty = jnp.max(score, axis=-1, initial=-jnp.inf, keepdims=True) == -jnp.inf
+    score = jnp.where(empty, 0.0, score)
+    weight = jnp.where(empty, 0.0, jax.nn.softmax(score, axis=-1))[..., : size.S]
+    if inputs.dropout is not None:
+        index = inputs.dropout.batch[:, None, None, None], *jnp.ogrid[: size.N, : size.T, : size.S]
+        weight = jnp.where(reverse(dropout.keep(inputs.dropout, *index), 3), weight * inputs.dropout.scale, 0.0)
+    out = jnp.einsum("bnts,bsnv->btnv", weight.astype(dtype), value)
+    log_sum_exp = jnp.where(empty[..., 0], -jnp.inf, jax.nn.logsumexp(score, axis=-1))
+    return out, jnp.moveaxis(log_sum_exp, -1, -2)
 
 
-def _restored(arrays: dict[str, Any], options: dict[str, Any], name: str) -> Any:
+def _restored(x: Any, scale: Any, dtype: Any) -> Any:
     """Keys or values in the dtype of the query, whether they are stored in 8 bits or not."""
-    scale = options.get(f"{name}_scale")
-    return arrays[name] if scale is None else mqa_jax.dequantize(arrays[name], scale).astype(arrays["query"].dtype)
+    return x if scale is None else mqa_jax.dequantize(x, scale).astype(dtype)
+
+
+def _without_padding(x: Any, lengths: Any) -> Any:
+    exist = masks.exist(lengths, jnp.arange(x.shape[1]))
+    return x if exist is None else jnp.where(exist[..., None, None], x, jnp.zeros((), x.dtype))
 
 
 def plain_outputs(problem: Problem) -> dict[str, Any]:
@@ -154,33 +211,38 @@ def judge_8_bits(problem: Problem, dtype: Any, bits: str, *implementations: str)
         judge(outputs(low, implementation), plain_outputs(low), outputs(same, "reference"))
 
 
-def judge(fast: dict[str, Any], plain: dict[str, Any], reference: dict[str, Any]) -> None:
-    """Fails with the worst coordinate of the first result that breaks the rule."""
+def judge(fast: dict[str, Any], plain: dict[str, Any], reference: dict[str, Any], lenience: int = 1) -> None:
+    """Fails with the worst coordinate of the first result that breaks the rule; `lenience`: times what it allows."""
     assert set(fast) == set(reference)
     for name, expected in reference.items():
-        _judge_one(name, np.float64(fast[name]), np.float64(plain[name]), np.float64(expected), fast[name].dtype.name)
+        assert fast[name].dtype == plain[name].dtype, f"{name}: {fast[name].dtype=!s}, {plain[name].dtype=!s}"
+        found, plainly, right = (np.float64(x) for x in (fast[name], plain[name], expected))
+        _judge_one(name, found, plainly, right, fast[name].dtype.name, lenience, lenience * FACTOR)
 
 
-def judge_float32(fast: dict[str, Any], reference: dict[str, Any]) -> None:
+def judge_float32(fast: dict[str, Any], reference: dict[str, Any], factor: int = 4) -> None:
     """For float32 options that `plain_attention` does not know: only the floor, scaled by the number of terms."""
     for name, expected in reference.items():
         expected = np.float64(expected)
-        _judge_one(name, np.float64(fast[name]), expected, expected, "float32", factor=4)
+        _judge_one(name, np.float64(fast[name]), expected, expected, "float32", factor)
 
 
-def _judge_one(name, fast, plain, expected, dtype: str, factor: int = 1) -> None:
+def _judge_one(name, fast, plain, expected, dtype: str, of_floor: int = 1, of_plain: int = FACTOR) -> None:
     assert fast.shape == expected.shape, f"{name}: {fast.shape=}, {expected.shape=}"
     np.testing.assert_array_equal(np.isneginf(fast), np.isneginf(expected), err_msg=f"{name}: -inf elsewhere")
     finite = np.isfinite(expected)
     assert np.isfinite(fast[finite]).all(), f"{name}: not finite"
     largest = np.abs(expected[finite]).max(initial=0.0)
-    floor = factor * FLOOR_ULPS[dtype] * float(jnp.finfo(dtype).eps) * largest
+    floor = of_floor * FLOOR_ULPS[dtype] * float(jnp.finfo(dtype).eps) * largest
     error = np.where(finite, np.abs(np.where(finite, fast, 0) - np.where(finite, expected, 0)), 0)
+    assert np.isfinite(plain[finite]).all(), (
+        f"{name}: the plain computation, which says how far off is allowed, is not finite"
+    )
     plain_error = np.where(finite, np.abs(np.where(finite, plain, 0) - np.where(finite, expected, 0)), 0)
-    allowed = FACTOR * plain_error.max(initial=0.0) + floor
+    allowed = of_plain * plain_error.max(initial=0.0) + floor
     if error.size and error.max() > allowed:
         worst = np.unravel_index(error.argmax(), error.shape)
         raise AssertionError(
-            f"{name}: error {error.max():.3g} at {tuple(map(int, worst))} is more than {allowed:.3g} = {FACTOR} * "
+            f"{name}: error {error.max():.3g} at {tuple(map(int, worst))} is more than {allowed:.3g} = {of_plain} * "
             f"{plain_error.max():.3g} (plain) + {floor:.3g}; got {fast[worst]:.8g}, expected {expected[worst]:.8g}"
         )

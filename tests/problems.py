@@ -29,6 +29,18 @@ FOR_PRECISION: list[dict[str, Any]] = [
         logits_soft_cap=5.0,
         scale=0.3,
     ),
+    dict(  # slopes as ALiBi has them, and sinks, in the precision of all else, as a model in bfloat16 holds them
+        batch=(2,),
+        rows=89,
+        columns=151,
+        heads=6,
+        kv_heads=2,
+        features=24,
+        is_causal=True,
+        query_offset=62,
+        alibi_slopes=np.array([0.5, 0.25, 0.125, 0.0625, 0.03, 0.01], np.float32),
+        sinks=np.array([0.3, -1.1, 2.3, 0.0, -4.0, 1.7], np.float32),
+    ),
 ]
 
 

@@ -76,11 +76,14 @@ def store(part: tuple[Memory, tuple], value: Any, mask: Any = None) -> None:
 
 def _entries(memory: Memory, index: tuple, mask: Any, what: str) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """An index for each axis, and which of the entries are touched; all of these have to exist."""
-    spans = [np.arange(i.size) + int(i.start) if hasattr(i, "size") and hasattr(i, "start") else int(i) for i in index]
-    assert len(spans) == len(memory.shape)
-    lines = iter(np.ix_(*[line for line in spans if not isinstance(line, int)]))
-    places = [np.asarray(line) if isinstance(line, int) else next(lines) for line in spans]
-    places = list(np.broadcast_arrays(*places))
+    assert len(index) == len(memory.shape)
+    is_span = [hasattr(i, "size") and hasattr(i, "start") for i in index]
+    # Numbers of rows come first, in the order of the axes of what is read; then a new axis for each span.
+    rows = np.broadcast_shapes(*[np.shape(i) for i, span in zip(index, is_span) if not span])
+    lines = iter(np.ix_(*[np.arange(i.size) + int(i.start) for i, span in zip(index, is_span) if span]))
+    trailing = (1,) * sum(is_span)
+    places = [next(lines) if span else np.asarray(i).reshape(np.shape(i) + trailing) for i, span in zip(index, is_span)]
+    places = list(np.broadcast_arrays(*places, np.empty(rows + trailing))[:-1])
     touched = np.ones(places[0].shape, bool) if mask is None else np.asarray(mask)
     assert touched.shape == places[0].shape, f"a mask of shape {touched.shape} for {places[0].shape}"
     for axis, (place, length) in enumerate(zip(places, memory.shape)):

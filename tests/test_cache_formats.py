@@ -1,6 +1,7 @@
 """The example that measures caches: on the real model, what it is for; on a small one, that it tells the truth."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,3 +159,20 @@ def test_a_passage_that_is_too_long(folder):
     config, _, metadata = load_checkpoint(folder)
     with pytest.raises(ValueError, match="tokens=1 to 256 to predict: tokens=257"):
         cache_formats.passage(load_text(metadata), config, 257)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "Text and model have tokens=1 to 256 to predict: tokens=0"),
+        (["--plot", "/nowhere/plot.png"], r"in a folder that is there, .*: --plot='/nowhere/plot.png'"),
+        (["--plot", "plot.docx"], r"of one of the types .*'png'.*: --plot='plot.docx'"),
+        (["--model", "/nowhere"], "path='/nowhere', and there is nothing there"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_said_in_a_sentence(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cache_formats.main(["--model", str(folder), *arguments])
+    assert stopped.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.search(message, said), said

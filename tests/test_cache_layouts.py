@@ -86,6 +86,44 @@ def test_masks_and_biases_of_a_ring_are_by_position(name):
     close(out, full_pass(module, params, TEXT[:, :length], **cut))
 
 
+TABLES: dict[str, Any] = {
+    "mask": dict(mask=jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))),
+    "mask of each row": dict(mask=PAIRS["mask"]),
+    "bias": dict(bias=PAIRS["bias"]),
+    "bias of queries": dict(bias=PAIRS["bias of queries"]),
+    "both": dict(bias=PAIRS["bias"], mask=PAIRS["mask"]),
+}
+
+
+@pytest.mark.parametrize("layout", ["static", "ring"])
+@pytest.mark.parametrize("name", TABLES)
+def test_one_table_of_all_pairs_serves_every_call(name, layout):
+    """Rows of the batch at different positions, in steps, chunks, and more than a ring takes at once."""
+    module, params = make(cache_layout=layout, local_window_size=WINDOW, causal=name != "mask")
+    lengths = np.array([7, 3, 0])
+    cache = new_cache(module, max_length=LENGTH - 2)  # the table may be longer than the cache
+    first, cache = step(module, params, cache, TEXT[:, :7], seq_lengths=jnp.asarray(lengths), **TABLES[name])
+    following = jnp.stack([TEXT[row, n : n + 32] for row, n in enumerate(lengths)])
+    out, _ = cached(module, params, (1, 5, 1, 23, 2), cache, following, lambda start, stop: TABLES[name])
+    full = full_pass(module, params, TEXT, **TABLES[name])
+    for row, n in enumerate(lengths):
+        close(first[row, :n], full[row, :n])
+        close(out[row], full[row, n : n + 32])
+
+
+@pytest.mark.parametrize("layout", ["static", "ring"])
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_a_table_that_ends_before_the_last_token_is_nan_under_jit(name, layout):
+    module, params = make(cache_layout=layout, local_window_size=WINDOW)
+    table = {name: TABLES[name][name][..., :6, :]}
+    _, cache = step(module, params, new_cache(module, max_length=LENGTH), TEXT[:, :4], seq_lengths=jnp.array([4, 2, 4]))
+    out, cache = step(module, params, cache, TEXT[:, 4:7], **table)
+    np.testing.assert_array_equal(jnp.isnan(out).all((1, 2)), [True, False, True])
+    assert not jnp.isnan(step(module, params, cache, TEXT[:, 7:8])[0]).any()  # the cache itself took the tokens
+    error, _ = jax.jit(checkify.checkify(functools.partial(eager_step, module)))(params, cache, TEXT[:, 7:8], **table)
+    assert "rows=6" in error.get()
+
+
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_hundreds_of_steps_past_the_end_of_a_ring(dtype):
     """One token at a time; in 8 bits beside a static cache."""

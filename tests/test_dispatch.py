@@ -1,5 +1,6 @@
 """Which implementation runs: proved by what ran, not by what came out."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_programs import lowered_for_cuda
 
 import mqa_jax
 from mqa_jax import attention
 from mqa_jax.kernels import flash
+from mqa_jax.kernels.online_softmax import Normalizer
 
 HALF = [jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, n, 8)), jnp.bfloat16) for n in (4, 2, 2)]
 
@@ -54,7 +57,8 @@ def _answer(number: float) -> flash.Kernels:
     """Kernels that say who they are."""
 
     def forward(inputs):
-        return jnp.full_like(inputs.operands.query, number), jnp.zeros(inputs.operands.query.shape[:3], jnp.float32)
+        rows = jnp.zeros(inputs.operands.query.shape[:3], jnp.float32)
+        return jnp.full_like(inputs.operands.query, number), Normalizer(rows, rows)
 
     return flash.Kernels(forward, lambda inputs, *_: jax.tree.map(lambda x: jnp.full_like(x, number), inputs.operands))
 
@@ -64,7 +68,7 @@ def test_none_takes_the_first_that_can_on_this_platform(monkeypatch):
         "of Tuesday": attention.Implementation(_answer(1), cannot=lambda inputs: "it is Wednesday"),
         "elsewhere": attention.Implementation(_answer(2), platform="tpu"),
         "out of reach": attention.Implementation(_answer(7), platform="cpu", in_reach=lambda: False),
-        "function": attention.Implementation(lambda inputs: _answer(3).forward(inputs)),
+        "function": attention.Implementation(lambda inputs: (_answer(3).forward(inputs)[0], None)),
         "here": attention.Implementation(_answer(4), platform="cpu"),
         "later": attention.Implementation(_answer(5), platform="cpu"),
         "anywhere": attention.Implementation(_answer(6)),
@@ -90,6 +94,37 @@ def test_attn_impl_of_the_modules(ran, attn_impl, name):
     mqa_jax.MultiQueryAttention(16, 4, attn_impl=attn_impl).init_with_output(jax.random.key(0), jnp.ones((2, 5, 16)))
     jax.effects_barrier()
     assert ran == [name]
+
+
+def test_cudnn_in_a_module(monkeypatch):
+    """A module asks for the log-sum-exp, which cuDNN does not have, only where it has a key to merge in."""
+    handed = []
+
+    def on_xla(query, *_, implementation, **settings):
+        handed.append(implementation)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    settings: dict[str, Any] = dict(attn_impl="cudnn", head_dim=8, dtype=jnp.bfloat16)
+    x = jnp.ones((2, 5, 16), jnp.bfloat16)
+    mqa_jax.MultiQueryAttention(16, 4, **settings).init_with_output(jax.random.key(0), x)
+    assert handed == ["cudnn"]
+    with pytest.raises(NotImplementedError, match="'cudnn' has no differentiable float32 log-sum-exp"):
+        mqa_jax.MultiQueryAttention(16, 4, add_bias_kv=True, **settings).init(jax.random.key(0), x)
+
+
+def test_cudnn_is_what_a_module_is_lowered_to(monkeypatch):
+    """As on a machine with cuDNN 9.12 and a Hopper GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo as of_jax
+
+    monkeypatch.setattr(of_jax, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(of_jax, "check_compute_capability", lambda _: True)
+    module = mqa_jax.GroupedQueryAttention(32, 4, kv_heads=2, attn_impl="cudnn", dtype=jnp.bfloat16)
+    x = jnp.ones((2, 16, 32), jnp.bfloat16)
+    variables = jax.eval_shape(module.clone(attn_impl="xla").init, jax.random.key(0), x)
+    loss = lambda variables, x: jnp.sum(module.apply(variables, x)[0].astype(jnp.float32))
+    text = lowered_for_cuda(jax.grad(loss), variables, x).as_text()
+    assert {*re.findall(r"@__cudnn[$](\w+)", text)} == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
 
 
 @pytest.mark.parametrize(("flash", "name"), [(True, "xla"), (False, "reference")])

@@ -1,5 +1,6 @@
 """examples/from_torch.py: on a small model, where nothing may change, and on SmolLM2."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -34,12 +35,39 @@ def test_each_layer_takes_its_place(folder, capsys):
 def test_a_wrong_layer_is_named(folder, capsys, monkeypatch):
     import from_torch
 
-    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", lambda config: mqa_jax.Rope(interleaved=True))
+    really = mqa_jax.hf_attention.rope_of
+    wrong = lambda config: dataclasses.replace(really(config), interleaved=True)
+    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", wrong)
     with pytest.raises(SystemExit, match=r"These layers differ: \[0\]. python -m mqa_jax.parity"):
         from_torch.main(["--model", str(folder), "--text", "What it reads.", "--layers", "1"])
     line = capsys.readouterr().out.splitlines()[1]
     assert "DIFFERS: " in line
     assert float(line.split()[5]) > 1e-3  # the logits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "There is no model in 'nowhere'"),
+        (["--layers", "0"], "at least one layer: --layers 0"),
+        (["--layers", "first"], "first"),
+    ],
+)
+def test_what_it_cannot(arguments, message, capsys):
+    import from_torch
+
+    with pytest.raises(SystemExit) as caught:
+        from_torch.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_too_short_a_text(folder, capsys):
+    import from_torch
+
+    with pytest.raises(SystemExit, match="2"):
+        from_torch.main(["--model", str(folder), "--text", "No."])
+    assert "More than 4 tokens are wanted: --text 'No.'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import generate
 import jax
@@ -91,6 +92,67 @@ def test_a_cache_in_8_bits_from_the_command_line(folder, capsys):
     layers, heads, features, scale = 2, 2, 8, 4
     assert answer.cache_bytes == (32 + 5) * 2 * layers * heads * (features + scale)
     assert "(0.1 KiB a token)" in capsys.readouterr().out
+
+
+WRONG = {
+    "a path": (
+        ["--model", "/nowhere"],
+        "A model is a .gguf file or a folder .* path='/nowhere', and there is nothing there",
+    ),
+    "no tokens": (["--max-tokens", "0"], "At least one token is generated: max_tokens=0"),
+    "fewer tokens": (["--max-tokens=-3"], "At least one token is generated: max_tokens=-3"),
+    "a temperature": (["--temperature=-1"], r"A temperature is 0 or a positive number: temperature=-1\.0"),
+    "no temperature": (["--temperature", "nan"], "A temperature is 0 or a positive number: temperature=nan"),
+    "no prompt": (["--prompt", ""], "There is nothing to answer, or to go on from: --prompt=''"),
+    "a long prompt": (["--prompt", "x" * 300], "trained on 256 positions: prompt=300 tokens, max_tokens=64"),
+    "a long answer": (["--max-tokens", "1000"], "trained on 256 positions: prompt=24 tokens, max_tokens=1000"),
+    "a seed": (["--seed=-1"], "argument --seed: a seed is less than .*, and not negative: -1"),
+    "a number": (["--max-tokens", "many"], "argument --max-tokens: invalid int value: 'many'"),
+    "an option": (["--beams", "4"], "unrecognized arguments: --beams 4"),
+    "a dtype": (["--cache-dtype", "int4"], "argument --cache-dtype: invalid choice: 'int4'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_on_the_command_line_is_said_in_a_sentence(folder, capsys, name):
+    arguments, message = WRONG[name]
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--model", str(folder), *arguments])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "error: There is no tokenizer.json in"),
+        (lambda folder: (folder / "config.json").write_text("{"), "error: '.*config.json' is not JSON: Expecting"),
+        (lambda folder: (folder / "model-00001-of-00002.safetensors").unlink(), "names files that are not in"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "no chat template: leave --chat out"),
+    ],
+)
+def test_a_model_that_is_not_right_is_said_in_a_sentence(tmp_path, capsys, break_it, message):
+    break_it(small_model.write(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--model", str(tmp_path), "--chat"])
+    assert stopped.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.search(message, said), said
+
+
+def test_a_tokenizer_of_another_model(folder):
+    generator, _ = _generator(folder)
+    with pytest.raises(ValueError, match=r"not that of the model, which has 300 tokens: the text has \[300\]"):
+        generator([0, 300], generate.Sampling(3))
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        generator([], generate.Sampling(3))
+
+
+def test_the_whole_context_can_be_used(folder):
+    """Padding does not count."""
+    generator, _ = _generator(folder)
+    assert len(generator([0] * 33, generate.Sampling(256 - 33)).tokens) == 256 - 33
 
 
 def test_a_text_that_is_too_long(folder):

@@ -326,7 +326,8 @@ def test_the_search_starts_from_the_table_and_stays_within_the_registers():
                 entry = tune.Entry(direction, dtype, head_dim)
                 first, *others = tune.candidates(entry)
                 array = jnp.zeros((1, 4096, 1, head_dim), tune.DTYPES[dtype])
-                inputs = checked_inputs(array, array, array, None, None, Options())
+                options = Options(precision=tune.PRECISIONS.get(dtype))
+                inputs = checked_inputs(array, array, array, None, None, options)
                 assert first == tile_config.choose(direction, inputs)
                 assert others
                 assert all(tune.numbers_of_a_thread(entry, config) <= tune.MOST_NUMBERS for config in others)

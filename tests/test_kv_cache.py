@@ -1,9 +1,11 @@
 """The `cache` collection: cached decoding equals the full pass, for every option and every way of running it."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import chex
+import flax.core
 import flax.linen as nn
 import hypothesis
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from caches import LENGTH, MAX_LENGTH, RNG, X, close, eager_step, full_pass, make, new_cache, run, step
 from hypothesis import strategies as st
+from jax import export
 from jax.experimental import checkify
 
 import mqa_jax
@@ -359,7 +362,7 @@ def test_nn_scan_over_layers():
     full = model.apply({"params": params}, X)
     close(jnp.concatenate([first, second], 1), full)
     cache = mqa_jax.reset_cache(changed["cache"], np.array([False, True, False]), batch_axis=1)
-    cache = mqa_jax.reorder_cache(cache, np.array([1, 1, 0]), batch_axis=1)
+    cache = mqa_jax.reorder_cache(cache, np.array([1, 1, 0]), batch_axis=-1)
     np.testing.assert_array_equal(cache["layers"]["cache_index"], [[0, 0, LENGTH]] * 4)
     close(apply(cache, X[:, :3])[0][0], model.apply({"params": params}, X[:1, :3])[0])
 
@@ -373,6 +376,214 @@ def test_a_full_cache_inside_nn_scan_is_found_by_check_cache():
     assert jnp.isnan(out).all()
     with pytest.raises(ValueError, match="cache is full"):
         mqa_jax.check_cache(changed["cache"])
+
+
+def test_checkify_sees_an_overflow_inside_nn_scan():
+    model = Scanned()
+    params = model.init(RNG, X)["params"]
+    cache = mqa_jax.init_cache(model, 3, LENGTH - 1, X)
+    apply = lambda cache, x: model.apply({"params": params, "cache": cache}, x, mutable=["cache"])
+    error, _ = jax.jit(checkify.checkify(apply))(cache, X)
+    assert "cache_index=11 after this call, max_length=10" in error.get()
+
+
+def test_a_cached_step_is_exported():
+    """The check for `checkify` is no effect, of which JAX serialises none that has arguments."""
+    module, params = make()
+    cache = new_cache(module)
+    blob = export.export(jax.jit(functools.partial(eager_step, module)))(params, cache, X[:, :5]).serialize()
+    out, cache = export.deserialize(blob).call(params, cache, X[:, :5])
+    close(out, full_pass(module, params, X[:, :5]))
+    np.testing.assert_array_equal(cache["cache_index"], 5)
+
+
+# -- arguments out of range where nothing can raise -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["static", "ring"])
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_impossible_seq_lengths_under_jit_are_nan_until_the_row_is_reset(layout, wrong):
+    module, params = make(cache_layout=layout, local_window_size=(6, 0), rope=mqa_jax.Rope())
+    cache = new_cache(module)
+    out, cache = step(module, params, cache, X[:, :4], seq_lengths=jnp.array([4, wrong, 3]))
+    following, cache = step(module, params, cache, X[:, 4:6])
+    for x in (out, following):
+        np.testing.assert_array_equal(jnp.isnan(x).all((1, 2)), [False, True, False])
+        assert not jnp.isnan(x[::2]).any()
+    close(following[0], full_pass(module, params, X[:, :6])[0, 4:])
+    with pytest.raises(ValueError, match=r"worthless: cache_index=\[ 6 -1  5\]"):
+        mqa_jax.check_cache({"layer": cache})
+    cache = mqa_jax.reset_cache(cache, np.array([False, True, False]))
+    close(step(module, params, cache, X[:, :4])[0][1], full_pass(module, params, X[:, :4])[1])
+    checked = jax.jit(checkify.checkify(functools.partial(eager_step, module)))
+    error, _ = checked(params, new_cache(module), X[:, :4], seq_lengths=jnp.array([4, wrong, 3]))
+    assert f"seq_lengths={wrong}, tokens=4" in error.get()
+
+
+def test_impossible_seq_lengths_without_a_cache_are_nan_under_jit():
+    module, params = make()
+    out = full_pass(module, params, X, seq_lengths=jnp.array([LENGTH, LENGTH + 1, 3]))
+    np.testing.assert_array_equal(jnp.isnan(out).all((1, 2)), [False, True, False])
+    assert not jnp.isnan(out[::2]).any()
+    error, _ = jax.jit(checkify.checkify(lambda n: module.apply({"params": params}, X, seq_lengths=n)))(
+        jnp.array([1, 2, LENGTH + 1])
+    )
+    assert f"seq_lengths={LENGTH + 1}, tokens={LENGTH}" in error.get()
+
+
+def test_weights_of_a_full_row_are_nan():
+    module, params, cache = _nearly_full()
+    attend = lambda cache: module.apply(
+        {"params": params, "cache": cache}, X[:, :2], mutable=["cache"], needs_weights=True
+    )
+    weights = jax.jit(attend)(cache)[0][1]
+    np.testing.assert_array_equal(jnp.isnan(weights).all((1, 2, 3)), [False, True, False])
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_row_from_outside_the_batch_is_nan_under_jit(dtype):
+    module, params = make(cache_dtype=dtype)
+    _, cache = step(module, params, new_cache(module), X[:, :4])
+    reordered = jax.jit(mqa_jax.reorder_cache)(cache, jnp.array([2, 3, -1]))
+    out, _ = step(module, params, reordered, X[jnp.array([2, 2, 2]), 4:5])
+    np.testing.assert_array_equal(jnp.isnan(out).all((1, 2)), [False, True, True])
+    close(out[0], step(module, params, cache, X[:, 4:5])[0][2])
+    error, _ = jax.jit(checkify.checkify(mqa_jax.reorder_cache))(cache, jnp.array([2, 3, 1]))
+    assert "rows of the cache, 0 to 2: rows=3" in error.get()
+
+
+# -- collections of any form ------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    layers: list
+
+
+@pytest.mark.parametrize("around", [lambda c: [c, c], lambda c: (flax.core.freeze({"a": c}),), lambda c: State([c])])
+def test_caches_are_found_wherever_they_are(around):
+    module, params, cache = _nearly_full()
+    whole = around(cache)
+    count = len(jax.tree.leaves(whole)) // 3
+    assert mqa_jax.cache_bytes(whole) == count * mqa_jax.cache_bytes(cache)
+    order, reset = np.array([1, 0, 2]), np.array([False, True, False])
+    chex.assert_trees_all_equal(mqa_jax.reorder_cache(whole, order), around(mqa_jax.reorder_cache(cache, order)))
+    chex.assert_trees_all_equal(mqa_jax.reset_cache(whole, reset), around(mqa_jax.reset_cache(cache, reset)))
+    mqa_jax.check_cache(whole)
+    _, full = step(module, params, cache, X[:, :2])
+    with pytest.raises(ValueError, match="cache is full"):
+        mqa_jax.check_cache(around(full))
+
+
+def test_layers_beside_stacked_layers():
+    """Each keeps its own batch axis, and arrays of other modules go along."""
+    first, cache = new_cache(make()[0]), mqa_jax.init_cache(Scanned(), 3, MAX_LENGTH, X)
+    fill = lambda tree: jax.tree.map(
+        lambda x: jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape).astype(x.dtype), tree
+    )
+    mixed = fill({"first": first, **cache, "other": {"state": jnp.zeros((4, 3, 2))}})
+    taken = mqa_jax.reorder_cache(mixed, np.array([2, 0, 0]), batch_axis=1)
+    order = np.array([2, 0, 0])
+    chex.assert_trees_all_equal(taken["first"], jax.tree.map(lambda x: x[order], mixed["first"]))
+    for name in ("layers", "other"):
+        chex.assert_trees_all_equal(taken[name], jax.tree.map(lambda x: x[:, order], mixed[name]))
+
+
+# -- what a model may do with its modules -----------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """Two modules, each called twice a step, as ALBERT's layers are."""
+
+    kind: str
+    layout: str = "static"
+
+    def setup(self):
+        makers: dict[str, Any] = {"remat": nn.remat, "jit": nn.jit, "plain": lambda kind: kind}
+        make = makers[self.kind](mqa_jax.GroupedQueryAttention)
+        settings = dict(kv_heads=2, rope=mqa_jax.Rope(), cache_layout=self.layout, local_window_size=(6, 0))
+        self.layers = [make(24, 6, **settings) for _ in range(2)]
+
+    def __call__(self, x):
+        for layer in (*self.layers, *self.layers, self.layers[0]):
+            x = x + layer(x)[0]
+        return x
+
+    def two_steps(self, x):
+        return jnp.concatenate([self(x[:, :1]), self(x[:, 1:])], 1)
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("plain", "static"), ("remat", "ring"), ("jit", "static")])
+def test_a_module_that_a_step_calls_several_times(kind, layout):
+    model = Shared(kind, layout)
+    params = model.init(RNG, X)["params"]
+    cache = mqa_jax.init_cache(model, 3, MAX_LENGTH, X)
+    assert [len(cache[f"layers_{i}"]["other_calls"]) for i in range(2)] == [2, 1]
+    assert mqa_jax.cache_bytes(cache) == 5 * mqa_jax.cache_bytes(
+        {k: v for k, v in cache["layers_0"].items() if k != "other_calls"}
+    )
+    apply = jax.jit(
+        lambda cache, x, method=None: model.apply(
+            {"params": params, "cache": cache}, x, mutable=["cache"], method=method
+        ),
+        static_argnames="method",
+    )
+    full = model.apply({"params": params}, X)
+    first, state = apply(cache, X[:, :4])
+    cache = mqa_jax.reorder_cache(state["cache"], np.array([1, 0, 2]))
+    again, state = apply(cache, X[jnp.array([1, 0, 2]), 4:6], method="two_steps")
+    last, _ = apply(mqa_jax.reorder_cache(state["cache"], np.array([1, 0, 2])), X[:, 6:])
+    close(jnp.concatenate([first, again[jnp.array([1, 0, 2])], last], 1), full)
+
+
+class Flags(nn.Module):
+    """What models take beside arrays: flags, words, nothing, numbers that are shapes."""
+
+    @nn.compact
+    def __call__(self, x, train, mode, nothing=None, *, copies, flags):
+        assert train is False
+        assert (mode, nothing, copies, flags["deep"]) == ("greedy", None, 2, (True,))
+        return jnp.concatenate([mqa_jax.GroupedQueryAttention(24, 6)(x)[0]] * copies)
+
+
+def test_what_is_no_array_reaches_the_model_as_it_is():
+    x = jax.ShapeDtypeStruct((3, 2, 24), jnp.float32)
+    cache = mqa_jax.init_cache(Flags(), 3, MAX_LENGTH, x, False, "greedy", None, copies=2, flags={"deep": (True,)})
+    assert cache["GroupedQueryAttention_0"]["cached_key"].shape == (3, MAX_LENGTH, 6, 4)
+
+
+def test_cross_attention_gets_no_cache():
+    class Decoder(nn.Module):
+        @nn.compact
+        def __call__(self, x, context):
+            x = x + mqa_jax.GroupedQueryAttention(24, 6, name="own")(x)[0]
+            return x + mqa_jax.GroupedQueryAttention(24, 6, causal=False, name="cross")(x, inputs_k=context)[0]
+
+    context = X[:, :5, :10]
+    params = Decoder().init(RNG, X, context)["params"]
+    cache = mqa_jax.init_cache(Decoder(), 3, MAX_LENGTH, X, context)
+    assert set(cache) == {"own"}
+    apply = lambda cache, x: Decoder().apply({"params": params, "cache": cache}, x, context, mutable=["cache"])
+    first, state = apply(cache, X[:, :6])
+    second, _ = apply(state["cache"], X[:, 6:])
+    close(jnp.concatenate([first, second], 1), Decoder().apply({"params": params}, X, context))
+
+
+def test_a_model_of_which_a_layer_has_no_cache_is_refused():
+    model = Shared("plain")
+    params = model.init(RNG, X)["params"]
+    cache = mqa_jax.init_cache(model, 3, MAX_LENGTH, X)
+    message = r"no cache for this module: path=\('layers_1',\), the collection has \['layers_0'\]"
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params, "cache": {"layers_0": cache["layers_0"]}}, X, mutable=["cache"])
+
+
+def test_a_bound_module_goes_on_from_call_to_call():
+    module, params = make()
+    bound = module.bind({"params": params, "cache": new_cache(module)}, mutable=["cache"])
+    out = [bound(X[:, i : i + 2])[0] for i in (0, 2, 4)]
+    close(jnp.concatenate(out, 1), full_pass(module, params, X[:, :6]))
 
 
 def test_beam_search_finds_what_trying_everything_finds():

@@ -22,6 +22,7 @@ DRAWN = [
     (Mask(is_causal=True), 5, 3),
     (Mask(is_causal=True, query_offset=offset(-2)), 5, 3),
     (Mask(window=(2, 1)), 5, 5),
+    (Mask(window=(None, 1), query_offset=offset(1)), 3, 5),
     (Mask(query_lengths=offset(2), key_lengths=offset(3)), 3, 5),
     (Mask(query_segments=jnp.array([[0, 0, 1]]), key_segments=jnp.array([[0, 0, 1, 1, 1]])), 3, 5),
     (Mask(is_causal=True, query_offset=offset(4), ring=Ring(offset(6), 4)), 2, 4),

@@ -19,7 +19,8 @@ def run(module, *arguments, rngs=RNG, params=None, **options):
     arguments = arguments or (X,)
     if params is None:
         params = module.init(rngs, *arguments, **options)["params"]
-    return module.apply({"params": params}, *arguments, **options)
+    with jax.numpy_rank_promotion("raise"):  # as careful users set it; the tests themselves promote
+        return module.apply({"params": params}, *arguments, **options)
 
 
 def shapes(params):

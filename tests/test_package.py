@@ -28,7 +28,9 @@ PUBLIC = {
     "MultiHeadAttention",
     "MultiQueryAttention",
     "Rope",
+    "TableScaling",
     "TemperatureTuning",
+    "YarnScaling",
     "alibi_slopes",
     "attention_fn",
     "cache_bytes",
@@ -117,8 +119,9 @@ def _settings(thing):
 def test_shapes_of_the_kernels_are_checked_while_tests_run():
     from mqa_jax.kernels import xla_decode
 
+    inputs: Any = None
     with pytest.raises(jaxtyping.TypeCheckError, match="key"):
-        xla_decode.plain_scores(jnp.ones((1, 2, 1, 3, 4)), jnp.ones((1, 7, 2, 5)))
+        xla_decode.plain_scores(inputs, jnp.ones((1, 2, 1, 3, 4)), jnp.ones((1, 7, 2, 5)))
 
 
 def test_readme_code_runs_and_its_comments_are_true():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from typing import Any
 
@@ -161,29 +162,78 @@ def test_table_json_and_plot(tmp_path):
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_without_torch(monkeypatch):
+def llama_folder(path: Any, **settings: Any) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, intermediate_size=8)
+    transformers.LlamaModel(transformers.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=9)).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | settings))
+    return path
+
+
+def without_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+CANNOT: dict[str, tuple[dict[str, Any], list[str], Any, str]] = {
+    "no such layer": ({}, ["--layer", "2"], None, r"There is no layer 2 in .*: they are 0 to 1"),
+    "a negative layer": ({}, ["--layer", "-1"], None, r"There is no layer -1 in .*: they are 0 to 1"),
+    "model type": (dict(model_type="gpt2"), [], None, r"No known attention layer: model_type='gpt2'"),
+    "quantised": (dict(quantization_config=dict(quant_method="fp8")), [], None, r"quant_method='fp8'"),
+    "no weights": ({}, [], without_weights, r"There are no weights in"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_the_command_says_what_it_cannot(name, tmp_path, capsys):
+    """In one line, with status 2."""
+    settings, options, spoil, message = CANNOT[name]
+    folder = llama_folder(tmp_path, **settings)
+    if spoil:
+        spoil(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        parity.main([str(folder), *options])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+
+
+def test_the_command_on_nothing(capsys):
+    for arguments, message in (
+        (["nowhere"], "nowhere"),
+        (["x", "--layer", "first"], "first"),
+        (["x", "--length=0"], "0"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parity.main(arguments)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_without_torch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit, match=r"This command wants PyTorch: pip install 'mqa-jax\[torch\]'"):
+    with pytest.raises(SystemExit, match=r"2"):
         parity.main(["nowhere"])
+    assert "This command wants PyTorch: pip install 'mqa-jax[torch]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     """On a checkpoint of two layers; and with another rotary convention."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    settings: dict[str, Any] = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, intermediate_size=8)
-    config = transformers.LlamaConfig(**settings, num_hidden_layers=2, vocab_size=9)
-    model: Any = transformers.LlamaModel(config)
-    model.save_pretrained(tmp_path)
+    llama_folder(tmp_path)
     reports = parity.main(
         [str(tmp_path), "--length", "7", "--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
     )
     assert list(reports) == [0, 1]
     assert "2 of 2 layers agree in float32" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "p.json").read_text())) == {"0", "1"}
-    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", lambda config: mqa_jax.Rope(interleaved=True))
+    really = mqa_jax.hf_attention.rope_of
+    wrong = lambda config: dataclasses.replace(really(config), interleaved=True)
+    monkeypatch.setattr(mqa_jax.hf_attention, "rope_of", wrong)
     with pytest.raises(SystemExit, match=r"1 of 1 layers differ; the worst tensor of each: \{1: "):
         parity.main([str(tmp_path), "--layer", "1", "--length", "7"])

@@ -24,7 +24,8 @@ def parts(lengths):
 
 def test_parts_are_the_whole():
     whole = mqa_jax.dot_product_attention(QUERY, KEY, VALUE, return_residual=True)
-    merged = mqa_jax.merge_partials(*parts(jnp.full((3, 2), 4)))
+    with jax.numpy_rank_promotion("raise"):
+        merged = mqa_jax.merge_partials(*parts(jnp.full((3, 2), 4)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, whole)
 
 

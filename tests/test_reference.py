@@ -15,9 +15,9 @@ import mqa_jax
 def _one_row(query, key, value, score_of, visible, sink):
     """One head, one query: the definition."""
     scores = [score_of(query, key[s], s) if visible(s) else -math.inf for s in range(len(key))]
-    if max(scores, default=-math.inf) == -math.inf:
-        return np.zeros(value.shape[-1]), -math.inf
     terms = [*scores, sink] if sink is not None else scores
+    if max(terms, default=-math.inf) == -math.inf:
+        return np.zeros(value.shape[-1]), -math.inf
     total = sum(math.exp(score) for score in terms)
     out = sum(math.exp(score) / total * value[s] for s, score in enumerate(scores))
     return out, math.log(total)
@@ -32,6 +32,7 @@ def test_everything_at_once_by_the_definition():
     bias, slopes, sinks = rng.standard_normal((heads, rows, columns)), rng.random(heads), rng.standard_normal(heads)
     mask, lengths, query_offset = rng.random((heads, rows, columns)) > 0.2, 6, 1
     mask[:, 3] = False
+    sinks[1] = -math.inf
     scale, cap, window = 0.4, 1.5, (4, 0)
     narrow = lambda *arrays: [jnp.asarray(x, jnp.float32) for x in arrays]
     attend: Any = mqa_jax.dot_product_attention

@@ -1,5 +1,7 @@
 """examples/sentences.py: MiniLM, six BERT layers with real weights, against transformers."""
 
+import json
+import re
 from typing import Any
 
 import jax
@@ -86,3 +88,21 @@ def test_a_small_bert(tmp_path):
     mean = np.sum(hidden * mask[..., None], axis=1) / mask.sum(1, keepdims=True)
     expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
     np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, tokens, mask), expected, atol=1e-5)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for fields in (dict(hidden_act="relu"), dict(is_decoder=True), dict(add_cross_attention=True)):
+        (tmp_path / "config.json").write_text(json.dumps(written | fields))
+        with pytest.raises(NotImplementedError, match=re.escape(f"only: {fields}.")):
+            sentences.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    (tmp_path / "1_Pooling").mkdir()
+    modes = dict(pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    with pytest.raises(NotImplementedError, match="'pooling_mode_cls_token': True"):
+        sentences.load(tmp_path)
+
+
+def test_what_it_cannot(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit, match="2"):
+            sentences.main(["Yes.", "--model", str(folder)])
+        assert "config.json" in capsys.readouterr().err

@@ -8,23 +8,25 @@ import pytest
 
 from mqa_jax.checks import checked_inputs
 from mqa_jax.kernels import tile_config
-from mqa_jax.kernels.tile_config import ARCHITECTURES, DIRECTIONS, TileConfig
+from mqa_jax.kernels.tile_config import ARCHITECTURES, DIRECTIONS, KINDS, TileConfig
 from mqa_jax.options import Options
 
 
-def inputs(rows=4096, columns=4096, features=128, value_features=None, dtype=jnp.bfloat16):
+def inputs(rows=4096, columns=4096, features=128, value_features=None, dtype=jnp.bfloat16, precision=None):
     query = jnp.zeros((1, rows, 2, features), dtype)
     key = jnp.zeros((1, columns, 1, features), dtype)
     value = jnp.zeros((1, columns, 1, value_features or features), dtype)
-    return checked_inputs(query, key, value, None, None, Options())
+    return checked_inputs(query, key, value, None, None, Options(precision=precision))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_call_finds_tiles(architecture):
-    for direction, dtype in itertools.product(DIRECTIONS, (jnp.bfloat16, jnp.float16, jnp.float32)):
+    halves = [(dtype, None) for dtype in (jnp.bfloat16, jnp.float16)]
+    singles = [(jnp.float32, precision) for precision in (None, "high", "TF32_TF32_F32_X3")]
+    for direction, (dtype, precision) in itertools.product(DIRECTIONS, halves + singles):
         for features in (8, 64, 65, 128, 192, 256):
             with tile_config.assuming(architecture):
-                tiles = tile_config.choose(direction, inputs(features=features, dtype=dtype))
+                tiles = tile_config.choose(direction, inputs(features=features, dtype=dtype, precision=precision))
             assert tiles.rows <= 128
             assert tiles.columns <= 128
 
@@ -35,6 +37,7 @@ def test_every_entry_is_legal_and_has_a_reason():
         assert len(entry["reason"]) > 10
         assert entry["architecture"] in ARCHITECTURES
         assert entry["direction"] in DIRECTIONS
+        assert entry["dtype"] in KINDS
 
 
 def test_the_larger_of_both_head_sizes_decides():
@@ -42,6 +45,15 @@ def test_the_larger_of_both_head_sizes_decides():
         choose = lambda **sizes: tile_config.choose("forward", inputs(**sizes))
         assert choose(features=64, value_features=128) == choose(features=128)
         assert choose(features=64) != choose(features=128)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_of_tf32_have_tiles_of_their_own(architecture):
+    """Those of full float32, which are unrolled, would spill kilobytes on tensor cores."""
+    choose = lambda precision: tile_config.choose("forward", inputs(dtype=jnp.float32, precision=precision))
+    with tile_config.assuming(architecture):
+        assert len({choose(precision) for precision in ("highest", "high", "TF32_TF32_F32_X3")}) == 3
+        assert choose("high") == choose("TF32_TF32_F32")
 
 
 def test_tiles_are_no_larger_than_the_arrays():

@@ -98,7 +98,11 @@ STATES: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # layout, heads, kv
     "llama": ("llama", 6, 2, weights({"q_proj": 24, "k_proj": 8, "v_proj": 8}, out="o_proj")),
     "falcon 40B": ("falcon", 6, 2, weights({"query_key_value": 40}, out="dense")),
     "falcon 7B": ("falcon", 6, 1, weights({"query_key_value": 32}, out="dense", bias=False)),
+    "chatglm": ("chatglm", 6, 2, weights({"query_key_value": 40}, out="dense")),
     "bigcode": ("gpt_bigcode", 6, 6, weights({"c_attn": 72}, out="c_proj")),
+    "bigcode multi-query": ("gpt_bigcode", 6, 1, weights({"c_attn": 32}, out="c_proj")),
+    "nanogpt": ("nanogpt", 6, 6, weights({"c_attn": 72}, out="c_proj", bias=False)),
+    "gpt2": ("gpt2", 6, 6, {n: x.T for n, x in weights({"c_attn": 72}, out="c_proj").items()}),
     "bert": ("bert", 6, 6, weights({f"self.{n}": 24 for n in ("query", "key", "value")}, out="output.dense")),
     "lucidrains": ("lucidrains", 6, 6, weights({"to_q": 24, "to_kv": 48}, out="to_out", bias=False)),
     "one head": ("knotgrass", 1, 1, weights({"query": 4, "key": 4, "value": 4})),
@@ -143,10 +147,14 @@ STATES: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # layout, heads, kv
 }
 
 
+AMBIGUOUS = ("falcon 40B", "chatglm", "bigcode", "nanogpt")  # names and shapes do not tell their layouts
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_a_round_trip_is_bitwise(name):
     layout, heads, kv_heads, state = STATES[name]
-    params = torch_interop.from_state_dict(state, heads=heads, kv_heads=kv_heads)
+    told = layout if name in AMBIGUOUS else None
+    params = torch_interop.from_state_dict(state, heads=heads, kv_heads=kv_heads, layout=told)
     back = torch_interop.to_state_dict(params, layout=layout, prefix="attn.")
     assert {f"attn.{name}" for name in state} == set(back)
     for name, x in state.items():
@@ -168,11 +176,131 @@ def test_two_output_projections_come_back_as_one():
 def test_the_order_of_rows_in_groups():
     """Falcon's `query_key_value.view(groups, heads / groups + 2, H)`."""
     state = weights({"query_key_value": 40}, out="dense", bias=False)
-    params = torch_interop.from_state_dict(state, heads=6, kv_heads=2)
+    params = torch_interop.from_state_dict(state, heads=6, kv_heads=2, layout="falcon")
     rows = state["query_key_value.weight"].reshape(2, 5, 4, 24)
     np.testing.assert_array_equal(params["query"]["kernel"], rows[:, :3].reshape(6, 4, 24).transpose(2, 0, 1))
     np.testing.assert_array_equal(params["key"]["kernel"], rows[:, 3].transpose(2, 0, 1))
     np.testing.assert_array_equal(params["value"]["kernel"], rows[:, 4].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_layouts_that_share_names(name):
+    """One says how the others differ; and where all say the same, none is asked for."""
+    _, heads, kv_heads, state = STATES[name]
+    both = r"'falcon': 'q0 q1 q2 k0 v0 q3 ...', 'chatglm': 'q0 q1 q2 q3 q4 q5 ...'"
+    if "c_attn.weight" in state:
+        both = r"'gpt_bigcode': 'q0 k0 v0 q1 ...', 'nanogpt': 'q0 q1 q2 q3 ...'"
+    with pytest.raises(
+        ValueError, match=rf"another order: \{{{both}\}}. Say which, with heads=6, .*layout='\w+' or '\w+'"
+    ):
+        torch_interop.from_state_dict(state, heads=heads, kv_heads=kv_heads)
+    fused = next(key for key in state if key in ("c_attn.weight", "query_key_value.weight"))
+    one = dict(state) | {fused: RNG.standard_normal((32, 24))}
+    one = {key: x for key, x in one.items() if not key.endswith("bias")}
+    names = ("gpt_bigcode", "nanogpt") if fused == "c_attn.weight" else ("falcon", "chatglm")
+    every = [torch_interop.from_state_dict(one, heads=6, kv_heads=1, layout=layout) for layout in (None, *names)]
+    for params in every[1:]:
+        jax.tree.map(np.testing.assert_array_equal, params, every[0])
+
+
+@pytest.mark.torch
+def test_gpt2():
+    """Its weights are [in, out], and a causal mask lies beside them."""
+    import torch
+    import transformers
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = dict(n_embd=24, n_head=6, n_positions=16, attn_implementation="eager")
+    config = transformers.GPT2Config(**settings)
+    layer: Any = GPT2Attention(config, layer_idx=0).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    mask = torch.full((7, 7), torch.finfo(torch.float32).min).triu(1)
+    expected = layer(torch.from_numpy(X), attention_mask=mask[None, None])[0]
+    state = layer.state_dict() | {"bias": torch.ones(1, 1, 16, 16).tril().bool(), "masked_bias": torch.tensor(-1e4)}
+    params = torch_interop.from_state_dict(state, heads=6)
+    out = mqa_jax.MultiHeadAttention(24, 6).apply({"params": params}, X)[0]
+    np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-5)
+
+
+def test_tensors_that_say_nothing_of_the_layer():
+    state = weights({"q_proj": 24, "k_proj": 8, "v_proj": 8}, out="o_proj")
+    expected = torch_interop.from_state_dict(state, heads=6, kv_heads=2)
+    more = state | {"rotary_emb.inv_freq": np.ones(2), "masked_bias": np.array(-1e4)}
+    jax.tree.map(np.testing.assert_array_equal, torch_interop.from_state_dict(more, heads=6, kv_heads=2), expected)
+
+
+LLAMA = weights({"q_proj": 24, "k_proj": 24, "v_proj": 24}, out="o_proj", bias=False)
+WRONG_STATES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "norms": (LLAMA | {"q_norm.weight": np.ones(4)}, {}, r"unexpected: q_norm.weight"),
+    "LoRA": (LLAMA | {"q_proj.lora_A.weight": np.ones((2, 24))}, {}, r"unexpected: q_proj.lora_A.weight"),
+    "sinks": (LLAMA | {"sinks": np.ones(6)}, {}, r"unexpected: sinks"),
+    "a bias of one": (LLAMA | {"q_proj.bias": np.ones(24)}, {}, r"missing: k_proj.bias, v_proj.bias"),
+    "no output": ({n: x for n, x in LLAMA.items() if n[0] != "o"}, {}, r"missing: o_proj.weight"),
+    "a bias that is no mask": (LLAMA | {"bias": np.ones(24)}, {}, r"unexpected: bias"),
+    "fewer key heads than the layout has": (
+        STATES["torch"][3],
+        dict(kv_heads=2),
+        r"layout='torch' has .* heads: \{'query': 6, 'key': 6, 'value': 6\}; given were heads=6, kv_heads=2",
+    ),
+    "more heads than the layout has": (
+        STATES["one head"][3],
+        {},
+        r"layout='knotgrass' has these numbers of heads: \{'query': 1, 'key': 1, 'value': 1\}; given were heads=6",
+    ),
+    "wrong heads of a layout that shares its name": (
+        STATES["bigcode multi-query"][3],
+        {},
+        r"no attention layer of layout='gpt_bigcode' with heads=6, kv_heads=6.*misshapen: c_attn.weight",
+    ),
+}
+
+
+def from_state(state, options, message):
+    return torch_interop.from_state_dict(state, heads=6, **options)
+
+
+@pytest.mark.parametrize("name", WRONG_STATES)
+def test_states_that_are_refused(name):
+    with pytest.raises(ValueError, match=WRONG_STATES[name][-1]):
+        from_state(*WRONG_STATES[name])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
+def test_quantised_weights_are_refused(dtype):
+    state = LLAMA | {"k_proj.weight": np.ones((24, 24), jnp.dtype(dtype))}
+    with pytest.raises(
+        NotImplementedError, match=rf"only floats of 16 bits and more: dtype \{{'k_proj.weight': '{dtype}'"
+    ):
+        torch_interop.from_state_dict(state, heads=6)
+
+
+def on_no_device():
+    import torch
+
+    return torch_interop.from_state_dict(
+        {name: torch.zeros(x.shape, device="meta") for name, x in LLAMA.items()}, heads=6
+    )
+
+
+@pytest.mark.torch
+def test_tensors_without_numbers():
+    import torch
+
+    with pytest.raises(ValueError, match=r"no numbers in memory.*q_proj.weight has device='meta'.*Load the weights"):
+        on_no_device()
+    with pytest.raises(ValueError, match=r"q_proj.weight has device='cpu', layout=torch.sparse_coo"):
+        torch_interop.from_state_dict({"q_proj.weight": torch.eye(24).to_sparse()}, heads=6)
+    with pytest.raises(NotImplementedError, match=r"not packed weights: q_proj._packed_params is a tuple"):
+        torch_interop.from_state_dict({"q_proj._packed_params": (1, 2)}, heads=6)
+
+
+def test_heads_that_a_layout_has_not():
+    """A kernel of other heads than the layout's does not lose some of them on the way out."""
+    params = torch_interop.from_state_dict(STATES["llama"][3], heads=6, kv_heads=2)
+    with pytest.raises(ValueError, match=r"layout='torch' has these numbers of heads.*given were heads=6, kv_heads=2"):
+        torch_interop.to_state_dict(params, layout="torch")
 
 
 def test_rotary_conventions():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from hf_layers import CONFIGS, hf_layer
-from test_torch_interop import STATES, weights
+from test_torch_interop import AMBIGUOUS, STATES, weights
 
 import mqa_jax
 from mqa_jax.torch_interop import from_torch, to_torch
@@ -105,12 +105,13 @@ def test_every_layout_as_a_live_module(name):
     told: dict[str, Any] = {} if "knotgrass" in layout else dict(heads=heads, kv_heads=kv_heads)
     if layout == "unfused_without_keys":
         told = dict(heads=heads)
-    module, variables = from_torch(layer, **told)
+    lie: dict[str, Any] = dict(layout=layout) if name in AMBIGUOUS else {}
+    module, variables = from_torch(layer, **told, **lie)
     assert (module.heads, module.kv_heads or heads) == (heads, kv_heads)
     assert module.causal == ("knotgrass" not in layout)
-    zeros = to_torch(module, jax.tree.map(np.zeros_like, variables), like=layer)
+    zeros = to_torch(module, jax.tree.map(np.zeros_like, variables), like=layer, **lie)
     assert not equal(zeros, layer)
-    assert equal(to_torch(module, variables, like=zeros), layer)
+    assert equal(to_torch(module, variables, like=zeros, **lie), layer)
 
 
 def test_flash_mha_and_llm_foundry_tell_more():
@@ -159,3 +160,224 @@ def test_parameters_of_another_layer():
         to_torch(module, variables, like=other)
     with pytest.raises(ValueError, match="No known attention layout"):
         to_torch(module, variables, like=llm_foundry().q_ln)
+
+
+# -- layers in odd states ---------------------------------------------------------------------------------------------
+
+
+def weight_normed(layer):
+    import torch
+
+    torch.nn.utils.parametrizations.weight_norm(layer.q_proj)
+
+
+def pruned(layer):
+    import torch
+    from torch.nn.utils import prune
+
+    prune.random_unstructured(layer.q_proj, "weight", amount=0.5)
+    assert isinstance(layer.q_proj.weight_mask, torch.Tensor)
+
+
+def with_lora(layer):
+    """As PEFT wraps a linear layer."""
+    import torch
+
+    part: Any = torch.nn.Module()
+    part.base_layer = layer.q_proj
+    part.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(24, 2, bias=False)})
+    layer.q_proj = part
+
+
+def of_another_type(layer):
+    """As bitsandbytes has its weights, before it moves them to a GPU and packs them."""
+    import torch
+
+    class Params4bit(torch.nn.Parameter):
+        pass
+
+    layer.q_proj.weight = Params4bit(layer.q_proj.weight.data)
+
+
+def in_8_bits(layer):
+    import torch
+
+    layer.q_proj.weight = torch.nn.Parameter(layer.q_proj.weight.data.to(torch.int8), requires_grad=False)
+
+
+def on_no_device(layer):
+    layer.to("meta")
+
+
+ODD = {
+    weight_normed: (
+        NotImplementedError,
+        r"LlamaAttention are not its tensors alone.*original0.*remove_parametrizations",
+    ),
+    pruned: (NotImplementedError, r"'q_proj.weight_orig', 'q_proj.weight_mask'\]. Take torch.nn.utils.prune.remove"),
+    with_lora: (NotImplementedError, r"'q_proj.lora_A.default.weight'.*merge_and_unload"),
+    of_another_type: (NotImplementedError, r"Only plain tensors.*\{'q_proj.weight': 'Params4bit'\}"),
+    in_8_bits: (NotImplementedError, r"Quantised weights are not read.*\{'q_proj.weight': 'int8'\}"),
+    on_no_device: (ValueError, r"not in memory: device='meta' of \['q_proj.weight'"),
+}
+
+
+def spoiled(spoil):
+    layer = hf_layer("llama")
+    spoil(layer)
+    return from_torch(layer)
+
+
+def of_gpt_neox():
+    import transformers
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
+
+    config = transformers.GPTNeoXConfig(hidden_size=24, num_attention_heads=6)
+    return from_torch(GPTNeoXAttention(config, layer_idx=0), heads=6)
+
+
+def of_a_subclass():
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class MyAttention(LlamaAttention):
+        pass
+
+    mine: Any = MyAttention(hf_layer("llama").config, layer_idx=0)
+    return from_torch(mine)
+
+
+def of_cross_attention():
+    layer = hf_layer("gpt_bigcode multi-head")
+    layer.is_cross_attention = True
+    return from_torch(layer)
+
+
+def with_other_heads():
+    return from_torch(hf_layer("llama"), kv_heads=3)
+
+
+def with_rotary_positions():
+    import torch
+
+    class RotaryEmbedding(torch.nn.Module):
+        pass
+
+    layer = llm_foundry()
+    layer.rotary_emb = RotaryEmbedding()
+    return from_torch(layer)
+
+
+def without_a_counterpart():
+    layer = llm_foundry()
+    module, variables = from_torch(layer)
+    params = {name: x for name, x in variables["params"].items() if name not in ("q_ln", "k_ln")}
+    return to_torch(module, {"params": params}, like=layer)
+
+
+def tied():
+    layer = hf_layer("llama")
+    module, variables = from_torch(layer)
+    layer.v_proj.weight = layer.k_proj.weight
+    return to_torch(module, variables, like=layer)
+
+
+WAY_OUT = r".*from_state_dict\(tensors, heads=..., kv_heads=..., layout=...\).*'falcon'.*"
+REFUSED: dict[Any, tuple[type, str]] = {
+    of_gpt_neox: (NotImplementedError, rf"model_type='gpt_neox'{WAY_OUT}'query_key_value.weight': \(72, 24\)"),
+    of_a_subclass: (NotImplementedError, rf"MyAttention is not the attention of llama{WAY_OUT}'q_proj.weight'"),
+    of_cross_attention: (NotImplementedError, rf"is_cross_attention=True{WAY_OUT}'c_attn.weight'"),
+    with_other_heads: (ValueError, r"other numbers of heads: its \{'kv_heads': 2\}, given \{'kv_heads': 3\}"),
+    with_rotary_positions: (ValueError, r"rotary positions in \['rotary_emb'\], and does not tell which: pass rope="),
+    without_a_counterpart: (ValueError, r"Module have no counterpart among ours: \['q_ln.weight'"),
+    tied: (ValueError, r"one tensor where ours are several and differ: \['k_proj.weight'"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda f: f.__name__)
+def test_what_is_refused(refused):
+    """A class that is not known comes with a way out: layouts, and the layer's own tensors and shapes."""
+    error, message = REFUSED[refused]
+    with pytest.raises(error, match=message):
+        refused()
+
+
+@pytest.mark.parametrize("spoil", ODD, ids=lambda f: f.__name__)
+def test_weights_that_are_not_plain_tensors(spoil):
+    error, message = ODD[spoil]
+    layer = hf_layer("llama")
+    variables = from_torch(layer)
+    spoil(layer)
+    with pytest.raises(error, match=message):
+        from_torch(layer)
+    if spoil is not in_8_bits:
+        with pytest.raises(error, match=message):
+            to_torch(*variables, like=layer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_dynamic_quantisation_of_torch():
+    import torch
+
+    layer = torch.nn.Module()
+    layer.q_proj = torch.ao.nn.quantized.dynamic.Linear(24, 24)
+    with pytest.raises(NotImplementedError, match=r"q_proj._packed_params.*the layer before it was quantised"):
+        from_torch(layer, heads=6)
+
+
+def test_frozen_tied_and_in_training_mode():
+    """Nothing of this changes what the layer computes without dropout."""
+    layer = hf_layer("llama").train().requires_grad_(False)
+    layer.config.attention_dropout = 0.25
+    assert from_torch(layer)[0].attn_pdrop == 0.25
+    layer.v_proj.weight = layer.k_proj.weight
+    module, variables = from_torch(layer)
+    params = variables["params"]
+    np.testing.assert_array_equal(params["key"]["kernel"], params["value"]["kernel"])
+    assert equal(to_torch(module, variables, like=layer), layer)
+
+
+def test_a_file_that_was_quantised():
+    """Of GGUF files transformers makes plain floats, and keeps in the config what they were."""
+    layer = hf_layer("llama")
+    expected = from_torch(layer)[0]
+    layer.config.quantization_config = dict(quant_method="gguf")
+    assert from_torch(layer)[0] == expected
+
+
+def test_hooks_are_told_of():
+    layer = hf_layer("llama")
+    layer.q_proj.register_forward_hook(lambda module, arguments, out: 2 * out)
+    with pytest.warns(
+        UserWarning, match=r"Hooks .* are not converted, and this LlamaAttention has some in \['q_proj'\]"
+    ):
+        from_torch(layer)
+
+
+def test_cross_attention_of_bert():
+    import torch
+    import transformers
+    from transformers.models.bert.modeling_bert import BertAttention
+
+    torch.manual_seed(0)
+    settings: Any = CONFIGS["bert"] | dict(is_decoder=True, add_cross_attention=True, attn_implementation="eager")
+    layer: Any = BertAttention(transformers.BertConfig(**settings), layer_idx=0, is_cross_attention=True).eval()
+    module, variables = from_torch(layer)
+    assert not module.causal
+    x, context = torch.randn(2, 7, 24), torch.randn(2, 5, 24)
+    expected = layer.output.dense(layer.self(x, encoder_hidden_states=context)[0]).detach().numpy()
+    out = module.apply(variables, x.numpy(), inputs_k=context.numpy(), deterministic=True)[0]
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_what_is_told_twice():
+    layer = hf_layer("llama")
+    assert from_torch(layer, heads=6, kv_heads=2)[0] == from_torch(layer)[0]
+
+
+def test_more_that_unknown_classes_have():
+    """A `config` that is none of transformers'; temperature."""
+    layer = llm_foundry()
+    layer.config = object()
+    layer.attn_temperature_tuning = dict(attn_scale=0.2, floor_scale=4)
+    expected = mqa_jax.TemperatureTuning(attn_scale=0.2, floor_scale=4)
+    assert from_torch(layer)[0].attn_temperature_tuning == expected

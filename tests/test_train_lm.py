@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_lm
+from command_line import exit_with_a_sentence
 from train_report import read, smooth, write, write_text
 
 pytestmark = pytest.mark.slow
@@ -175,11 +176,23 @@ def test_a_run_is_not_resumed_with_other_settings(finished, text):
         ("--batch=5000", r"fit into the \d+ bytes that are held out: batch=5000, length=32"),
         ("--prompt=", "at least one byte, and fewer than a training text: prompt='', length=32"),
         ("--checkpoint-every=0", "--checkpoint-every must be at least 1: checkpoint_every=0"),
+        ("--heads=0", "--heads must be at least 1: heads=0"),
+        ("--learning-rate=nan", "--learning-rate must be at least 0: learning_rate=nan"),
+        ("--dropout=1", r"--dropout must be less than 1: dropout=1\.0"),
+        ("--seed=-1", "--seed must be at least 0: seed=-1"),
+        ("--temperature=-1", r"--temperature must be at least 0: temperature=-1\.0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, option, message):
     with pytest.raises(ValueError, match=message):
         train_lm.main(_arguments(SMALL, tmp_path, option))
+
+
+def test_what_cannot_work_is_said_in_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_lm.main(_arguments(SMALL, tmp_path, "--steps=0"), refuse=exit_with_a_sentence)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: --steps must be at least 1: steps=0.\n"
 
 
 def test_a_step_compiles_once_and_consumes_its_state(text):

@@ -1,6 +1,7 @@
 """The Triton kernels in interpret mode: the whole option space, all dtypes, every gradient, and what they touch."""
 
 import functools
+import itertools
 import re
 import warnings
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import oracle
 import problems
 import pytest
+from cuda_programs import kernels_in, lowered_for_cuda
 from hypothesis import strategies as st
 from jax import export
 from jax.ad_checkpoint import checkpoint_policies
@@ -21,7 +23,7 @@ from strict_gpu import strict_gpu
 import mqa_jax
 from benchmarks import gpu_compile
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import flash, tile_config, triton, triton_call, triton_decode, triton_grid
+from mqa_jax.kernels import flash, tile_config, triton, triton_decode, triton_grid
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.options import Options
 
@@ -100,36 +102,23 @@ def test_head_sizes_in_pieces(monkeypatch, features, value_features):
     oracle.judge_float32(oracle.results(problem, "kernels"), oracle.results(problem, "reference"))
 
 
-TF32_3X = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-
-
 @pytest.mark.parametrize(
     ("dtype", "precision", "products"),
     [
         (jnp.float32, None, "HIGHEST"),
-        (jnp.float32, "float32", "HIGHEST"),
         (jnp.float32, ("highest", "highest"), "HIGHEST"),
-        (jnp.float32, "F32_F32_F32", "F32_F32_F32"),
         (jnp.float32, "tensorfloat32", "HIGH"),
-        (jnp.float32, jax.lax.Precision.DEFAULT, "DEFAULT"),
-        (jnp.float32, TF32_3X, "TF32_TF32_F32_X3"),
-        (jnp.bfloat16, None, "DEFAULT"),
+        (jnp.float32, "TF32_TF32_F32_X3", "TF32_TF32_F32_X3"),
         (jnp.bfloat16, "highest", "DEFAULT"),
+        (jnp.bfloat16, "BF16_BF16_F32", "DEFAULT"),
     ],
 )
 def test_products_are_as_precise_as_asked(dtype, precision, products):
-    """Triton takes HIGH and DEFAULT for tf32, which float32 gets only where the caller says so."""
+    """Triton takes HIGH for tf32, which float32 gets only where the caller says so (`triton_precision`)."""
     array = jnp.ones((1, 4, 1, 8), dtype)
     inputs = checked_inputs(array, array, array, None, None, Options(precision=precision))
     program = str(jax.make_jaxpr(functools.partial(triton.forward, interpret=True))(inputs))
     assert set(re.findall(r"precision=\(?(?:Precision\.|DotAlgorithmPreset\.)?(\w+)", program)) == {products}
-
-
-def test_the_default_precision_of_jax_counts():
-    array = jnp.ones((1, 4, 1, 8))
-    inputs = checked_inputs(array, array, array, None, None, Options())
-    with jax.default_matmul_precision("tensorfloat32"):
-        assert triton_call.precision_of(inputs) == jax.lax.Precision.HIGH
 
 
 def test_what_runs_here_are_the_kernels():
@@ -210,8 +199,8 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     cotangents = problem.cotangents
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
-        out, log_sum_exp = triton.forward(inputs, interpret=True)
-        gradients = triton.backward(inputs, out, log_sum_exp, *cotangents, interpret=True)
+        out, normalizer = triton.forward(inputs, interpret=True)
+        gradients = triton.backward(inputs, out, normalizer, *cotangents, interpret=True)
     score_terms = [x for x in (bias, options.get("alibi_slopes")) if x is not None]
     assert ran == ["mqa_forward", "mqa_dkv", "mqa_dq", *["mqa_dscore"] * len(score_terms)]
     monkeypatch.undo()
@@ -219,6 +208,7 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
         lambda operands: mqa_jax.reference.forward(replace(inputs, operands=operands)), inputs.operands
     )
     np.testing.assert_allclose(out, expected[0], atol=1e-5)
+    assert expected[1] is not None
     empty = jnp.isneginf(expected[1])
     (expected_gradients,) = pull_back((cotangents[0], jnp.where(empty, 0.0, cotangents[1])))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradients, expected_gradients)
@@ -248,12 +238,34 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
     inputs = checked_inputs(**problem.arrays, bias=bias, mask=mask, options=Options(**options))
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
-        out, log_sum_exp = triton.forward(inputs, interpret=True)
+        out, normalizer = triton.forward(inputs, interpret=True)
     assert ran == kernels
     monkeypatch.undo()
-    expected = mqa_jax.reference.forward(inputs)
+    expected: Any = mqa_jax.reference.forward(inputs)
     np.testing.assert_allclose(out, expected[0], atol=1e-5)
-    np.testing.assert_allclose(log_sum_exp, expected[1], atol=1e-5)
+    np.testing.assert_allclose(normalizer.log_sum_exp, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["static", "ring in 8 bits"])
+@pytest.mark.parametrize("shared", list(itertools.product((False, True), repeat=4)), ids=str)
+def test_few_queries_with_pairs_shared_along_any_axes(shared, cache, monkeypatch):
+    """Mask and bias `[#B, #N, #T, #S]`, of three queries of two groups of four heads, are read where they lie."""
+    use_tiles(monkeypatch, **SMALL)
+    monkeypatch.setattr(triton_decode, "LEAST_KEYS", 16)
+    rng, pairs = np.random.default_rng(0), (2, 8, 3, 35)
+    shapes = [[1 if one != other else n for one, n in zip(shared, pairs)] for other in (True, False)]
+    mask, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    options: dict[str, Any] = dict(mask=mask > -0.8, bias=bias)
+    problem = oracle.random_problem(rng, rows=3, columns=35, heads=8, kv_heads=2, features=16, **options)
+    if cache != "static":
+        problem = oracle.quantized(problem, "int8")
+        lengths = jnp.array([50, 17], jnp.int32)
+        problem = replace(problem, options=problem.options | dict(key_value_ring_lengths=lengths))
+    oracle.judge_float32(oracle.outputs(problem, "kernels"), oracle.outputs(problem, "reference"))
+    attend = lambda arrays: oracle.outputs(replace(problem, arrays=arrays), "kernels")
+    computed = shapes_in(jax.make_jaxpr(attend)(problem.arrays).jaxpr)
+    copies = [shape for shape in computed if shape[-1:] == (35,) and len(shape) == 4]
+    assert set(copies) <= {tuple(shape) for shape in shapes}
 
 
 def test_the_strict_memory_is_strict(monkeypatch):
@@ -352,16 +364,6 @@ def test_remat_can_save_what_the_backward_pass_needs(policy, forward_kernels):
 # -- on CUDA, without a GPU -------------------------------------------------------------------------------------------
 
 
-def lowered_for_cuda(function, *arguments):
-    jax.clear_caches()  # kernels silence their warning when they are traced, and pytest resets that after each test
-    with tile_config.assuming("sm90"), gpu_compile.lowering_for(gpu_compile.TARGETS["h100"]):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-
-
-def kernels_in(text: str) -> list[str]:
-    return sorted(re.findall(r'name = "(mqa_[a-z]+)', text))
-
-
 @pytest.mark.parametrize("implementation", [None, "triton"])
 def test_lowering_for_cuda_chooses_the_kernels(implementation):
     gradient = jax.grad(lambda arrays: loss(arrays, implementation))
@@ -376,15 +378,9 @@ def test_lowering_for_cuda_falls_back_where_the_kernels_cannot():
     assert "stablehlo.while" in text
 
 
-def test_the_deprecation_warning_of_the_backend_is_silent():
-    """JAX 0.11 and later give it at each lowering; in this suite every warning is an error."""
-    lowered_for_cuda(lambda arrays: attend(**arrays, implementation="triton"), PROBLEM.arrays)
-
-
 def test_export_for_cuda():
     """The kernels are no stable part of StableHLO, so the caller has to say that this is known."""
     check = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    jax.clear_caches()
     target = gpu_compile.TARGETS["h100"]
     with tile_config.assuming("sm90"), gpu_compile.lowering_for(target), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of flatbuffers, in `serialize`

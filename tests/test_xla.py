@@ -194,11 +194,11 @@ def test_one_query_reads_only_the_blocks_that_some_row_can_see(monkeypatch, reac
         return attend(*arguments)
 
     monkeypatch.setattr(xla_decode, "attend", counted)
-    out, log_sum_exp = jax.jit(functools.partial(xla_decode.forward, steps=steps))(inputs)
+    out, normalizer = jax.jit(functools.partial(xla_decode.forward, steps=steps))(inputs)
     jax.effects_barrier()
     assert len(visits) == len(blocks)
     assert not jnp.isnan(out).any()
-    assert jnp.isneginf(log_sum_exp).all() == (not blocks)
+    assert jnp.isneginf(normalizer.log_sum_exp).all() == (not blocks)
 
 
 @pytest.mark.parametrize("lengths", [None, (4096,) * 8], ids=["all keys", "lengths"])
@@ -276,8 +276,9 @@ def test_nothing_to_attend(implementation, batch, rows, columns):
     results = oracle.results(problem, implementation)
     assert results["out"].shape == (*batch, rows, 4, 8)
     assert not results["out"].any()
-    assert np.isneginf(results["log_sum_exp"]).all()
-    assert all(not results[f"d_{name}"].any() for name in problem.arrays)
+    assert not results["log_sum_exp"].any()  # that of the sinks
+    np.testing.assert_allclose(results["d_sinks"], np.sum(problem.cotangents[1], axis=range(len(batch) + 1)), rtol=1e-5)
+    assert all(not results[f"d_{name}"].any() for name in problem.arrays if name != "sinks")
 
 
 @pytest.mark.usefixtures("kernels")

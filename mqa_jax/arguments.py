@@ -1,0 +1,99 @@
+"""Arguments as callers give them, each looked at alone: arrays, integers that have to fit 32 bits, numbers, flags."""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from mqa_jax.masks import LEAST, MOST
+from mqa_jax.shapes import Length
+
+STATIC = "known when the call is traced (under jax.jit, one of the static_argnames)"
+
+
+def array(name: str, x: ArrayLike) -> Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{name} must be an array of numbers: {name}={shown(x)}. Make one with jnp.asarray(x, dtype)."
+        ) from error
+
+
+def shown(x: Any) -> str:
+    """The value and its type; of an array dtype and shape."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype!s}{list(x.shape)}"
+    return f"{x!r:.80} ({type(x).__name__})"
+
+
+def integers(name: str, x: ArrayLike, *shapes: tuple[int, ...]) -> Array | np.ndarray:
+    """Integers of any dtype. What the caller has outside JAX stays outside, where it has 64 bits."""
+    try:
+        numbers = x if isinstance(x, jax.Array) else np.asarray(x)
+    except (TypeError, ValueError):  # traced numbers in a list
+        numbers = array(name, x)
+    if not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must hold integers of at most 64 bits: {name}.dtype={numbers.dtype!s}. Cast it with .astype(int)."
+        )
+    if numbers.shape not in shapes:
+        expected = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name} has the wrong shape: {name}.shape={numbers.shape}, expected {expected}.")
+    return numbers
+
+
+def may_exceed_32_bits(x: Array | np.ndarray) -> bool:
+    return jnp.iinfo(x.dtype).max > MOST
+
+
+def in_32_bits(
+    name: str, x: Array | np.ndarray, rule: str, remedy: str, least: int = LEAST, most: Length = MOST
+) -> Array:
+    """int32 from `least` to `most`. Any other number is an error; the nearer end where it or `most` is not known."""
+    kind = jnp.iinfo(x.dtype)
+    if not isinstance(most, int):
+        return jnp.clip(jnp.asarray(x), least, jnp.asarray(most).astype(x.dtype)).astype(jnp.int32)
+    if not isinstance(x, jax.core.Tracer) and (kind.min < least or kind.max > most):
+        values = np.asarray(x)
+        if np.any((values < least) | (values > most)):
+            raise ValueError(f"{name} must {rule}: {name}={values}, {remedy}.")
+    elif isinstance(x, jax.core.Tracer):
+        x = jnp.minimum(x, most) if kind.max > most else x
+        x = jnp.maximum(x, least) if kind.min < least else x
+    return jnp.asarray(x.astype(jnp.int32))
+
+
+def whole_number(x: Any) -> int | None:
+    """An integer of whatever type; None for anything else, which a bool and a traced integer are."""
+    try:
+        return None if _has_bools(x) or isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        return None
+
+
+def number(name: str, x: Any, remedy: str) -> float:
+    """A number that is known when the call is traced."""
+    try:
+        if np.ndim(x) == 0 and math.isfinite(x):
+            return float(x)
+    except (TypeError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be a finite number, {STATIC}: {name}={shown(x)}. {remedy}")
+
+
+def flag(name: str, x: Any) -> bool:
+    """A bool that is known when the call is traced; 0 and 1 will do."""
+    is_scalar = _has_bools(x) and x.ndim == 0 and not isinstance(x, jax.core.Tracer)
+    if not is_scalar and not (isinstance(x, int) and x in (0, 1)):
+        raise ValueError(f"{name} must be True or False, {STATIC}: {name}={shown(x)}.")
+    return bool(x)
+
+
+def _has_bools(x: Any) -> bool:
+    return getattr(x, "dtype", None) == jnp.bool_

@@ -1,0 +1,89 @@
+"""Implementations whose tiles are chosen by a test, however small, so that small problems have many of them."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from mqa_jax import attention
+from mqa_jax.inputs import Inputs, Sizes
+from mqa_jax.kernels import (
+    flash,
+    tile_config,
+    triton,
+    triton_decode,
+    triton_grid,
+    xla_backward,
+    xla_decode,
+    xla_forward,
+)
+from mqa_jax.kernels.tile_config import TileConfig
+from mqa_jax.kernels.xla_decode import Steps
+from mqa_jax.kernels.xla_tile import TileShape
+
+small = functools.partial(TileConfig, warps=4, stages=2)
+SMALL = dict(
+    forward=small(16, 32, defer_values=True),
+    dq=small(16, 16),
+    dkv=small(32, 16, features=16),
+    dscore=small(16, 32),
+    decode=small(16, 16),
+)
+OTHER = dict(
+    forward=small(32, 16, features=16),
+    dq=small(32, 32, features=16),
+    dkv=small(16, 32, settle_sums=True),
+    dscore=small(32, 16),
+    decode=small(16, 32, defer_values=True),
+)
+
+
+@contextlib.contextmanager
+def registered(kernels: flash.Kernels) -> Iterator[str]:
+    """The name under which these kernels can be called."""
+    with mock.patch.dict(attention.IMPLEMENTATIONS, {"tiled": attention.Implementation(kernels)}):
+        yield "tiled"
+
+
+def plain_xla(shape: TileShape) -> flash.Kernels:
+    return flash.Kernels(
+        functools.partial(xla_forward.forward, shape=shape), functools.partial(xla_backward.backward, shape=shape)
+    )
+
+
+def plain_xla_with(tiles: Callable[[Sizes], TileShape]) -> flash.Kernels:
+    """With the tiles of a platform, whatever the platform."""
+
+    def backward(inputs: Inputs, *saved: Any) -> Any:
+        return functools.partial(xla_backward.backward, shape=tiles(inputs.sizes))(inputs, *saved)
+
+    return flash.Kernels(lambda inputs: xla_forward.forward(inputs, tiles(inputs.sizes)), backward)
+
+
+def few_queries(columns: int, on_cpu: bool) -> flash.Kernels:
+    """Blocks of so many keys; the backward pass, which knows no few queries, has tiles of as many."""
+    cpu = Steps(columns, xla_decode.summed_scores, xla_decode.summed_values)
+    steps = cpu if on_cpu else Steps(columns, xla_decode.plain_scores, xla_decode.plain_values)
+    tiles = lambda size: TileShape(min(size.T, 2), columns, 1, upcast=on_cpu)
+    backward = plain_xla_with(tiles).backward
+    return flash.Kernels(functools.partial(xla_decode.forward, steps=steps), backward)
+
+
+def triton_kernels(interpret: bool) -> flash.Kernels:
+    return flash.Kernels(
+        functools.partial(triton.forward, interpret=interpret), functools.partial(triton.backward, interpret=interpret)
+    )
+
+
+@contextlib.contextmanager
+def triton_tiles(most_queries: int = 16, enough_programs: int = 64, **tiles: TileConfig) -> Iterator[None]:
+    """These instead of the table's, by direction; up to how many queries the decoding kernel takes; how work is cut."""
+    choose = lambda direction, inputs, rows=None: tiles[direction]
+    with (
+        mock.patch.object(tile_config, "choose", choose),
+        mock.patch.object(triton_decode, "MOST_QUERIES", most_queries),
+        mock.patch.object(triton_decode, "LEAST_KEYS", 8),
+        mock.patch.object(triton_grid, "ENOUGH_PROGRAMS", enough_programs),
+    ):
+        yield
