@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def compile_kernel(gpu: str, name: str, launch: Callable[..., Any], arguments: t
     def flat(*leaves: Any) -> list[Any]:  # as what is exported knows no trees of ours
         return jax.tree.leaves(launch(*jax.tree.unflatten(tree, leaves)))
 
-    with gpu_compile.lowering_for(gpu_compile.TARGETS[gpu]):
+    with gpu_compile.lowering_for(gpu_compile.TARGETS[gpu]), _without_locations():
         exported = jax.export.export(jax.jit(flat), platforms=["cuda"], disabled_checks=[TRITON])(*leaves)
     text = f"{gpu} {jax.__version__} {name}\n{exported.mlir_module()}"
     kept = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
@@ -61,6 +61,17 @@ def compile_kernel(gpu: str, name: str, launch: Callable[..., Any], arguments: t
         os.replace(file.name, kept)  # other processes see all of it, or nothing
     found = json.loads(kept.read_text())
     return Compiled(**{**found, "grid": tuple(found["grid"])})
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """The same kernel, called from another line, is the same program."""
+    before = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 # -- the process that compiles ----------------------------------------------------------------------------------------
