@@ -171,11 +171,16 @@ class GlobalMemory:
 
 
 @numba.njit(cache=True)
+def _is_inside(place, count, size):
+    return place >= 0 and place + count <= size
+
+
+@numba.njit(cache=True)
 def _read_shared(memory, size, base, places, align, stamps, shift, wrote, read, flying, out, problem):
     bad, count = 0, out.shape[1]
     for i in range(places.size):
         place, stamp = places[i], stamps[i]
-        if place < 0 or place + count > size:
+        if not _is_inside(place, count, size):
             problem[i] = OUTSIDE
             out[i, :] = POISON
             bad += 1
@@ -201,47 +206,57 @@ def _read_shared(memory, size, base, places, align, stamps, shift, wrote, read, 
 
 
 @numba.njit(cache=True)
-def _claim_shared(memory, size, base, places, align, stamps, shift, wrote, read, flying, in_use, data, copy, problem):
-    """Checks that bytes may be written now: by a store, which may repeat what is there, or by the start of a copy."""
-    bad, count = 0, data.shape[1]
+def _claim(memory, at, stamp, shift, wrote, read, flying, in_use, data, copy):
+    """What is wrong with writing these bytes now: by a store, which may repeat what is there, or by a copy, later."""
+    wrong, epoch = 0, stamp >> 6
+    for granule in range(at >> shift, (at + data.size - 1 >> shift) + 1):
+        if flying[granule]:
+            wrong = IN_FLIGHT
+        if in_use[granule]:
+            wrong = IN_USE
+        if read[granule] >> 6 == epoch and read[granule] != stamp:
+            wrong = RACE
+        if wrote[granule] != -1 and wrote[granule] >> 6 == epoch and wrote[granule] != stamp:
+            for byte in range(max(at, granule << shift), min(at + data.size, granule + 1 << shift)):
+                if copy or memory[byte] != data[byte - at]:
+                    wrong = RACE
+    return wrong
+
+
+@numba.njit(cache=True)
+def _put(memory, at, stamp, shift, wrote, time, flying, data, tick):
+    for byte in range(data.size):
+        memory[at + byte] = data[byte]
+    for granule in range(at >> shift, (at + data.size - 1 >> shift) + 1):
+        flying[granule], wrote[granule], time[granule] = 0, stamp, tick
+
+
+@numba.njit(cache=True)
+def _store_shared(
+    memory, size, base, places, align, stamps, shift, wrote, read, time, flying, in_use, data, tick, problem
+):
+    """One thread after the other; `tick` -1: they claim the place of a copy instead."""
+    bad = 0
     for i in range(places.size):
-        place, stamp = places[i], stamps[i]
-        if place < 0 or place + count > size:
+        if not _is_inside(places[i], data.shape[1], size):
             problem[i] = OUTSIDE
-            bad += 1
-            continue
-        wrong = MISALIGNED if place % align else 0
-        at, epoch = base[i] + place, stamp >> 6
-        for granule in range(at >> shift, (at + count - 1 >> shift) + 1):
-            if flying[granule]:
-                wrong = IN_FLIGHT
-            if in_use[granule]:
-                wrong = IN_USE
-            if read[granule] >> 6 == epoch and read[granule] != stamp:
-                wrong = RACE
-            if wrote[granule] >> 6 == epoch and wrote[granule] != stamp and wrote[granule] != -1:
-                for byte in range(max(at, granule << shift), min(at + count, granule + 1 << shift)):
-                    if copy or memory[byte] != data[i, byte - at]:
-                        wrong = RACE
-            if copy:
-                flying[granule] = 1
-        problem[i] = wrong
-        bad += wrong != 0
+        else:
+            at, misaligned = base[i] + places[i], MISALIGNED if places[i] % align else 0
+            wrong = _claim(memory, at, stamps[i], shift, wrote, read, flying, in_use, data[i], tick == -1)
+            problem[i] = max(wrong, misaligned)
+            if tick == -1:
+                flying[at >> shift : (at + data.shape[1] - 1 >> shift) + 1] = 1
+            else:
+                _put(memory, at, stamps[i], shift, wrote, time, flying, data[i], tick)
+        bad += problem[i] != 0
     return bad
 
 
 @numba.njit(cache=True)
-def _write_shared(memory, size, base, places, stamps, shift, wrote, time, flying, data, tick):
-    count = data.shape[1]
+def _land_copies(memory, size, base, places, stamps, shift, wrote, time, flying, data, tick):
     for i in range(places.size):
-        place = places[i]
-        if place < 0 or place + count > size:
-            continue
-        at = base[i] + place
-        for byte in range(count):
-            memory[at + byte] = data[i, byte]
-        for granule in range(at >> shift, (at + count - 1 >> shift) + 1):
-            flying[granule], wrote[granule], time[granule] = 0, stamps[i], tick
+        if _is_inside(places[i], data.shape[1], size):
+            _put(memory, base[i] + places[i], stamps[i], shift, wrote, time, flying, data[i], tick)
 
 
 @numba.njit(cache=True)
@@ -250,7 +265,7 @@ def _find_unfenced(size, base, places, count, shift, wrote, time, fences, fence_
     bad = 0
     for i in range(places.size):
         problem[i] = 0
-        if place_is_inside(places[i], count, size):
+        if _is_inside(places[i], count, size):
             at = base[i] + places[i]
             block = warp[i] // warps * warps
             for granule in range(at >> shift, (at + count - 1 >> shift) + 1):
@@ -265,14 +280,9 @@ def _find_unfenced(size, base, places, count, shift, wrote, time, fences, fence_
 
 
 @numba.njit(cache=True)
-def place_is_inside(place, count, size):
-    return place >= 0 and place + count <= size
-
-
-@numba.njit(cache=True)
 def _use_shared(size, base, places, count, shift, in_use, change):
     for i in range(places.size):
-        if place_is_inside(places[i], count, size):
+        if _is_inside(places[i], count, size):
             at = base[i] + places[i]
             for granule in range(at >> shift, (at + count - 1 >> shift) + 1):
                 in_use[granule] += change
@@ -324,23 +334,18 @@ class SharedMemory:
         return out
 
     def store(self, lanes, places: np.ndarray, data: np.ndarray, align: int, tick: int, report: Report) -> None:
-        self._claim(lanes, places, data, align, False, report)
-        self.land(lanes, places, data, tick)
-
-    def start_copies(self, lanes, places: np.ndarray, data: np.ndarray, report: Report) -> None:
-        self._claim(lanes, places, data, data.shape[1], True, report)
-
-    def _claim(self, lanes, places, data, align: int, copy: bool, report: Report) -> None:
         problem = np.empty(places.size, np.uint8)
-        if _claim_shared(
+        if _store_shared(
             self.memory, self.size, self.base[lanes], places, align, self.stamps[lanes], self.shift, self.wrote,
-            self.read, self.flying, self.in_use, data, copy, problem,
+            self.read, self.time, self.flying, self.in_use, data, tick, problem,
         ):  # fmt: skip
             report(problem, places)
 
-    def land(self, lanes, places: np.ndarray, data: np.ndarray, tick: int) -> None:
-        """Writes what was claimed."""
-        _write_shared(
+    def start_copies(self, lanes, places: np.ndarray, data: np.ndarray, report: Report) -> None:
+        self.store(lanes, places, data, data.shape[1], -1, report)
+
+    def land_copies(self, lanes, places: np.ndarray, data: np.ndarray, tick: int) -> None:
+        _land_copies(
             self.memory, self.size, self.base[lanes], places, self.stamps[lanes], self.shift, self.wrote, self.time,
             self.flying, data, tick,
         )  # fmt: skip

@@ -180,19 +180,22 @@ class _Body:
             position = match.end()
 
     def _statement(self, text: str) -> None:
-        if text.startswith(".reg"):
-            self._declare(text)
-        elif text.startswith("."):
-            if not text.startswith(_IGNORED):
-                raise PtxError(f"line {self.line}: {text}")
-        elif text:
-            self._instruction(text)
+        first = text.partition(" ")[0]
+        try:
+            if first == ".reg":
+                self._declare(text)
+            elif first and not first.startswith("."):
+                self._instruction(text)
+            elif first and first not in _IGNORED:
+                raise PtxError("directive")
+        except (PtxError, ValueError) as error:
+            raise PtxError(f"not modelled: line {self.line}: {text} ({error})") from error
 
     def _declare(self, text: str) -> None:
         _, kind, names = text.split(None, 2)
         bits = 1 if kind == ".pred" else int(kind[2:]) if kind[2:].isdigit() else 0
         if bits not in (1, 8, 16, 32, 64):
-            raise PtxError(f"line {self.line}: {text}")
+            raise PtxError("registers of another type")
         for name in names.split(","):
             stem, count = re.fullmatch(r"([\w%$]+)(?:<(\d+)>)?", name.strip()).groups()  # type: ignore[union-attr]
             self.scopes[-1][1][stem] = bits, int(count or 0)
@@ -214,7 +217,7 @@ class _Body:
             word, rest = text[1:].split(None, 1)
             guard = self._operand(word)
             if not isinstance(guard, Register | Negated):
-                raise PtxError(f"line {self.line}: {text}")
+                raise PtxError(f"guard {word!r}")
         opcode, _, operands = rest.partition(" ")
         words = tuple(opcode.replace("shared::cta", "shared").split("."))
         found = tuple(self._operand(part) for part in _split(operands))
@@ -227,7 +230,7 @@ class _Body:
             match = re.fullmatch(r"([\w%$]+)\s*(?:\+\s*(-?\w+))?", text[1:-1].strip())
             base = self._operand(match[1]) if match else None
             if match is None or not isinstance(base, Register | Name):
-                raise PtxError(f"line {self.line}: address {text!r}")
+                raise PtxError(f"address {text!r}")
             return Address(base, int(match[2] or "0", 0))
         if text.startswith("!"):
             register = self._register(text[1:])
@@ -242,7 +245,7 @@ class _Body:
             return Literal(text)
         if re.fullmatch(r"%?[A-Za-z_$][\w$.]*", text):
             return Name(text)
-        raise PtxError(f"line {self.line}: operand {text!r}")
+        raise PtxError(f"operand {text!r}")
 
 
 def _split(text: str) -> list[str]:

@@ -135,7 +135,7 @@ def _await(machine: Machine, where: Where, running: int, open_too: bool) -> None
             done &= where[copies.lanes]
         if done.any():
             landed = copies.part(done)
-            machine.shared.land(landed.lanes, landed.places, landed.data, machine.tick)
+            machine.shared.land_copies(landed.lanes, landed.places, landed.data, machine.tick)
         if not done.all():
             remaining.append(copies.part(~done))
     machine.copies[:] = remaining
