@@ -26,7 +26,7 @@ _launcher = jax.make_user_context(None)  # a function; what is traced under one 
 
 @contextlib.contextmanager
 def launched_by(launcher: Callable[[str, Callable[..., Any], Any], Callable[..., Any]]) -> Iterator[None]:
-    """Gives kernels to `launcher(name, pallas_call, out)`, which returns what runs them: tests execute them elsewhere."""
+    """Gives kernels to `launcher(name, pallas_call, out)`, which returns what runs them: tests execute them on CPUs."""
     with _launcher(launcher):
         yield
 

@@ -1,7 +1,7 @@
 """Executes the compiled Triton kernels on emulated GPUs, on any CPU: `make emulate ARGS='--gpu h100'`.
 
-Without arguments a table of calls on an A100 and an H100. It says nothing of speed, and "executed in an emulator" is not
-"run on a GPU": `ptx_emulator/README.md` says what is modelled.
+Without arguments a table of calls on an A100 and an H100. It says nothing of speed, and "executed in an emulator" is
+not "run on a GPU": `ptx_emulator/README.md` says what is modelled.
 """
 
 import argparse
@@ -103,7 +103,9 @@ def orders_of(gpus: list[str], kinds: list[str], words: list[str], every: int) -
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", nargs="+", choices=emulation.GPUS, default=["a100", "h100"])
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="calls that have one of these in the name")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="calls that have one of these in the name"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--every", type=int, default=12, help="of the rows with pairs of options run each so-many-th")
     parser.add_argument("--jobs", type=int, default=2, help="processes")

@@ -56,7 +56,9 @@ class Case:
     def judge(self, implementation: str) -> None:
         problem = self.problem() if self.bits is None else oracle.quantized(self.problem(), self.bits)
         low = problem.astype(self.dtype)
-        run, plain = (oracle.results, oracle.plain_results) if self.gradients else (oracle.outputs, oracle.plain_outputs)
+        run, plain = (
+            (oracle.results, oracle.plain_results) if self.gradients else (oracle.outputs, oracle.plain_outputs)
+        )
         fast, reference = jax.block_until_ready(run(low, implementation)), run(low.astype("float32"), "reference")
         if self.tf32:
             expected = {name: x.astype(jnp.float32) for name, x in plain(low.astype("float16")).items()}

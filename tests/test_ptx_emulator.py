@@ -1,4 +1,4 @@
-"""The emulator, instruction by instruction, against Python's integers, numpy and ml_dtypes; and what it has to refuse."""
+"""The emulator, instruction by instruction, against Python's integers, numpy and ml_dtypes; and what it refuses."""
 
 import importlib.util
 from typing import Any
@@ -19,12 +19,19 @@ WORDS = np.random.default_rng(0).integers(0, 1 << 32, 128, dtype=np.uint32)
 WORDS[:8] = 0, 1, 0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 31, 32, 0xFF
 OTHER = np.roll(WORDS, 7)
 with np.errstate(all="ignore"):
-    FLOATS = np.float32([0, -0.0, 1, -1.5, 2.5, 1e-40, -1e-40, 3e38, np.inf, -np.inf, np.nan, 1 + 2**-23, 65519, 0.5, 449])
+    FLOATS = np.array(
+        [0, -0.0, 1, -1.5, 2.5, 1e-40, -1e-40, 3e38, np.inf, -np.inf, np.nan, 1 + 2**-23, 65519, 0.5, 449],
+        np.float32,
+    )
     FLOATS = np.concatenate([FLOATS, np.random.default_rng(1).standard_normal(113).astype(np.float32) * 100])
 
 
+def _wide(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
 def kernel(body: str, arguments: int, threads: int = 128) -> str:
-    """%a0, %a1 ... point at the arguments; %i is the thread, %o four times that; %r, %f, %h, %d, %p are there to use."""
+    """%a0, %a1 ... point at the arguments; %i is the thread, %o four times that; %r, %f, %h, %d, %p are free."""
     names = [f"k_param_{n}" for n in range(arguments)]
     return f"""
     .version 8.7
@@ -42,7 +49,9 @@ def kernel(body: str, arguments: int, threads: int = 128) -> str:
     }}"""
 
 
-def emulate(body: str, *inputs: np.ndarray, shape: Any = 128, dtype: Any = np.uint32, grid=(1,), **more: Any) -> np.ndarray:
+def emulate(
+    body: str, *inputs: np.ndarray, shape: Any = 128, dtype: Any = np.uint32, grid=(1,), **more: Any
+) -> np.ndarray:
     threads, together = more.get("threads", 128), more.get("together", 4096)
     text = kernel(body, len(inputs) + 1, threads)
     (result,) = run(text, grid, 4096, list(inputs), [(np.atleast_1d(shape), np.dtype(dtype))], together)
@@ -90,7 +99,7 @@ def bytes_chosen(a: int, b: int, selector: int) -> int:
     return int.from_bytes([(255 * (eight[c & 7] >> 7) if c & 8 else eight[c & 7]) for c in chosen], "little")
 
 
-INTEGERS = {
+INTEGERS: dict[str, Any] = {
     "add.s32": lambda a, b: a + b,
     "sub.s32": lambda a, b: a - b,
     "mul.lo.s32": lambda a, b: a * b,
@@ -110,7 +119,7 @@ INTEGERS = {
     "div.u32": lambda a, b: a // b if b else None,
     "rem.u32": lambda a, b: a % b if b else None,
 }
-OPERANDS = {
+OPERANDS: dict[str, Any] = {
     "mad.lo.s32 %r3, %r1, %r2, -5": lambda a, b: a * b - 5,
     "abs.s32 %r3, %r1": lambda a, b: abs(signed(a)),
     "neg.s32 %r3, %r1": lambda a, b: -a,
@@ -162,7 +171,7 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return x.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
 
 
-FLOATING = {
+FLOATING: dict[str, Any] = {
     "add.rn.f32 %f3, %f1, %f2": lambda a, b: a + b,
     "sub.rn.f32 %f3, %f1, %f2": lambda a, b: a - b,
     "mul.rn.f32 %f3, %f1, %f2": lambda a, b: a * b,
@@ -186,15 +195,20 @@ FLOATING = {
     "cvt.rn.bf16.f32 %h1, %f1; cvt.f32.bf16 %f3, %h1": lambda a, b: a.astype(ml_dtypes.bfloat16),
     "cvt.rn.f16.f32 %h1, %f1; cvt.f32.f16 %f3, %h1": lambda a, b: a.astype(np.float16),
 }
-BITWISE = {
+BITWISE: dict[str, Any] = {
     "cvt.rn.bf16x2.f32 %r3, %f1, %f2": lambda a, b: bf16(a) << 16 | bf16(b),
     "cvt.rn.f16x2.f32 %r3, %f1, %f2": lambda a, b: (
         a.astype(np.float16).view(np.uint16).astype(np.uint32) << 16 | b.astype(np.float16).view(np.uint16)
     ),
     "cvt.rna.tf32.f32 %r3, %f1": lambda a, b: (a.view(np.uint32) + 4096) & 0xFFFFE000,  # finite ones
-    "cvt.rzi.s32.f32 %r3, %f1": lambda a, b: np.clip(np.trunc(np.float64(a)), -(2**31), 2**31 - 1).astype(np.int64),
+    "cvt.rzi.s32.f32 %r3, %f1": lambda a, b: np.clip(np.trunc(_wide(a)), -(2**31), 2**31 - 1).astype(np.int64),
     "mov.b32 %r1, %f1; cvt.u16.u32 %h1, %r1; cvt.rn.f16x2.e4m3x2 %r3, %h1": lambda a, b: (
-        a.view(np.uint8).reshape(-1, 4)[:, :2].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float16).view(np.uint32)[:, 0]
+        a.view(np.uint8)
+        .reshape(-1, 4)[:, :2]
+        .copy()
+        .view(ml_dtypes.float8_e4m3fn)
+        .astype(np.float16)
+        .view(np.uint32)[:, 0]
     ),
 }
 
@@ -250,10 +264,16 @@ def test_packed_bfloat16():
 
 def test_functions_that_a_gpu_approximates():
     x = np.abs(FLOATS[15:]).repeat(2)[:128]
-    for name, function in {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "tanh": np.tanh, "sqrt": np.sqrt}.items():
+    for name, function in {
+        "ex2": np.exp2,
+        "lg2": np.log2,
+        "rcp": np.reciprocal,
+        "tanh": np.tanh,
+        "sqrt": np.sqrt,
+    }.items():
         found = emulate(load("%f1") + f"{name}.approx.ftz.f32 %f3, %f1;" + store("%f3", 1), x, dtype=np.float32)
         with np.errstate(all="ignore"):
-            np.testing.assert_allclose(found, function(np.float64(x)).astype(np.float32), rtol=3e-7, err_msg=name)
+            np.testing.assert_allclose(found, function(_wide(x)).astype(np.float32), rtol=3e-7, err_msg=name)
 
 
 # -- control ----------------------------------------------------------------------------------------------------------
@@ -418,23 +438,22 @@ def test_bytes_in_shared_memory_are_watched_one_by_one():
     np.testing.assert_array_equal(emulate(body + store("%r3", 0)), np.arange(128))
 
 
-COPY = (
-    """
+COPY = """
     shl.b32 %r5, %i, 4; add.s32 %r6, %s, %r5; cvt.u64.u32 %d1, %r5; add.s64 %d2, %a0, %d1;
     cp.async.cg.shared.global [%r6], [%d2], 16, {size}; cp.async.commit_group;
     {more}
     {wait}
     {barrier}
     xor.b32 %r7, %r5, {other}; add.s32 %r7, %r7, %s; ld.shared.b32 %r3, [%r7];
-    """
-    + store("%r3", 1)
-)
+    """ + store("%r3", 1)
 MORE = "cp.async.cg.shared.global [%r6+2048], [%d2], 16; cp.async.commit_group;"
 FLYING = "touches a copy that is still on its way"
 
 
 def copied(**changes: Any) -> str:
-    return COPY.format(**{"size": 16, "more": "", "wait": "cp.async.wait_group 0;", "barrier": BARRIER, "other": 1024, **changes})
+    return COPY.format(
+        **{"size": 16, "more": "", "wait": "cp.async.wait_group 0;", "barrier": BARRIER, "other": 1024, **changes}
+    )
 
 
 def test_copies_arrive_when_they_are_waited_for():
@@ -480,11 +499,12 @@ MMA = """
     shl.b32 %r22, %i, 3; cvt.u64.u32 %d4, %r22; add.s64 %d4, %d4, %a2;
     st.global.v2.b32 [%d4], {%c0, %c1}; st.global.v2.b32 [%d4+256], {%c2, %c3};
 """
-BEFORE = np.float32([1, 2] * 4)  # by column
+BEFORE = np.array([1, 2] * 4, np.float32)  # by column
 
 
 @pytest.mark.parametrize(
-    ("kinds", "dtype"), [("m16n8k16.row.col.f32.bf16.bf16.f32", ml_dtypes.bfloat16), ("m16n8k16.row.col.f32.f16.f16.f32", np.float16)]
+    ("kinds", "dtype"),
+    [("m16n8k16.row.col.f32.bf16.bf16.f32", ml_dtypes.bfloat16), ("m16n8k16.row.col.f32.f16.f16.f32", np.float16)],
 )
 def test_a_product_of_16_bit_numbers(kinds, dtype):
     """Rows of A, then rows of B transposed, of 16 numbers each, by way of shared memory."""
@@ -492,7 +512,7 @@ def test_a_product_of_16_bit_numbers(kinds, dtype):
     a, b = rng.standard_normal((16, 16)).astype(dtype), rng.standard_normal((8, 16)).astype(dtype)
     text = MMA.replace("INSTRUCTION", f"mma.sync.aligned.{kinds}")
     found = emulate(text, a, b, shape=(16, 8), dtype=np.float32, threads=32)
-    expected = np.float64(a) @ np.float64(b).T + BEFORE
+    expected = _wide(a) @ _wide(b).T + BEFORE
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -502,9 +522,9 @@ def test_a_product_of_tf32():
     a, b = rng.standard_normal((16, 8)).astype(np.float32), rng.standard_normal((8, 8)).astype(np.float32)
     text = MMA.replace("INSTRUCTION", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
     found = emulate(text, a, b, shape=(16, 8), dtype=np.float32, threads=32)
-    cut = lambda x: np.float64((x.view(np.uint32) & 0xFFFFE000).view(np.float32))
+    cut = lambda x: _wide((x.view(np.uint32) & 0xFFFFE000).view(np.float32))
     np.testing.assert_allclose(found, cut(a) @ cut(b).T + BEFORE, rtol=1e-5, atol=1e-5)
-    assert np.abs(found - (np.float64(a) @ np.float64(b).T + BEFORE)).max() > 1e-4
+    assert np.abs(found - (_wide(a) @ _wide(b).T + BEFORE)).max() > 1e-4
 
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])
@@ -539,8 +559,10 @@ def descriptor(start: int, leading: int, stride: int, swizzle: int) -> int:
 
 @pytest.mark.parametrize("swizzle", [32, 64, 128])
 def test_descriptors_of_tiles_with_features_side_by_side(swizzle):
-    """Rows of as many bytes as are swizzled; the chunk of 16 bytes c of row r lies at chunk c ^ r, within its pattern."""
-    (places,) = tensor_cores.places_of(np.uint64([descriptor(2048 + 1024, 0, 8 * swizzle, swizzle)]), 64, False)
+    """Rows of as many bytes as are swizzled; 16 bytes c of row r lie at c ^ r, within its pattern."""
+    (places,) = tensor_cores.places_of(
+        np.array([descriptor(2048 + 1024, 0, 8 * swizzle, swizzle)], np.uint64), 64, False
+    )
     chunks = swizzle // 16
     for row in range(64):
         for chunk in range(2):
@@ -550,9 +572,9 @@ def test_descriptors_of_tiles_with_features_side_by_side(swizzle):
 
 @pytest.mark.parametrize("swizzle", [32, 64, 128])
 def test_descriptors_of_tiles_with_rows_side_by_side(swizzle):
-    """k by k, as many rows side by side as are swizzled; the next rows `leading`, the next eight k `stride` on."""
+    """As many rows side by side as are swizzled; the next rows are `leading` on, the next eight k `stride`."""
     leading, stride = 16 * swizzle, 8 * swizzle
-    (places,) = tensor_cores.places_of(np.uint64([descriptor(1024, leading, stride, swizzle)]), 64, True)
+    (places,) = tensor_cores.places_of(np.array([descriptor(1024, leading, stride, swizzle)], np.uint64), 64, True)
     chunks = swizzle // 16
     for k in range(16):
         for piece in range(8):
@@ -563,7 +585,7 @@ def test_descriptors_of_tiles_with_rows_side_by_side(swizzle):
 
 def test_descriptors_without_swizzling():
     """Core matrices of 8 rows of 16 bytes: `leading` apart along k, `stride` along the rows."""
-    (places,) = tensor_cores.places_of(np.uint64([descriptor(1024, 128, 256, 16)]), 64, False)
+    (places,) = tensor_cores.places_of(np.array([descriptor(1024, 128, 256, 16)], np.uint64), 64, False)
     assert all(places[r, c] == r % 8 * 16 + r // 8 * 256 + c * 128 for r in range(64) for c in range(2))
 
 
@@ -586,7 +608,9 @@ WGMMA = """
     st.global.v2.b32 [%d4], {{%c0, %c1}}; st.global.v2.b32 [%d4+256], {{%c2, %c3}};
 """
 # 64 rows of A and 8 of B transposed, 16 numbers each, lie one after the other, swizzled by 32 bytes as they come.
-WGMMA = WGMMA.replace("LEFT", str(descriptor(1024, 0, 256, 32))).replace("RIGHT", str(descriptor(1024 + 2048, 0, 256, 32)))
+WGMMA = WGMMA.replace("LEFT", str(descriptor(1024, 0, 256, 32))).replace(
+    "RIGHT", str(descriptor(1024 + 2048, 0, 256, 32))
+)
 STORED = """
     shl.b32 %r5, %i, 4; add.s32 %r6, %s, %r5; cvt.u64.u32 %d1, %r5; add.s64 %d2, %a0, %d1;
     ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d2]; st.shared.v4.b32 [%r6], {%r10, %r11, %r12, %r13};
@@ -615,7 +639,7 @@ def swizzled(rows: np.ndarray) -> np.ndarray:
 
 NUMBERS = np.random.default_rng(0).standard_normal((72, 16)).astype(np.float16)
 MATRIX = swizzled(NUMBERS)
-PRODUCT = np.float64(NUMBERS[:64]) @ np.float64(NUMBERS[64:]).T
+PRODUCT = _wide(NUMBERS[:64]) @ _wide(NUMBERS[64:]).T
 
 
 def kinds(**changes: str) -> set[str]:
@@ -639,7 +663,9 @@ def test_wgmma_comes_late_where_nobody_waits():
 def test_wgmma_wants_barriers_fences_and_waits():
     assert kinds(fence="") == {UNFENCED}
     assert kinds(barrier=FENCE, fence=BARRIER.replace("bar.sync 0;", "")) == {"race"}
-    np.testing.assert_allclose(multiplied(barrier=FENCE, fence=BARRIER), PRODUCT + 1, rtol=1e-5, atol=1e-5)  # by writers
+    np.testing.assert_allclose(
+        multiplied(barrier=FENCE, fence=BARRIER), PRODUCT + 1, rtol=1e-5, atol=1e-5
+    )  # by writers
     assert kinds(barrier="", fence=FENCE) == {"race"}
     assert kinds(fence=FENCE + "st.shared.v4.b32 [%r6], {%r10, %r11, %r12, %r13};") >= {UNFENCED}
     assert "touches a copy that is still on its way" in kinds(copy=COPIED)
@@ -651,7 +677,9 @@ def test_wgmma_wants_barriers_fences_and_waits():
 
 def test_wgmma_with_registers_on_the_left():
     """The same rows, as mma.sync wants them."""
-    fragments = NUMBERS[:64].reshape(4, 2, 8, 2, 4, 2).transpose(0, 2, 4, 3, 1, 5)  # warp, row, piece, k half, half, pair
+    fragments = (
+        NUMBERS[:64].reshape(4, 2, 8, 2, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+    )  # warp, row, piece, k half, half, pair
     words = np.ascontiguousarray(fragments).view(np.uint32).reshape(128, 4)
     both = np.concatenate([words.view(np.float16).reshape(64, 16), MATRIX[64:]])
     text = WGMMA.replace("%left,", "{{%r30, %r31, %r32, %r33}},").replace("1, 1, 0, 0", "1, -1, 0")

@@ -1,12 +1,12 @@
 """What one thread computes by itself: `operation` gives an instruction's meaning as a function of numpy arrays.
 
-Integers are exact to the bit. Float arithmetic is rounded once, as told, denormals and `.ftz` included. Functions that a
-GPU only approximates (ex2, rcp, div.full, tanh, ...) are rounded from nearly exact values: a GPU is off by a unit or two.
+Integers are exact to the bit. Float arithmetic is rounded once, as told, denormals and `.ftz` included. Functions that
+a GPU only approximates (ex2, rcp, div.full, tanh, ...) are nearly exact here: a GPU is off by a unit or two.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numba
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from ptx_emulator.parser import Instruction, PtxError
 
-Array = Any  # np.ndarray, or a numpy scalar where an operand is a literal
+Array: TypeAlias = Any  # np.ndarray, or a numpy scalar where an operand is a literal
 
 # What numpy calls the types of PTX. Floating-point types that it does not know are bits.
 KINDS: dict[str, np.dtype] = {
@@ -73,9 +73,10 @@ def _directed(nearest: Array, terms: tuple[Array, Array], direction: str) -> Arr
     a, b = terms
     total = a + b
     rest = (a - (total - (total - a))) + (b - (total - a))  # TwoSum: what `total` lacks
-    off = (nearest.astype(np.float64) - total) - rest  # > 0: the nearest is above
+    off: Array = (nearest.astype(np.float64) - total) - rest  # > 0: the nearest is above
     infinity = np.float32(np.inf)
-    toward = {"rm": -infinity, "rp": infinity, "rz": np.where(total < 0, infinity, -infinity)}[direction]
+    inward = np.where(total < 0, infinity, -infinity)
+    toward: Array = {"rm": -infinity, "rp": infinity, "rz": inward}[direction]
     wrong = np.where(toward < 0, off > 0, off < 0)
     return np.where(wrong, np.nextafter(nearest, toward), nearest).astype(np.float32)
 
@@ -391,7 +392,7 @@ def _convert(instruction: Instruction, origin: str) -> Operation:
         exact = saturate(exact) if sat else exact
         return exact.astype(np.float32) if to == "f32" else narrow(to, exact, "rn" if rounding in _WHOLE else rounding)
 
-    if to == "f32" and rounding in ("rz", "rm", "rp") or (to == "bf16" and origin[0] in "us"):
+    if (to == "f32" and rounding in ("rz", "rm", "rp")) or (to == "bf16" and origin[0] in "us"):
         raise PtxError("conversion")
     return Operation(to_float, to, (origin,))
 
@@ -400,8 +401,8 @@ def _convert_pair(to: str, origin: str, rounding: str) -> Operation:
     """Two numbers in one register; of two operands the first goes to its upper half."""
     if to in ("f16x2", "bf16x2") and origin == "f32":
         half = to.removesuffix("x2")
-        pack = lambda high, low: narrow(half, high, rounding).astype(np.uint32) << np.uint32(16) | narrow(
-            half, low, rounding
+        pack = lambda high, low: (
+            narrow(half, high, rounding).astype(np.uint32) << np.uint32(16) | narrow(half, low, rounding)
         )
         return Operation(pack, to, ("f32", "f32"))
     if to == "f16x2" and origin in _BYTES:

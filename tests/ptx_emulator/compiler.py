@@ -41,7 +41,7 @@ class CompilerError(Exception):
 
 
 def compile_kernel(gpu: str, name: str, launch: Callable[..., Any], arguments: tuple[Any, ...]) -> Compiled:
-    """`launch` is a `pallas_call`, `arguments` are trees of shapes: their leaves, then the results', are its operands."""
+    """`launch` is a `pallas_call`, `arguments` are trees of shapes; their leaves, then the results', are operands."""
     leaves, tree = jax.tree.flatten(arguments)
 
     def flat(*leaves: Any) -> list[Any]:  # as what is exported knows no trees of ours
@@ -85,7 +85,7 @@ class _Worker:
     def __init__(self, gpu: str) -> None:
         environment = gpu_compile.worker_environment()
         paths = [str(gpu_compile.ROOT / "tests"), environment["PYTHONPATH"]]
-        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 # for as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, gpu],
             stdin=subprocess.PIPE,
@@ -97,7 +97,8 @@ class _Worker:
         )
 
     def compile(self, name: str, exported: bytes) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None  # for mypy: they are pipes
+        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"name": name, "exported": exported.hex()}) + "\n")
             self.process.stdin.flush()
@@ -132,6 +133,7 @@ def _compile(gpu: str, name: str, serialized: bytes) -> Compiled:
     lowered = jax.jit(exported.call).trace(*arguments).lower(lowering_platforms=("cuda",))
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", "xla_gpu_autotune_level": 0}
+        options["xla_gpu_ptx_compiler_extra_flags"] = "-O0"  # nobody looks at what comes after PTX
         lowered.compile(compiler_options=options)
         (thunks,) = Path(folder).glob("*.thunk_sequence.txt")
         found = [fields for fields in gpu_compile.LAUNCH.findall(thunks.read_text()) if fields[0] == name]

@@ -77,8 +77,9 @@ class Emulation:
 
         start = time.perf_counter()
         results = launch.run(compiled.ptx, compiled.grid, compiled.shared_bytes, inputs, outputs)
-        kept = (inputs, outputs, results) if self.keep else ([], [], [])
-        self.ran.append(Ran(name, compiled, *kept, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        kept = [list(x) if self.keep else [] for x in (inputs, outputs, results)]
+        self.ran.append(Ran(name, compiled, kept[0], kept[1], kept[2], seconds))
         return results
 
 

@@ -6,6 +6,7 @@ took different branches meet again. `bar.sync` holds a thread until all others o
 An instruction is bound once, to a function of the threads that take part: `True` for all, or an array of booleans.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,23 @@ from ptx_emulator import arithmetic, tensor_cores, transfers
 from ptx_emulator.arithmetic import KINDS, Array
 from ptx_emulator.memory import MEANINGS, SHARED_BASE, Faults, GlobalMemory, Report, SharedMemory
 from ptx_emulator.parser import (
-    Address, Instruction, Kernel, Literal, Name, Negated, Operand, Pair, PtxError, Register, Vector,
-)  # fmt: skip
+    Address,
+    Instruction,
+    Kernel,
+    Literal,
+    Name,
+    Negated,
+    Operand,
+    Pair,
+    PtxError,
+    Register,
+    Vector,
+)
 
 Where = Any  # True, or a boolean for each thread
 Step = Callable[[Where], None]
 Block = tuple[int, int, int]
+PREDICATE = np.dtype(bool)
 
 
 class Machine:
@@ -64,7 +76,7 @@ class Machine:
         self.block[:] = first + self.every // self.threads
         self.place[:, :count] = np.repeat(np.array(blocks, np.uint32).T, self.threads, axis=1)
         for array in self.registers.values():
-            array.view(np.uint8)[:] = 0 if array.dtype == bool else 0xA5  # whoever reads it unwritten will notice
+            array.view(np.uint8)[:] = 0 if array.dtype == PREDICATE else 0xA5  # whoever reads it unwritten will notice
         while not self.ended.all():
             self._advance()
 
@@ -123,7 +135,7 @@ class Machine:
         if register not in self.registers:
             dtype = np.dtype(bool if register.bits == 1 else f"u{register.bits // 8}")
             array = self.registers[register] = np.empty(self.lanes, dtype)
-            array.view(np.uint8)[:] = 0 if dtype == bool else 0xA5
+            array.view(np.uint8)[:] = 0 if dtype == PREDICATE else 0xA5
         return self.registers[register]
 
     def read(self, operand: Operand, kind: str) -> Array:
@@ -131,7 +143,7 @@ class Machine:
         dtype = KINDS[kind]
         if isinstance(operand, Register):
             array = self.register(operand)
-            if dtype == bool or array.dtype == bool or array.itemsize < dtype.itemsize:
+            if PREDICATE in (dtype, array.dtype) or array.itemsize < dtype.itemsize:
                 if dtype != array.dtype:
                     raise PtxError(f"{operand.name} as {kind}")
                 return array
@@ -170,7 +182,7 @@ class Machine:
         if not isinstance(operand, Register):
             raise PtxError(f"{operand} is no register")
         array, dtype = self.register(operand), KINDS[kind]
-        if array.dtype == bool or dtype == bool or array.itemsize == dtype.itemsize:
+        if PREDICATE in (dtype, array.dtype) or array.itemsize == dtype.itemsize:
             return array.view(dtype)
         if array.itemsize < dtype.itemsize or dtype.kind == "f":
             raise PtxError(f"{operand.name} does not fit {kind}")
@@ -279,7 +291,7 @@ def _straight_lines(kernel: Kernel) -> dict[int, int]:
     jumps = ("bra", "ret", "exit", "bar", "barrier")
     after = {number + 1 for number, i in enumerate(kernel.instructions) if i.words[0] in jumps}
     cuts = sorted({0, len(kernel.instructions), *kernel.labels.values(), *after})
-    return dict(zip(cuts, cuts[1:]))
+    return dict(itertools.pairwise(cuts))
 
 
 def number(text: str, dtype: np.dtype) -> Any:
@@ -291,7 +303,7 @@ def number(text: str, dtype: np.dtype) -> Any:
             raise PtxError(f"{text} as {dtype}")
     else:
         integer = int(text.rstrip("U"), 0)
-        if dtype == bool:
+        if dtype == PREDICATE:
             return np.bool_(integer)
         value = np.array([integer & (1 << bits) - 1], f"u{dtype.itemsize}")
     return value.view(dtype)[0]
@@ -315,8 +327,12 @@ def _end(machine: Machine, instruction: Instruction) -> Step:
 
 
 def _barrier(machine: Machine, instruction: Instruction) -> Step:
-    if instruction.has("warp"):
-        return lambda where: None if machine.units_of(where, 32, instruction) is None else None
+    if instruction.has("warp"):  # its threads are in step
+
+        def check(where: Where) -> None:
+            machine.units_of(where, 32, instruction)
+
+        return check
     if not instruction.has("sync") or instruction.operands != (Literal("0"),):
         raise PtxError("barriers other than bar.sync 0 of the whole block")
     return machine.arrive
@@ -373,13 +389,13 @@ def _to_global(machine: Machine, instruction: Instruction) -> Step:
 
 
 def _shuffle(machine: Machine, instruction: Instruction) -> Step:
-    mode = instruction.one_of("up", "down", "bfly", "idx")
-    to, value, other, clamp, members = instruction.operands
+    mode = instruction.words[2]
+    to, origin, distance, limit, members = instruction.operands
     if not isinstance(members, Literal) or members.integer() not in (-1, 0xFFFFFFFF):
         raise PtxError("shuffles of a part of a warp")
     result, flag = (to.first, to.second) if isinstance(to, Pair) else (to, Name("_"))
-    write, write_flag, value = machine.writer(result, "b32"), machine.writer(flag, "pred"), machine.full(value, "b32")
-    other, clamp = machine.read(other, "u32"), machine.read(clamp, "u32")
+    write, write_flag, value = machine.writer(result, "b32"), machine.writer(flag, "pred"), machine.full(origin, "b32")
+    other, clamp = machine.read(distance, "u32"), machine.read(limit, "u32")
     lane = machine.every % 32
 
     def step(where: Where) -> None:
@@ -389,8 +405,7 @@ def _shuffle(machine: Machine, instruction: Instruction) -> Step:
         last = (lane & segments) | (bound & ~segments)
         source = {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": (lane & segments) | (by & ~segments)}
         found = source[mode] >= last if mode == "up" else source[mode] <= last
-        origin = np.where(found, source[mode], lane)
-        write(value[machine.every - lane + origin], where)
+        write(value[machine.every - lane + np.where(found, source[mode], lane)], where)
         write_flag(found, where)
 
     return step

@@ -212,16 +212,18 @@ class _Body:
         return None
 
     def _instruction(self, text: str) -> None:
-        guard, rest = None, text
+        guard: Register | Negated | None = None
+        rest = text
         if text.startswith("@"):
             word, rest = text[1:].split(None, 1)
-            guard = self._operand(word)
-            if not isinstance(guard, Register | Negated):
+            found = self._operand(word)
+            if not isinstance(found, Register | Negated):
                 raise PtxError(f"guard {word!r}")
+            guard = found
         opcode, _, operands = rest.partition(" ")
         words = tuple(opcode.replace("shared::cta", "shared").split("."))
-        found = tuple(self._operand(part) for part in _split(operands))
-        self.kernel.instructions.append(Instruction(self.line, text, words, found, guard))
+        parts = tuple(self._operand(part) for part in _split(operands))
+        self.kernel.instructions.append(Instruction(self.line, text, words, parts, guard))
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):

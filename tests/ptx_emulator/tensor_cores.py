@@ -28,7 +28,7 @@ WARP, GROUP = 32, 128  # threads
 
 @numba.njit(cache=True)
 def accumulate(total, a, b):
-    """total + a @ b.T, of each matrix."""
+    """Of each matrix total + a @ b.T"""
     for matrix in range(total.shape[0]):
         columns = np.ascontiguousarray(b[matrix].T)
         for m in range(total.shape[1]):
@@ -275,10 +275,8 @@ def _start_product(machine: Machine, instruction: Instruction) -> Step:
         groups = product.groups
         warps = (4 * groups[:, None] + np.arange(4)).reshape(-1)
         stacked = lambda x: x.reshape(len(groups), 64, -1)
-        if product.left is None:
-            a = stacked(rows_from(_factor(kind, lefts, warps)))
-        else:
-            a = read(product.left, groups)
+        from_registers = lambda: stacked(rows_from(_factor(kind, lefts, warps)))
+        a = from_registers() if product.left is None else read(product.left, groups)
         b = read(product.right, groups)
         pairs = _gather(targets, warps)
         sums = stacked(rows_from(pairs.reshape(*pairs.shape[:2], -1, 2)))

@@ -1,0 +1,61 @@
+"""Compiled kernels with one instruction taken out or weakened, each of which the emulator should notice."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from ptx_emulator.emulation import Ran
+
+Change = Callable[[re.Match[str]], str]
+
+KINDS: dict[str, tuple[str, Change]] = {
+    "no barrier": (r"bar\.sync\s+0;", lambda found: ";"),
+    "one copy more on its way": (
+        r"(cp\.async\.wait_group\s+)(\d+);",
+        lambda found: f"{found[1]}{int(found[2]) + 1};",
+    ),
+    "no wait for products": (r"wgmma\.wait_group\.sync\.aligned\s+\d+;", lambda found: ";"),
+    "no fence": (r"fence\.proxy\.async[\w:.]*;", lambda found: ";"),
+    "no guard of a load": (r"@!?%p\d+\s+(ld\.global)", lambda found: found[1]),
+    "no guard of a store": (r"@!?%p\d+\s+(st\.global)", lambda found: found[1]),
+    "copies that do not stop": (
+        r"(cp\.async\.c[ag]\.[^;]*,\s*(0x\w+),)\s*%r\d+;",
+        lambda found: f"{found[1]} {found[2]};",
+    ),
+}
+
+
+class Broken(NamedTuple):
+    """`noticed`: by an error, a fault or other numbers; else an empty text."""
+
+    kernel: str
+    kind: str
+    line: int
+    noticed: str
+
+
+def broken(ran: Ran, most: int, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[Broken]:
+    """So many of each kind, spread over the kernel."""
+    for kind in kinds:
+        pattern, change = KINDS[kind]
+        places = list(re.finditer(pattern, ran.compiled.ptx))
+        for found in places[:: max(1, -(-len(places) // most))]:
+            text = ran.compiled.ptx
+            line = text.count("\n", 0, found.start()) + 1
+            text = text[: found.start()] + change(found) + text[found.end() :]
+            yield Broken(ran.name, kind, line, _noticed(ran, text))
+
+
+def _noticed(ran: Ran, text: str) -> str:
+    from ptx_emulator import launch  # needs numba
+    from ptx_emulator.parser import PtxError
+
+    try:
+        results, faults = launch.execute(text, ran.compiled.grid, ran.compiled.shared_bytes, ran.inputs, ran.outputs)
+    except PtxError as error:
+        return str(error)
+    if faults.found:
+        return ", ".join(sorted(faults.kinds()))
+    differ = any(not np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(results, ran.results))
+    return "other numbers" if differ else ""
