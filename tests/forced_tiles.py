@@ -22,22 +22,6 @@ from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.kernels.xla_decode import Steps
 from mqa_jax.kernels.xla_tile import TileShape
 
-small = functools.partial(TileConfig, warps=4, stages=2)
-SMALL = dict(
-    forward=small(16, 32, defer_values=True),
-    dq=small(16, 16),
-    dkv=small(32, 16, features=16),
-    dscore=small(16, 32),
-    decode=small(16, 16),
-)
-OTHER = dict(
-    forward=small(32, 16, features=16),
-    dq=small(32, 32, features=16),
-    dkv=small(16, 32, settle_sums=True),
-    dscore=small(32, 16),
-    decode=small(16, 32, defer_values=True),
-)
-
 
 @contextlib.contextmanager
 def registered(kernels: flash.Kernels) -> Iterator[str]:

@@ -53,9 +53,15 @@ def test_plain_xla_of_few_queries(row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", rows_of(WAYS["xla, its own tiles"]))
-def test_plain_xla_in_its_own_tiles(row):
-    judge(WAYS["xla, its own tiles"], row)
+@pytest.mark.parametrize("row", rows_of(WAYS["xla, tiles of CPUs"]))
+def test_plain_xla_in_tiles_of_cpus(row):
+    judge(WAYS["xla, tiles of CPUs"], row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows_of(WAYS["xla, tiles of accelerators"]))
+def test_plain_xla_in_tiles_of_accelerators(row):
+    judge(WAYS["xla, tiles of accelerators"], row)
 
 
 @pytest.mark.slow

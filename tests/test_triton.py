@@ -1,4 +1,7 @@
-"""The Triton kernels in interpret mode: the whole option space, all dtypes, every gradient, and what they touch."""
+"""The Triton kernels in interpret mode: all dtypes, every gradient, and what they touch.
+
+Options: `test_every_pair_of_options`.
+"""
 
 import functools
 import itertools
@@ -7,7 +10,6 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,6 @@ import oracle
 import problems
 import pytest
 from cuda_programs import kernels_in, lowered_for_cuda
-from hypothesis import strategies as st
 from jax import export
 from jax.ad_checkpoint import checkpoint_policies
 from strict_gpu import strict_gpu
@@ -23,7 +24,7 @@ from strict_gpu import strict_gpu
 import mqa_jax
 from benchmarks import gpu_compile
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import flash, tile_config, triton, triton_decode, triton_grid
+from mqa_jax.kernels import flash, tile_config, triton, triton_decode
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.options import Options
 
@@ -43,36 +44,6 @@ SMALL = dict(
     dscore=small(16, 32),
     decode=small(16, 16),
 )
-
-
-@pytest.mark.slow
-@hypothesis.given(problems.problems(), st.data())
-@hypothesis.settings(max_examples=10)
-def test_every_combination_of_options_in_small_tiles(problem, data):
-    """Most shapes then need several tiles, of which the last ones overhang."""
-    side, features = st.sampled_from([16, 32]), st.sampled_from([16, 256])
-    draw = lambda **more: small(data.draw(side), data.draw(side), features=data.draw(features), **more)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        others = {direction: draw() for direction in ("dq", "dkv", "dscore", "decode")}
-        use_tiles(monkeypatch, forward=draw(defer_values=data.draw(st.booleans())), **others)
-        monkeypatch.setattr(triton_grid, "ENOUGH_PROGRAMS", data.draw(st.sampled_from([1, 64])))
-        monkeypatch.setattr(triton_decode, "MOST_QUERIES", data.draw(st.sampled_from([0, 16])))
-        monkeypatch.setattr(triton_decode, "LEAST_KEYS", 8)
-        fast = oracle.results(problem, "kernels")
-    oracle.judge_float32(fast, oracle.results(problem, "reference"))
-
-
-@pytest.mark.slow
-@hypothesis.given(problems.problems(), st.sampled_from(["int8", "float8_e4m3fn"]), st.data())
-@hypothesis.settings(max_examples=8)
-def test_every_combination_of_options_with_keys_and_values_in_8_bits(problem, dtype, data):
-    problem = oracle.quantized(problem, dtype)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_tiles(monkeypatch, **SMALL)
-        monkeypatch.setattr(triton_decode, "MOST_QUERIES", data.draw(st.sampled_from([0, 16])))
-        monkeypatch.setattr(triton_decode, "LEAST_KEYS", 8)
-        fast = oracle.outputs(problem, "kernels")
-    oracle.judge_float32(fast, oracle.outputs(problem, "reference"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The tiled XLA kernels against the reference: the whole option space, all dtypes, every gradient."""
+"""The tiled XLA kernels against the reference: all dtypes, every gradient. Options: `test_every_pair_of_options`."""
 
 import functools
 import itertools
@@ -13,7 +13,6 @@ import numpy as np
 import oracle
 import problems
 import pytest
-from hypothesis import strategies as st
 
 import mqa_jax
 from mqa_jax import attention
@@ -30,32 +29,6 @@ def tiled(monkeypatch, shape: TileShape) -> str:
     )
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "tiled", attention.Implementation(kernels))
     return "tiled"
-
-
-@pytest.mark.slow
-@hypothesis.given(problems.problems(), st.data())
-@hypothesis.settings(max_examples=18)
-def test_every_combination_of_options_in_small_tiles(problem, data):
-    """Most shapes then need several tiles, of which the last ones are moved back inside the array."""
-    rows, kv_heads = problem.arrays["query"].shape[-3], problem.arrays["key"].shape[-2]
-    columns = problem.arrays["key"].shape[-3]
-    shape = TileShape(
-        rows=min(rows, data.draw(st.sampled_from([2, 7, 16]))),
-        columns=min(columns, data.draw(st.sampled_from([4, 9, 16]))),
-        heads=data.draw(st.sampled_from([n for n in (1, 2, 3, 4) if kv_heads % n == 0])),
-        upcast=True,
-    )
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        fast = oracle.results(problem, tiled(monkeypatch, shape))
-    oracle.judge_float32(fast, oracle.results(problem, "reference"))
-
-
-@pytest.mark.slow
-@hypothesis.given(problems.problems(), st.sampled_from(["int8", "float8_e4m3fn"]))
-@hypothesis.settings(max_examples=8)
-def test_every_combination_of_options_with_keys_and_values_in_8_bits(problem, dtype):
-    problem = oracle.quantized(problem, dtype)
-    oracle.judge_float32(oracle.outputs(problem, None), oracle.outputs(problem, "reference"))
 
 
 @hypothesis.given(problems.problems())

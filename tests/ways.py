@@ -18,10 +18,10 @@ from mqa_jax.kernels.xla_tile import TileShape
 
 FEWER: covering.Choices = option_space.OPTIONS | dict(window=(None, "past", "right", "both"), scale=(None, -0.3))
 FEWEST: covering.Choices = FEWER | dict(
-    query_offset=(None, "each row"), window=(None, "past", "both"), bias=(None, "TS", "ZS"), scale=(None,)
+    query_offset=(None, "each row"), window=(None, "past"), bias=(None, "ZNTS"), scale=(None,)
 )
 FEWER_LEADING_PAST: covering.Choices = option_space.LEADING_PAST | dict(mask=(None, "ZNTS", "ZS"))
-FEWEST_LEADING_PAST: covering.Choices = option_space.LEADING_PAST | dict(mask=(None, "TS"))
+FEWEST_LEADING_PAST: covering.Choices = option_space.LEADING_PAST | dict(mask=(None, "ZNTS"))
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,17 @@ WAYS = {
         FEWER_LEADING_PAST,
         tiles_in_8_bits=((13, True),),
     ),
-    "xla, its own tiles": Way(  # of up to 512 x 512 on CPUs, 512 x 1024 elsewhere
-        dict(
-            heads=((2, 1), (1, 1)),
-            batch=((2,), ()),
-            features=((4, 4), (3, 5)),
-            sizes=((1600, 2100), (1900, 1600), (1536, 1536)),
-            tiles=("cpu", "accelerator"),
-        ),
+    "xla, tiles of CPUs": Way(  # 256 x 256 for four heads in a group
+        dict(heads=((4, 1),), batch=((2,),), features=((3, 5),), sizes=((700, 900), (768, 768)), tiles=("cpu",)),
+        tiles_of_platform,
+        lambda tiles: (256, 256),
+        FEWEST,
+        FEWEST_LEADING_PAST,
+        value_sets=2,
+        factor=8,
+    ),
+    "xla, tiles of accelerators": Way(  # 512 x 1024
+        dict(heads=((1, 1),), batch=((2,),), features=((3, 5),), sizes=((1100, 2100),), tiles=("accelerator",)),
         tiles_of_platform,
         lambda tiles: (512, 512),
         FEWEST,
@@ -169,8 +172,8 @@ WAYS = {
         _OF_SMALL | dict(sizes=((3, 83), (11, 83), (5, 64)), tiles=((16, 32, 256, True, 64), (16, 16, 16, False, 64))),
         functools.partial(triton, most_queries=16),
         lambda tiles: tiles[:2],
-        FEWER | dict(bias=(None, "ZNTS", "ZS")),
-        FEWER_LEADING_PAST,
+        FEWEST | dict(window=(None, "past", "both"), bias=(None, "ZNTS", "ZS")),
+        FEWEST_LEADING_PAST,
         differentiated=False,
     ),
 }
