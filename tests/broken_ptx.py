@@ -1,11 +1,15 @@
 """Compiled kernels with one instruction taken out or weakened, each of which the emulator should notice."""
 
+import collections
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from ptx_emulator.emulation import Ran
+import oracle
+from emulated_cases import Case, causal, sizes
+from ptx_emulator.emulation import Ran, emulated
 
 Change = Callable[[re.Match[str]], str]
 
@@ -23,6 +27,14 @@ KINDS: dict[str, tuple[str, Change]] = {
         r"(cp\.async\.c[ag]\.[^;]*,\s*(0x\w+),)\s*%r\d+;",
         lambda found: f"{found[1]} {found[2]};",
     ),
+}
+
+
+MOST = 12  # of each kind that `judge` tries in a kernel
+CALLS: dict[str, Case] = {
+    "causal": Case("causal", "bfloat16", sizes(150, 203, 2, 1, 64), causal),
+    "ragged": Case("ragged", "bfloat16", sizes(150, 203, 2, 1, 80), gradients=False),
+    "step": Case("step", "bfloat16", sizes(1, 1003, 8, 1, 64), gradients=False),
 }
 
 
@@ -59,3 +71,21 @@ def _noticed(ran: Ran, text: str) -> str:
         return ", ".join(sorted(faults.kinds()))
     differ = any(not np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(results, ran.results))
     return "other numbers" if differ else ""
+
+
+def judge(gpu: str, call: str) -> None:
+    """Prints how many were noticed; raises where no break of a kind was, in any of the kernels of a call."""
+    problem, run = CALLS[call].problem(), oracle.results if CALLS[call].gradients else oracle.outputs
+    with emulated(gpu, keep=True) as emulation:
+        jax.block_until_ready(run(problem.astype(CALLS[call].dtype), "triton"))
+    found = [one for ran in emulation.ran for one in broken(ran, MOST)]
+    for kind in dict.fromkeys(one.kind for one in found):
+        mine = [one for one in found if one.kind == kind]
+        unnoticed = [f"{one.kernel} line {one.line}" for one in mine if not one.noticed]
+        ways = collections.Counter(one.noticed.partition(":")[0] for one in mine if one.noticed)
+        print(
+            f"{gpu}  {call}  {kind}: {len(mine) - len(unnoticed)} of {len(mine)} noticed; {dict(ways)}; not: {unnoticed}"
+        )
+    kinds = {one.kind for one in found}
+    missed = kinds - {one.kind for one in found if one.noticed}
+    assert not missed, f"no break of these kinds is noticed: {missed}"

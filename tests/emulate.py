@@ -5,6 +5,7 @@ not "run on a GPU": `ptx_emulator/README.md` says what is modelled.
 """
 
 import argparse
+import functools
 import multiprocessing
 import os
 import sys
@@ -50,9 +51,10 @@ def table(gpu: str) -> Judged:
 def pairs(gpu: str) -> Judged:
     """Rows of the tables in which every pair of options occurs, in small tiles."""
     import emulated_cases
+    import ways
 
     def judged(name: str, row: dict) -> Callable[[], None]:
-        way = emulated_cases.compiled_way(name)
+        way = ways.compiled(name)
         return lambda: way.judge(way.results(row), way.expected(row))
 
     def named(name: str, row: dict) -> str:
@@ -61,7 +63,21 @@ def pairs(gpu: str) -> Judged:
     return [(named(*one), judged(*one)) for one in emulated_cases.pairs()]
 
 
-KINDS = {"table": table, "pairs": pairs}
+def mutants(gpu: str) -> Judged:
+    """Kernels with a fault in their source: right is what is noticed."""
+    import emulated_mutants
+
+    return [(str(mutant), mutant.judge) for mutant in emulated_mutants.MUTANTS]
+
+
+def broken(gpu: str) -> Judged:
+    """Compiled kernels that lack an instruction: each kind of them has to be noticed somewhere."""
+    import broken_ptx
+
+    return [(call, functools.partial(broken_ptx.judge, gpu, call)) for call in broken_ptx.CALLS]
+
+
+KINDS = {"table": table, "pairs": pairs, "mutants": mutants, "broken": broken}
 
 
 def run(order: Order) -> Outcome:
@@ -106,8 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="calls that have one of these in the name"
     )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--every", type=int, default=12, help="of the rows with pairs of options run each so-many-th")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=["table", "pairs"],
+        help="mutants: faults in the kernels' source; broken: compiled kernels that lack an instruction",
+    )  # fmt: skip
+    parser.add_argument("--every", type=int, default=16, help="of the rows with pairs of options run each so-many-th")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
     reason = emulation.missing()

@@ -243,12 +243,5 @@ def _extremes() -> Iterator[Case]:
 # -- pairs of options, with small tiles -------------------------------------------------------------------------------
 
 
-def compiled_way(name: str) -> ways.Way:
-    """A way of `ways.WAYS` for Triton, not interpreted, and two problems for each program."""
-    way = ways.WAYS[name]
-    registered: Any = way.registered
-    return dataclasses.replace(way, registered=functools.partial(registered, interpret=False), value_sets=2)
-
-
 def pairs() -> list[tuple[str, covering.Row]]:
     return [(name, row) for name in ("triton", "triton, few queries") for row in ways.WAYS[name].table]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import ways
 from ptx_emulator import emulation
 from ptx_emulator.emulation import Emulation, emulated
 
@@ -54,7 +55,7 @@ def test_output_and_gradients(gpu):
 
 @pytest.mark.slow
 def test_one_row_of_the_table_of_pairs(a100):
-    way = emulated_cases.compiled_way("triton")
+    way = ways.compiled("triton")
     row = next(row for row in way.table if row["segments"] and row["is_causal"])
     way.judge(way.results(row), way.expected(row))
     assert "mqa_forward" in a100.names()

@@ -68,9 +68,8 @@ def saturate(x: Array) -> Array:
     return np.where(np.isnan(x), np.float32(0), np.clip(x, np.float32(0), np.float32(1)))
 
 
-def _directed(nearest: Array, terms: tuple[Array, Array], direction: str) -> Array:
-    """The float32 on one side of the exact sum of two float64 terms, given the nearest one."""
-    a, b = terms
+def _directed(nearest: Array, a: Array, b: Array, direction: str) -> Array:
+    """The float32 on one side of the exact sum of two float64 numbers, given the nearest one."""
     total = a + b
     rest = (a - (total - (total - a))) + (b - (total - a))  # TwoSum: what `total` lacks
     off: Array = (nearest.astype(np.float64) - total) - rest  # > 0: the nearest is above
@@ -78,7 +77,7 @@ def _directed(nearest: Array, terms: tuple[Array, Array], direction: str) -> Arr
     inward = np.where(total < 0, infinity, -infinity)
     toward: Array = {"rm": -infinity, "rp": infinity, "rz": inward}[direction]
     wrong = np.where(toward < 0, off > 0, off < 0)
-    return np.where(wrong, np.nextafter(nearest, toward), nearest).astype(np.float32)
+    return np.where(wrong, np.nextafter(nearest, toward), nearest)
 
 
 def _float32(instruction: Instruction, exact: Callable[..., Array], count: int) -> Operation:
@@ -102,7 +101,7 @@ def _float32(instruction: Instruction, exact: Callable[..., Array], count: int) 
                 "mul": lambda: (wide[0] * wide[1], np.float64(0)),
                 "fma": lambda: (wide[0] * wide[1], wide[2]),
             }[root]()
-            result = _directed(np.asarray(result), terms, direction)
+            result = _directed(np.asarray(result), *terms, direction)
         result = flush(result) if ftz else result
         return saturate(result) if sat else result
 
