@@ -6,6 +6,7 @@ not "run on a GPU": `ptx_emulator/README.md` says what is modelled.
 
 import argparse
 import functools
+import logging
 import multiprocessing
 import os
 import sys
@@ -67,7 +68,7 @@ def mutants(gpu: str) -> Judged:
     """Kernels with a fault in their source: right is what is noticed."""
     import emulated_mutants
 
-    return [(str(mutant), mutant.judge) for mutant in emulated_mutants.MUTANTS]
+    return [(str(mutant), mutant.judge) for mutant in emulated_mutants.MUTANTS if gpu in mutant.gpus]
 
 
 def broken(gpu: str) -> Judged:
@@ -97,6 +98,7 @@ def prepare() -> None:
     """A process, before it makes an array."""
     os.environ.setdefault("XLA_FLAGS", " ".join(conftest.FAST_TO_COMPILE))
     jax.config.update("jax_platforms", "cpu")
+    logging.getLogger("jax._src.callback").disabled = True  # it prints what a callback raises, which `run` reports
     warnings.simplefilter("ignore")
 
 

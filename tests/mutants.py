@@ -8,9 +8,9 @@ import contextlib
 import importlib
 import inspect
 import textwrap
+import types
 from collections.abc import Iterator
 from typing import NamedTuple
-from unittest import mock
 
 
 class Mutant(NamedTuple):
@@ -41,10 +41,13 @@ def applied(mutant: Mutant) -> Iterator[None]:
     function = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", found))
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(mutant.old) == 1, f"{mutant.function} has {mutant.old!r} {source.count(mutant.old)} times"
-    changed: dict = {}
-    exec(compile(source.replace(mutant.old, mutant.new), f"<{mutant.function}>", "exec"), function.__globals__, changed)
-    with mock.patch.object(owner, name, changed[name]):
+    module_code = compile(source.replace(mutant.old, mutant.new), f"<{mutant.function}>", "exec")
+    (code,) = (x for x in module_code.co_consts if isinstance(x, types.CodeType) and x.co_name == name)
+    right, function.__code__ = function.__code__, code  # for modules, too, that have imported the function by name
+    try:
         yield
+    finally:
+        function.__code__ = right
 
 
 _COUNTED = "test_visits.test_no_tile_is_visited_in_vain"
