@@ -124,7 +124,7 @@ def compiled(problem: Problem, attend: Callable, differentiated: bool = True) ->
     def loss(arrays, options, cotangents):
         out, log_sum_exp = attend(arrays, static | options)
         seen = log_sum_exp > -jnp.inf
-        weighed = jnp.where(seen, log_sum_exp, 0.0) * cotangents[1]
+        weighed = jnp.where(seen, log_sum_exp, 0.0).astype(jnp.float32) * cotangents[1]
         total = jnp.sum(out.astype(jnp.float32) * cotangents[0]) + jnp.sum(weighed)
         return total, {"out": out, "log_sum_exp": log_sum_exp}
 
@@ -204,8 +204,7 @@ def float64_results(problem: Problem) -> dict[str, Any]:
         return out, jnp.moveaxis(jax.nn.logsumexp(score, axis=-1), -1, -2)
 
     with jax.enable_x64(True):
-        arrays, cotangents = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (problem.arrays, problem.cotangents))
-        exact = dataclasses.replace(problem, arrays=arrays, cotangents=cotangents)
+        exact = problem.astype(jnp.float64)
         return jax.tree.map(np.asarray, compiled(exact, attend)(exact))
 
 

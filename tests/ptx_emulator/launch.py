@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from ptx_emulator.faults import Faults
+from ptx_emulator.global_memory import GlobalMemory
 from ptx_emulator.machine import Machine
-from ptx_emulator.memory import Faults, GlobalMemory
 from ptx_emulator.parser import parse
 
 TOGETHER = 4096  # threads that run in step

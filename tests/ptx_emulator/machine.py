@@ -12,71 +12,63 @@ from typing import Any
 
 import numpy as np
 
-from ptx_emulator import arithmetic, tensor_cores, transfers
-from ptx_emulator.arithmetic import KINDS, Array
-from ptx_emulator.memory import MEANINGS, SHARED_BASE, Faults, GlobalMemory, Report, SharedMemory
-from ptx_emulator.parser import (
-    Address,
-    Instruction,
-    Kernel,
-    Literal,
-    Name,
-    Negated,
-    Operand,
-    Pair,
-    PtxError,
-    Register,
-    Vector,
-)
+from ptx_emulator import arithmetic, bits, control, conversions, matrices, transfers, wgmma
+from ptx_emulator.arithmetic import Operation
+from ptx_emulator.background import Queue
+from ptx_emulator.faults import MEANINGS, Faults, Report
+from ptx_emulator.formats import KINDS, Array, number
+from ptx_emulator.global_memory import GlobalMemory
+from ptx_emulator.parser import Address, Instruction, Kernel, Literal, Name, Negated, Operand, PtxError, Register
+from ptx_emulator.shared_memory import SHARED_BASE, SharedMemory
 
 Where = Any  # True, or a boolean for each thread
 Step = Callable[[Where], None]
 Block = tuple[int, int, int]
-PREDICATE = np.dtype(bool)
+PREDICATE = KINDS["pred"]
+UNWRITTEN = 0xA5  # in each byte of a register: whoever reads it will notice
+
+OPERATIONS = arithmetic.MAKERS | bits.MAKERS | conversions.MAKERS
+BINDERS = control.BINDERS | transfers.BINDERS | matrices.BINDERS | wgmma.BINDERS
 
 
 class Machine:
     """Attributes that the modules of instructions use:
 
-    lanes: threads of all blocks that run together, numbered through; the first `threads` are those of one block.
+    every: the threads of all blocks that run together, numbered through; the first `threads` are those of one block.
     tick: instructions that have run.
-    copies, products: what is on its way, see `transfers` and `tensor_cores`; `*_group` counts, for each thread, the
-      groups that it has closed.
+    copies, products: what is on its way, see `transfers` and `wgmma`.
     """
 
     def __init__(
         self, kernel: Kernel, grid: Block, shared_bytes: int, memory: GlobalMemory, faults: Faults, together: int
     ) -> None:
         self.kernel, self.grid, self.memory, self.faults = kernel, grid, memory, faults
-        self.threads, self.lanes = kernel.threads, together * kernel.threads
-        self.every = np.arange(self.lanes)
+        self.threads = kernel.threads
+        self.every = np.arange(together * kernel.threads)
         self.symbols, size = _lay_out(kernel, shared_bytes)
         self.shared = SharedMemory(size, together, self.threads, _narrowest(kernel))
-        self.registers: dict[Register, np.ndarray] = {}
-        self.counter = np.zeros(self.lanes, np.int64)
-        self.waiting, self.ended = np.zeros(self.lanes, bool), np.zeros(self.lanes, bool)
-        self.block = np.zeros(self.lanes, np.int32)  # which of the grid, for each thread
-        self.place = np.zeros((3, self.lanes), np.uint32)  # %ctaid
-        self.copies: list[transfers.Copies] = []
-        self.products: list[tensor_cores.Product] = []
-        self.copy_group, self.product_group = np.zeros(self.lanes, np.int64), np.zeros(self.lanes, np.int64)
+        zeros = lambda dtype, *more: np.zeros((*more, self.every.size), dtype)
+        self.counter, self.waiting, self.ended = zeros(np.int64), zeros(bool), zeros(bool)
+        self.block, self.place = zeros(np.int32), zeros(np.uint32, 3)  # number of each thread's block, and %ctaid
+        self.copies, self.products = Queue(self.every.size), Queue(self.every.size)
         self.tick = 0
-        self.ends = _straight_lines(kernel)
-        self.bound: dict[int, list[Step]] = {}
+        self.pieces = _straight_pieces(kernel)
+        self.steps: dict[int, list[Step]] = {}  # of each piece that has run
+        self._registers: dict[Register, np.ndarray] = {}
 
-    # -- control ------------------------------------------------------------------------------------------------------
+    # -- which threads go on ------------------------------------------------------------------------------------------
 
     def run(self, first: int, blocks: list[Block]) -> None:
         """`first` is the number of the first block. Fewer blocks than fit leave the other threads ended."""
         count = len(blocks) * self.threads
         self.shared.reset()
-        self.copies.clear()
-        self.products.clear()
+        self.copies.running.clear()
+        self.products.running.clear()
         self.counter[:], self.waiting[:], self.ended[:] = 0, False, self.every >= count
         self.block[:] = first + self.every // self.threads
         self.place[:, :count] = np.repeat(np.array(blocks, np.uint32).T, self.threads, axis=1)
-        for array in self.registers.values():
-            array.view(np.uint8)[:] = 0 if array.dtype == PREDICATE else 0xA5  # whoever reads it unwritten will notice
+        for values in self._registers.values():
+            _spoil(values)
         while not self.ended.all():
             self._advance()
 
@@ -86,16 +78,19 @@ class Machine:
         if not ready.any():
             raise PtxError(f"{self.kernel.name}: threads wait at a barrier for others of their block, which have ended")
         start = int(self.counter[ready].min())
+        if start not in self.pieces:
+            raise PtxError(f"{self.kernel.name}: a thread ran past its last instruction")
+        if start not in self.steps:
+            self.steps[start] = [self._bind(i) for i in self.kernel.instructions[start : self.pieces[start]]]
         active = ready & (self.counter == start)
-        if start not in self.bound:
-            if start not in self.ends:
-                raise PtxError(f"{self.kernel.name}: a thread ran past the end")
-            self.bound[start] = [self._bind(i) for i in self.kernel.instructions[start : self.ends[start]]]
-        self.counter[active] = self.ends[start]  # which a branch, the last of its piece, changes
-        where: Where = True if active.all() else active
-        for step in self.bound[start]:
+        self.counter[active] = self.pieces[start]  # which a jump, the last of its piece, changes
+        where = bool(active.all()) or active
+        for step in self.steps[start]:
             step(where)
             self.tick += 1
+
+    def jump(self, where: Where, target: int) -> None:
+        self.counter[self.select(where)] = target
 
     def arrive(self, where: Where) -> None:
         """At a barrier."""
@@ -107,8 +102,8 @@ class Machine:
         self._release()
 
     def _release(self) -> None:
-        waiting = self.waiting.reshape(-1, self.threads)
-        complete = (waiting | self.ended.reshape(waiting.shape)).all(axis=1) & waiting.any(axis=1)
+        waiting, ended = (x.reshape(-1, self.threads) for x in (self.waiting, self.ended))
+        complete = waiting.any(axis=1) & (waiting | ended).all(axis=1)
         if complete.any():
             lanes = np.flatnonzero(np.repeat(complete, self.threads) & self.waiting)
             self.waiting[lanes] = False
@@ -120,10 +115,10 @@ class Machine:
     def lanes_of(self, where: Where) -> np.ndarray:
         return self.every if where is True else np.flatnonzero(where)
 
-    def units_of(self, where: Where, size: int, instruction: Instruction) -> np.ndarray:
-        """Warps (32) or groups of four (128) that take part, as the instruction wants: whole."""
+    def check_whole(self, where: Where, size: int, instruction: Instruction) -> np.ndarray:
+        """Numbers of the warps (32) or groups of four (128) that take part, all of their threads or none."""
         if where is True:
-            return self.every[: self.lanes // size]
+            return self.every[: self.every.size // size]
         some = where.reshape(-1, size)
         if (some.any(axis=1) != some.all(axis=1)).any():
             raise PtxError(f"{self.kernel.name}: not all of {size} threads take part in {instruction}")
@@ -131,67 +126,65 @@ class Machine:
 
     # -- operands -----------------------------------------------------------------------------------------------------
 
-    def register(self, register: Register) -> np.ndarray:
-        if register not in self.registers:
-            dtype = np.dtype(bool if register.bits == 1 else f"u{register.bits // 8}")
-            array = self.registers[register] = np.empty(self.lanes, dtype)
-            array.view(np.uint8)[:] = 0 if dtype == PREDICATE else 0xA5
-        return self.registers[register]
+    def values(self, register: Register) -> np.ndarray:
+        found = self._registers.get(register)
+        if found is None:
+            dtype = PREDICATE if register.bits == 1 else np.dtype(f"u{register.bits // 8}")
+            found = self._registers[register] = np.empty(self.every.size, dtype)
+            _spoil(found)
+        return found
 
     def read(self, operand: Operand, kind: str) -> Array:
         """A view that always shows the operand's value as this type, or a number."""
         dtype = KINDS[kind]
-        if isinstance(operand, Register):
-            array = self.register(operand)
-            if PREDICATE in (dtype, array.dtype) or array.itemsize < dtype.itemsize:
-                if dtype != array.dtype:
-                    raise PtxError(f"{operand.name} as {kind}")
-                return array
-            return array.view(dtype)[:: array.itemsize // dtype.itemsize]
-        if isinstance(operand, Literal):
-            return number(operand.text, dtype)
-        if isinstance(operand, Name):
-            if operand.text in self.symbols:
-                return dtype.type(self.symbols[operand.text])
-            special = self._special(operand.text)
-            return special if special.dtype == dtype else special.astype(dtype)
+        match operand:
+            case Register():
+                return _viewed(self.values(operand), dtype, operand)
+            case Literal(text):
+                return number(text, dtype)
+            case Name(text) if text in self.symbols:
+                return dtype.type(self.symbols[text])
+            case Name(text):
+                return self._special(text).astype(dtype, copy=False)  # %ctaid changes, in its place
         raise PtxError(f"operand {operand}")
 
     def full(self, operand: Operand, kind: str) -> np.ndarray:
         """The same, an array in any case."""
         value = self.read(operand, kind)
-        return value if isinstance(value, np.ndarray) else np.full(self.lanes, value)
+        return value if isinstance(value, np.ndarray) else np.full(self.every.size, value)
 
     def _special(self, name: str) -> np.ndarray:
-        register, _, axis = name.partition(".")
-        number, thread = "xyz".find(axis or "x"), (self.every % self.threads).astype(np.uint32)
-        if register == "%tid":
-            return thread if axis == "x" else np.zeros_like(thread)
-        if register == "%ctaid":
-            return self.place[number]
-        if register == "%ntid":
-            return np.full_like(thread, self.threads if axis == "x" else 1)
-        if register == "%nctaid":
-            return np.full_like(thread, self.grid[number])
-        if register in ("%laneid", "%warpid"):
-            return thread % 32 if register == "%laneid" else thread // 32
+        thread = (self.every % self.threads).astype(np.uint32)
+        stem, _, axis = name.partition(".")
+        side = "xyz".find(axis) if axis else 0
+        match stem:
+            case "%ctaid":
+                return self.place[side]
+            case "%nctaid":
+                return np.full_like(thread, self.grid[side])
+            case "%tid":
+                return thread if side == 0 else np.zeros_like(thread)
+            case "%ntid":
+                return np.full_like(thread, self.threads if side == 0 else 1)
+            case "%laneid":
+                return thread % 32
         raise PtxError(f"special register {name}")
 
-    def target(self, operand: Operand, kind: str) -> np.ndarray:
-        """A view of a register to write to; one wider than `kind` is wanted as the extended number."""
+    def _target(self, operand: Operand, kind: str) -> np.ndarray:
+        """A view of a register to write to; a register wider than an integer takes its extension."""
         if not isinstance(operand, Register):
-            raise PtxError(f"{operand} is no register")
-        array, dtype = self.register(operand), KINDS[kind]
-        if PREDICATE in (dtype, array.dtype) or array.itemsize == dtype.itemsize:
-            return array.view(dtype)
-        if array.itemsize < dtype.itemsize or dtype.kind == "f":
-            raise PtxError(f"{operand.name} does not fit {kind}")
-        return array.view(f"{dtype.kind}{array.itemsize}")
+            raise PtxError(f"{operand} cannot be written")
+        values, dtype = self.values(operand), KINDS[kind]
+        if values.itemsize == dtype.itemsize or PREDICATE in (dtype, values.dtype):
+            return values.view(dtype)
+        if values.itemsize < dtype.itemsize or dtype.kind == "f":
+            raise PtxError(f"{operand.name} has not the size of {kind}")
+        return values.view(f"{dtype.kind}{values.itemsize}")
 
     def writer(self, operand: Operand, kind: str) -> Callable[[Array, Where], None]:
         if operand == Name("_"):
             return lambda value, where: None
-        target = self.target(operand, kind)
+        target = self._target(operand, kind)
 
         def write(value: Array, where: Where) -> None:
             if where is True:
@@ -203,26 +196,26 @@ class Machine:
 
     def address(self, operand: Operand, space: str) -> Callable[[np.ndarray], np.ndarray]:
         """Of some threads; in shared memory counted from its start."""
-        if not isinstance(operand, Address):
-            raise PtxError(f"{operand} is no address")
-        offset = operand.offset - (SHARED_BASE if space == "shared" else 0)
-        if isinstance(operand.base, Name):
-            fixed = self.symbols[operand.base.text] + offset
-            return lambda lanes: np.full(lanes.size, fixed, np.int64)
-        base = self.register(operand.base)
-        return lambda lanes: base[lanes].astype(np.int64) + offset
+        match operand:
+            case Address(Name(text), offset):
+                base: np.ndarray = np.full(self.every.size, self.symbols[text])
+            case Address(Register() as register, offset):
+                base = self.values(register)
+            case _:
+                raise PtxError(f"address {operand}")
+        shift = offset - SHARED_BASE if space == "shared" else offset
+        return lambda lanes: base[lanes].astype(np.int64) + shift
 
     def report(self, instruction: Instruction, lanes: np.ndarray, space: str) -> Report:
         """Notes what is wrong with an access, once for each kind."""
 
         def note(problems: np.ndarray, places: np.ndarray) -> None:
-            for code in np.unique(problems[problems != 0]):
-                wrong = np.flatnonzero(problems == code)
-                lane, place = lanes[wrong[0]], int(places[wrong[0]])
-                where = f"byte {place} of {self.shared.size} in shared memory"
-                where = where if space == "shared" else self.memory.describe(place)
-                first = f"{where}, block {self.place[:, lane].tolist()}, thread {lane % self.threads}"
-                self.faults.add(MEANINGS[int(code)], str(instruction), first, len(wrong))
+            for code in set(problems.tolist()) - {0}:
+                which = np.flatnonzero(problems == code)
+                lane, place = int(lanes[which[0]]), int(places[which[0]])
+                memory = self.shared if space == "shared" else self.memory
+                thread = f"block {self.place[:, lane].tolist()}, thread {lane % self.threads}"
+                self.faults.add(MEANINGS[code], str(instruction), f"{memory.describe(place)}, {thread}", which.size)
 
         return note
 
@@ -231,44 +224,54 @@ class Machine:
     def _bind(self, instruction: Instruction) -> Step:
         try:
             step = self._bind_unguarded(instruction)
-        except (PtxError, KeyError, IndexError, ValueError, TypeError) as error:
-            message = f"{self.kernel.name}: not modelled: {instruction} ({type(error).__name__}: {error})"
-            raise PtxError(message) from error
-        if instruction.guard is None:
+        except (PtxError, LookupError, ValueError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PtxError(f"{self.kernel.name}: not modelled: {instruction} ({reason})") from error
+        guard = instruction.guard
+        if guard is None:
             return step
-        negated = isinstance(instruction.guard, Negated)
-        flags = self.register(instruction.guard.register if negated else instruction.guard)  # type: ignore[union-attr, arg-type]
+        negated = isinstance(guard, Negated)
+        flags = self.values(guard.register if isinstance(guard, Negated) else guard)
 
         def guarded(where: Where) -> None:
             chosen = ~flags & where if negated else flags & where
-            if chosen.all():
-                step(True)
-            elif chosen.any():
-                step(chosen)
+            if chosen.any():
+                step(bool(chosen.all()) or chosen)
 
         return guarded
 
     def _bind_unguarded(self, instruction: Instruction) -> Step:
-        operation = arithmetic.operation(instruction)
-        if operation is not None:
-            return self._bind_operation(instruction, operation)
-        for binders in (_BINDERS, transfers.BINDERS, tensor_cores.BINDERS):
-            if instruction.words[0] in binders:
-                return binders[instruction.words[0]](self, instruction)
-        raise PtxError("unknown")
+        root, kind = instruction.words[0], instruction.words[-1]
+        if root in OPERATIONS:
+            return self._bind_operation(instruction, OPERATIONS[root](instruction, kind))
+        if root not in BINDERS:
+            raise PtxError("unknown")
+        return BINDERS[root](self, instruction)
 
-    def _bind_operation(self, instruction: Instruction, operation: arithmetic.Operation) -> Step:
-        to, *origins = instruction.operands
+    def _bind_operation(self, instruction: Instruction, operation: Operation) -> Step:
+        into, *origins = instruction.operands
         if len(origins) != len(operation.sources):
             raise PtxError(f"{len(origins)} operands instead of {len(operation.sources)}")
-        sources = [self.read(origin, kind) for origin, kind in zip(origins, operation.sources)]
-        function = operation.function
-        if isinstance(function, np.ufunc) and isinstance(to, Register):
-            target = self.target(to, operation.result)
+        function, sources = operation.function, [self.read(*each) for each in zip(origins, operation.sources)]
+        if isinstance(function, np.ufunc) and isinstance(into, Register):  # without an array in between
+            target = self._target(into, operation.result)
             if target.dtype == KINDS[operation.result] and any(isinstance(x, np.ndarray) for x in sources):
                 return lambda where: function(*sources, out=target, where=where)
-        write = self.writer(to, operation.result)
+        write = self.writer(into, operation.result)
         return lambda where: write(function(*sources), where)
+
+
+def _spoil(values: np.ndarray) -> None:
+    values.view(np.uint8)[:] = 0 if values.dtype == PREDICATE else UNWRITTEN
+
+
+def _viewed(values: np.ndarray, dtype: np.dtype, register: Register) -> np.ndarray:
+    """As another type of this size, or as the lower part of the register."""
+    if dtype == values.dtype:
+        return values
+    if PREDICATE in (dtype, values.dtype) or values.itemsize < dtype.itemsize:
+        raise PtxError(f"{register.name} is no {dtype}")
+    return values.view(dtype)[:: values.itemsize // dtype.itemsize]
 
 
 def _lay_out(kernel: Kernel, dynamic: int) -> tuple[dict[str, int], int]:
@@ -286,154 +289,9 @@ def _narrowest(kernel: Kernel) -> int:
     return min([4, *(KINDS[i.words[-1]].itemsize for i in touching)])
 
 
-def _straight_lines(kernel: Kernel) -> dict[int, int]:
+def _straight_pieces(kernel: Kernel) -> dict[int, int]:
     """Where code that runs without a jump begins, and where it ends."""
-    jumps = ("bra", "ret", "exit", "bar", "barrier")
-    after = {number + 1 for number, i in enumerate(kernel.instructions) if i.words[0] in jumps}
+    jumps = ("bra", "ret", "exit", "bar")
+    after = {place + 1 for place, i in enumerate(kernel.instructions) if i.words[0] in jumps}
     cuts = sorted({0, len(kernel.instructions), *kernel.labels.values(), *after})
     return dict(itertools.pairwise(cuts))
-
-
-def number(text: str, dtype: np.dtype) -> Any:
-    """A literal as a number of this type; an integer in an untyped move may be the bits of a float."""
-    bits = 8 * max(dtype.itemsize, 1)
-    if text[:2] in ("0f", "0F", "0d", "0D"):
-        value = np.array([int(text[2:], 16)], "u4" if text[1] in "fF" else "u8")
-        if value.itemsize != dtype.itemsize:
-            raise PtxError(f"{text} as {dtype}")
-    else:
-        integer = int(text.rstrip("U"), 0)
-        if dtype == PREDICATE:
-            return np.bool_(integer)
-        value = np.array([integer & (1 << bits) - 1], f"u{dtype.itemsize}")
-    return value.view(dtype)[0]
-
-
-# -- control flow -----------------------------------------------------------------------------------------------------
-
-
-def _branch(machine: Machine, instruction: Instruction) -> Step:
-    (label,) = instruction.operands
-    target = machine.kernel.labels[label.text] if isinstance(label, Name) else -1
-
-    def step(where: Where) -> None:
-        machine.counter[machine.select(where)] = target
-
-    return step
-
-
-def _end(machine: Machine, instruction: Instruction) -> Step:
-    return machine.end
-
-
-def _barrier(machine: Machine, instruction: Instruction) -> Step:
-    if instruction.has("warp"):  # its threads are in step
-
-        def check(where: Where) -> None:
-            machine.units_of(where, 32, instruction)
-
-        return check
-    if not instruction.has("sync") or instruction.operands != (Literal("0"),):
-        raise PtxError("barriers other than bar.sync 0 of the whole block")
-    return machine.arrive
-
-
-def _in_order_anyway(machine: Machine, instruction: Instruction) -> Step:
-    return lambda where: None
-
-
-# -- moves ------------------------------------------------------------------------------------------------------------
-
-
-def _move(machine: Machine, instruction: Instruction) -> Step:
-    kind = instruction.words[-1]
-    to, origin = instruction.operands
-    if isinstance(origin, Vector):
-        return _pack(machine, to, origin, kind)
-    if isinstance(to, Vector):
-        return _unpack(machine, to, origin, kind)
-    write, value = machine.writer(to, kind), machine.read(origin, kind)
-    return lambda where: write(value, where)
-
-
-def _pack(machine: Machine, to: Operand, origin: Vector, kind: str) -> Step:
-    """The first is the lowest."""
-    bits = 8 * KINDS[kind].itemsize // len(origin.parts)
-    parts = [machine.full(part, f"b{bits}") for part in origin.parts]
-    write, dtype = machine.writer(to, kind), KINDS[kind]
-    return lambda where: write(np.stack(parts, axis=1).view(dtype)[:, 0], where)
-
-
-def _unpack(machine: Machine, to: Vector, origin: Operand, kind: str) -> Step:
-    size = KINDS[kind].itemsize // len(to.parts)
-    writers = [machine.writer(part, f"b{8 * size}") for part in to.parts]
-    value = machine.full(origin, kind)
-
-    def step(where: Where) -> None:
-        parts = value.copy().view(f"u{size}").reshape(-1, len(writers))  # a part may be the origin
-        for number, write in enumerate(writers):
-            write(parts[:, number], where)
-
-    return step
-
-
-def _to_global(machine: Machine, instruction: Instruction) -> Step:
-    """Generic addresses of global memory are its own."""
-    if not instruction.has("global"):
-        raise PtxError("generic addresses of other memory")
-    write, value = machine.writer(instruction.operands[0], "u64"), machine.read(instruction.operands[1], "u64")
-    return lambda where: write(value, where)
-
-
-# -- between the threads of a warp ------------------------------------------------------------------------------------
-
-
-def _shuffle(machine: Machine, instruction: Instruction) -> Step:
-    mode = instruction.words[2]
-    to, origin, distance, limit, members = instruction.operands
-    if not isinstance(members, Literal) or members.integer() not in (-1, 0xFFFFFFFF):
-        raise PtxError("shuffles of a part of a warp")
-    result, flag = (to.first, to.second) if isinstance(to, Pair) else (to, Name("_"))
-    write, write_flag, value = machine.writer(result, "b32"), machine.writer(flag, "pred"), machine.full(origin, "b32")
-    other, clamp = machine.read(distance, "u32"), machine.read(limit, "u32")
-    lane = machine.every % 32
-
-    def step(where: Where) -> None:
-        machine.units_of(where, 32, instruction)
-        by, segments = np.asarray(other, np.int64) & 31, np.asarray(clamp, np.int64) >> 8 & 31
-        bound = np.asarray(clamp, np.int64) & 31
-        last = (lane & segments) | (bound & ~segments)
-        source = {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": (lane & segments) | (by & ~segments)}
-        found = source[mode] >= last if mode == "up" else source[mode] <= last
-        write(value[machine.every - lane + np.where(found, source[mode], lane)], where)
-        write_flag(found, where)
-
-    return step
-
-
-def _vote(machine: Machine, instruction: Instruction) -> Step:
-    mode = instruction.one_of("any", "all", "ballot")
-    to, flag, _ = instruction.operands
-    if mode is None:
-        raise PtxError("votes of another kind")
-    negated = isinstance(flag, Negated)
-    flags = machine.full(flag.register if isinstance(flag, Negated) else flag, "pred")
-    write = machine.writer(to, "b32" if mode == "ballot" else "pred")
-
-    def step(where: Where) -> None:
-        machine.units_of(where, 32, instruction)
-        warps = (flags ^ negated).reshape(-1, 32)
-        if mode == "ballot":
-            found: Array = np.packbits(warps, axis=1, bitorder="little").view(np.uint32)[:, 0]
-        else:
-            found = warps.any(axis=1) if mode == "any" else warps.all(axis=1)
-        write(np.repeat(found, 32), where)
-
-    return step
-
-
-_BINDERS: dict[str, Callable[[Machine, Instruction], Step]] = {
-    "bra": _branch, "ret": _end, "exit": _end, "bar": _barrier, "barrier": _barrier, "mov": _move,
-    "cvta": _to_global, "shfl": _shuffle, "vote": _vote,
-    "griddepcontrol": _in_order_anyway, "prefetch": _in_order_anyway, "membar": _in_order_anyway,
-}  # fmt: skip
