@@ -32,9 +32,9 @@ KINDS: dict[str, tuple[str, Change]] = {
 
 MOST = 12  # of each kind that `judge` tries in a kernel
 CALLS: dict[str, Case] = {
-    "causal": Case("causal", "bfloat16", sizes(150, 203, 2, 1, 64), causal),
-    "ragged": Case("ragged", "bfloat16", sizes(150, 203, 2, 1, 80), gradients=False),
-    "step": Case("step", "bfloat16", sizes(1, 1003, 8, 1, 64), gradients=False),
+    "causal": Case("causal", "bfloat16", sizes(150, 203, (2, 1), 64), causal),
+    "ragged": Case("ragged", "bfloat16", sizes(150, 203, (2, 1), 80), gradients=False),
+    "step": Case("step", "bfloat16", sizes(1, 1003, (8, 1), 64), gradients=False),
 }
 
 
@@ -82,10 +82,9 @@ def judge(gpu: str, call: str) -> None:
     for kind in dict.fromkeys(one.kind for one in found):
         mine = [one for one in found if one.kind == kind]
         unnoticed = [f"{one.kernel} line {one.line}" for one in mine if not one.noticed]
-        ways = collections.Counter(one.noticed.partition(":")[0] for one in mine if one.noticed)
-        print(
-            f"{gpu}  {call}  {kind}: {len(mine) - len(unnoticed)} of {len(mine)} noticed; {dict(ways)}; not: {unnoticed}"
-        )
+        ways = dict(collections.Counter(one.noticed.partition(":")[0] for one in mine if one.noticed))
+        count = f"{len(mine) - len(unnoticed)} of {len(mine)}"
+        print(f"{gpu}  {call}  {kind}: {count} noticed, {ways}; not: {unnoticed}")
     kinds = {one.kind for one in found}
     missed = kinds - {one.kind for one in found if one.noticed}
     assert not missed, f"no break of these kinds is noticed: {missed}"

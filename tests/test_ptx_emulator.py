@@ -547,9 +547,7 @@ def descriptor(start: int, leading: int, stride: int, swizzle: int) -> int:
 @pytest.mark.parametrize("swizzle", [32, 64, 128])
 def test_descriptors_of_tiles_with_features_side_by_side(swizzle):
     """Rows of as many bytes as are swizzled; 16 bytes c of row r lie at c ^ r, within its pattern."""
-    (places,) = wgmma.places_of(
-        np.array([descriptor(2048 + 1024, 0, 8 * swizzle, swizzle)], np.uint64), 64, False
-    )
+    (places,) = wgmma.places_of(np.array([descriptor(2048 + 1024, 0, 8 * swizzle, swizzle)], np.uint64), 64, False)
     chunks = swizzle // 16
     for row in range(64):
         for chunk in range(2):

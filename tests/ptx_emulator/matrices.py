@@ -94,12 +94,13 @@ def scatter_sums(sums: np.ndarray, registers: list[np.ndarray], warps: np.ndarra
 
 # -- mma.sync ---------------------------------------------------------------------------------------------------------
 
-_DEPTHS = {"bf16": ("m16n8k8", "m16n8k16"), "f16": ("m16n8k8", "m16n8k16"), "tf32": ("m16n8k4", "m16n8k8")}
+_SHAPES = {"bf16": ("m16n8k8", "m16n8k16"), "f16": ("m16n8k8", "m16n8k16"), "tf32": ("m16n8k4", "m16n8k8")}
 
 
 def _multiply(machine: Machine, instruction: Instruction) -> Step:
-    shape, *layout, result, kind, other, before = instruction.words[3:]
-    if layout != ["row", "col"] or shape not in _DEPTHS.get(kind, ()) or (result, other, before) != ("f32", kind, "f32"):
+    shape, *types = instruction.words[3:]
+    kind = types[3]
+    if shape not in _SHAPES.get(kind, ()) or types != ["row", "col", "f32", kind, kind, "f32"]:
         raise PtxError("products of other shapes or types")
     into, left, right, start = instruction.operands
     targets, starts = registers_of(machine, into, "f32"), registers_of(machine, start, "f32")

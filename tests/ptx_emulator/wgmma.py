@@ -1,7 +1,7 @@
 """Hopper's wgmma: products of groups of four warps, in the background, of factors in shared memory.
 
-A product runs as late as it may, when its group is waited for, with what registers and shared memory then hold. From the
-start until then nobody may write what it reads. Its arithmetic is that of `matrices`.
+A product runs as late as it may, when its group is waited for, with what registers and shared memory then hold. From
+its start until then nobody may write what it reads. Its arithmetic is that of `matrices`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _multiply(machine: Machine, instruction: Instruction) -> Step:
     def tile(descriptors: np.ndarray, groups: np.ndarray, rows: int, transposed: bool) -> Tile:
         of_threads = descriptors.reshape(-1, GROUP)[groups]
         one = of_threads[:, 0]
-        if np.any(of_threads.T != one):
+        if np.any(one != of_threads.T):
             raise PtxError(f"the threads of a group do not agree on a descriptor: {instruction}")
         return Tile(places_of(one, rows, transposed), transposed)
 
