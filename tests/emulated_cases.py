@@ -173,11 +173,10 @@ def _shapes() -> Iterator[Case]:
     """Head sizes, groups and dtypes; lengths that are prime."""
     for features in (16, 40, 64, 80, 96, 128, 192, 256):
         yield Case("head size", "bfloat16", sizes(113, 203, (4, 2), features), causal)
-    for features in (80, 128):
-        yield Case("head size", "float16", sizes(113, 203, (4, 2), features), causal)
-    for features in (16, 64, 80, 128):
+    yield Case("head size", "float16", sizes(113, 203, (4, 2), 80), causal)
+    for features in (16, 64, 80):
         yield Case("head size", "float32", sizes(61, 67, (4, 2), features), causal)
-    yield Case("head size", "float32", sizes(31, 37, (2, 1), 256), causal)
+    yield Case("head size", "float32", sizes(17, 37, (2, 1), 256), causal)
     tf32: Options = lambda rng: dict(is_causal=True, precision="tensorfloat32")
     for features in (64, 80, 128):
         yield Case("head size", "float32", sizes(61, 67, (4, 2), features), tf32, tf32=True)
@@ -187,12 +186,10 @@ def _shapes() -> Iterator[Case]:
     yield Case("head sizes", "bfloat16", sizes(127, 131, (8, 1), 40, value_features=24), OPTIONS["soft cap"])
     yield Case("MHA", "bfloat16", sizes(239, 239, (4, 4), 64), causal)
     yield Case("MQA", "bfloat16", sizes(67, 131, (8, 1), 128), causal)
-    yield Case("71 heads", "bfloat16", sizes(97, 97, (71, 1), 16), causal)
     yield Case("71 heads", "bfloat16", sizes(37, 61, (71, 1), 64), causal)
     yield Case("one head", "bfloat16", sizes(257, 67, (1, 1), 64), causal)
     yield Case("many keys", "float16", sizes(17, 1501, (4, 1), 64))
     yield Case("no gaps", "bfloat16", sizes(256, 256, (2, 1), 128), causal)
-    yield Case("no gaps", "bfloat16", sizes(256, 256, (2, 1), 64))
 
 
 def _options() -> Iterator[Case]:
@@ -201,7 +198,6 @@ def _options() -> Iterator[Case]:
     yield Case("lengths, NaN beyond", "bfloat16", _SIZES, OPTIONS["lengths"], nan=True)
     yield Case("everything, NaN beyond", "bfloat16", _SIZES, everything(97, 131), nan=True)
     yield Case("everything", "bfloat16", sizes(97, 131, (6, 1), 128, batch=2), everything(97, 131))
-    yield Case("everything", "float16", sizes(97, 131, (6, 2), 80, batch=2), everything(97, 131))
     yield Case("everything", "float32", _SIZES, everything(97, 131))
     yield Case("everything, few queries", "bfloat16", sizes(13, 131, (6, 2), 40, batch=2), everything(13, 131))
 
@@ -211,7 +207,7 @@ def _decoding() -> Iterator[Case]:
     case = functools.partial(Case, gradients=False)
     for dtype in ("bfloat16", "float16", "float32"):
         yield case("step", dtype, sizes(1, 1501, (8, 1), 64))
-        yield case("step, 71 heads", dtype, sizes(1, 701, (71, 1), 64))
+    yield case("step, 71 heads", "bfloat16", sizes(1, 701, (71, 1), 64))
     draft: Options = lambda rng: dict(is_causal=True, query_offset=1000)
     for features in (16, 80, 128, 256):
         yield case("draft", "bfloat16", sizes(3, 1003, (6, 2), features, batch=2), draft)
@@ -227,7 +223,7 @@ def _decoding() -> Iterator[Case]:
     for bits in ("int8", "float8_e4m3fn"):
         for dtype in ("bfloat16", "float16"):
             yield case("step", dtype, sizes(2, 1501, (16, 1), 64), bits=bits)
-            yield case("draft", dtype, sizes(16, 203, (6, 2), 80, batch=2), bits=bits)
+        yield case("draft", "bfloat16", sizes(16, 203, (6, 2), 80, batch=2), bits=bits)
         yield case("chunk", "bfloat16", sizes(37, 203, (6, 2), 64, batch=2), causal, bits=bits)
         yield case("ring", "bfloat16", sizes(1, 415, (32, 1), 128, batch=2), old, bits=bits)
     yield case("everything", "bfloat16", sizes(3, 1003, (6, 2), 64, batch=2), everything(3, 1003), bits="int8")
@@ -235,9 +231,9 @@ def _decoding() -> Iterator[Case]:
 
 
 def _extremes() -> Iterator[Case]:
+    shape = sizes(97, 131, (2, 1), 64, batch=2)
+    yield Case("bias of finfo.min", "bfloat16", shape, lowest(whole_row=False))
     for dtype in ("bfloat16", "float32"):
-        shape = sizes(97, 131, (2, 1), 64, batch=2)
-        yield Case("bias of finfo.min", dtype, shape, lowest(whole_row=False))
         yield Case("rows of finfo.min", dtype, shape, lowest(whole_row=True))
         large: Options = lambda rng: dict(scale=8.0, is_causal=True)
         yield Case("large scores", dtype, shape, large, exact=dtype == "float32")
