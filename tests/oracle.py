@@ -199,7 +199,7 @@ def float64_results(problem: Problem) -> dict[str, Any]:
     def attend(arrays, options):
         key, value = (jnp.repeat(arrays[name], group, axis=-2) for name in ("key", "value"))
         score = scale * jnp.einsum("btnh,bsnh->bnts", arrays["query"], key)
-        score = jnp.where(jnp.tri(*score.shape[-2:], dtype=bool), score, -jnp.inf)
+        score = jnp.where(jnp.tril(jnp.ones(score.shape[-2:], bool)), score, -jnp.inf)
         out = jnp.einsum("bnts,bsnv->btnv", jax.nn.softmax(score), value)
         return out, jnp.moveaxis(jax.nn.logsumexp(score, axis=-1), -1, -2)
 

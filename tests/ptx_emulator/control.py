@@ -29,7 +29,11 @@ def _end(machine: Machine, instruction: Instruction) -> Step:
 
 def _barrier(machine: Machine, instruction: Instruction) -> Step:
     if instruction.has("warp"):  # its threads are in step anyway
-        return lambda where: machine.check_whole(where, WARP, instruction)
+
+        def check(where: Where) -> None:
+            machine.check_whole(where, WARP, instruction)
+
+        return check
     if not instruction.has("sync") or instruction.operands != (Literal("0"),):
         raise PtxError("barriers other than bar.sync 0 of the whole block")
     return machine.arrive

@@ -50,7 +50,7 @@ def _to_float(
 ) -> Operation:
     if to == "bf16" and origin[0] in "us":
         raise PtxError("conversion")  # would round twice
-    steps = [_WHOLE[rounding]] if rounding in _WHOLE else []
+    steps: list[Callable[[Array], Array]] = [_WHOLE[rounding]] if rounding in _WHOLE else []
     steps += [step for word, step in (("ftz", flush), ("sat", saturate)) if instruction.has(word)]
     last = "rn" if rounding in _WHOLE else rounding
 
