@@ -495,8 +495,8 @@ BEFORE = np.array([1, 2] * 4, np.float32)  # by column
 )
 def test_a_product_of_16_bit_numbers(kinds, dtype):
     """Rows of A, then rows of B transposed, of 16 numbers each, by way of shared memory."""
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((16, 16)).astype(dtype), rng.standard_normal((8, 16)).astype(dtype)
+    both = np.random.default_rng(0).standard_normal((24, 16)).astype(dtype)
+    a, b = both[:16], both[16:]
     text = MMA.replace("INSTRUCTION", f"mma.sync.aligned.{kinds}")
     found = emulate(text, a, b, shape=(16, 8), dtype=np.float32, threads=32)
     expected = _wide(a) @ _wide(b).T + BEFORE

@@ -11,10 +11,10 @@ TOGETHER = 4096  # threads that run in step
 
 
 class KernelFault(Exception):
-    """All that was found wrong in one launch."""
+    """`faults`: all that was found wrong in one launch."""
 
-    def __init__(self, kernel: str, faults: Faults) -> None:
-        super().__init__(f"{kernel}:\n{faults}")
+    def __init__(self, name: str, faults: Faults) -> None:
+        super().__init__("\n".join([f"{name}:", str(faults)]))
         self.faults = faults
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 class PtxError(Exception):
-    """Text that is not understood, or an instruction that is not modelled."""
+    """The text says what this emulator does not know."""
 
 
 # -- operands ---------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def parse(text: str) -> Kernel:
     name, parameters, more = heads[0].groups()
     threads = _THREADS.search(more)
     if threads is None:
-        raise PtxError(f"{name} does not say how many threads it wants")
+        raise PtxError(f"{name} does not say how many threads it has")
     kernel = Kernel(
         name,
         [_parameter(part) for part in parameters.split(",") if part.strip()],
