@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--kinds", nargs="+", choices=KINDS, default=["table", "pairs"],
         help="mutants: faults in the kernels' source; broken: compiled kernels that lack an instruction",
     )  # fmt: skip
-    parser.add_argument("--every", type=int, default=24, help="of the rows with pairs of options run each so-many-th")
+    parser.add_argument("--every", type=int, default=32, help="of the rows with pairs of options run each so-many-th")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
     reason = emulation.missing()

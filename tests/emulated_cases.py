@@ -171,20 +171,20 @@ def cases() -> Iterator[Case]:
 
 def _shapes() -> Iterator[Case]:
     """Head sizes, groups and dtypes; lengths that are prime."""
-    for features in (16, 40, 64, 80, 96, 128, 192, 256):
+    for features in (16, 64, 80, 128, 192, 256):
         yield Case("head size", "bfloat16", sizes(113, 203, (4, 2), features), causal)
     yield Case("head size", "float16", sizes(113, 203, (4, 2), 80), causal)
     for features in (16, 64, 80):
         yield Case("head size", "float32", sizes(61, 67, (4, 2), features), causal)
-    yield Case("head size", "float32", sizes(17, 37, (2, 1), 256), causal)
+    yield Case("head size", "float32", sizes(31, 37, (2, 1), 256), causal)
     tf32: Options = lambda rng: dict(is_causal=True, precision="tensorfloat32")
-    for features in (64, 80, 128):
+    for features in (64, 80):
         yield Case("head size", "float32", sizes(61, 67, (4, 2), features), tf32, tf32=True)
     three: Options = lambda rng: dict(is_causal=True, precision="TF32_TF32_F32_X3")
     yield Case("three times tf32", "float32", sizes(61, 67, (4, 2), 64), three)
     yield Case("head sizes", "bfloat16", sizes(61, 67, (2, 1), 192, value_features=128), causal)
     yield Case("head sizes", "bfloat16", sizes(127, 131, (8, 1), 40, value_features=24), OPTIONS["soft cap"])
-    yield Case("MHA", "bfloat16", sizes(239, 239, (4, 4), 64), causal)
+    yield Case("MHA", "bfloat16", sizes(139, 139, (4, 4), 64), causal)
     yield Case("MQA", "bfloat16", sizes(67, 131, (8, 1), 128), causal)
     yield Case("71 heads", "bfloat16", sizes(37, 61, (71, 1), 64), causal)
     yield Case("one head", "bfloat16", sizes(257, 67, (1, 1), 64), causal)
@@ -197,9 +197,9 @@ def _options() -> Iterator[Case]:
         yield Case(name, "bfloat16", _SIZES, options)
     yield Case("lengths, NaN beyond", "bfloat16", _SIZES, OPTIONS["lengths"], nan=True)
     yield Case("everything, NaN beyond", "bfloat16", _SIZES, everything(97, 131), nan=True)
-    yield Case("everything", "bfloat16", sizes(97, 131, (6, 1), 128, batch=2), everything(97, 131))
     yield Case("everything", "float32", _SIZES, everything(97, 131))
-    yield Case("everything, few queries", "bfloat16", sizes(13, 131, (6, 2), 40, batch=2), everything(13, 131))
+    few = sizes(13, 131, (6, 2), 40, batch=2)
+    yield Case("everything, few queries", "bfloat16", few, everything(13, 131), gradients=False)
 
 
 def _decoding() -> Iterator[Case]:
