@@ -98,6 +98,7 @@ def prepare() -> None:
     """A process, before it makes an array."""
     os.environ.setdefault("XLA_FLAGS", " ".join(conftest.FAST_TO_COMPILE))
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a callback waits for ever where there is one core
     logging.getLogger("jax._src.callback").disabled = True  # it prints what a callback raises, which `run` reports
     warnings.simplefilter("ignore")
 

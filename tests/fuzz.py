@@ -184,4 +184,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("XLA_FLAGS", " ".join(conftest.FAST_TO_COMPILE))
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a callback waits for ever where there is one core
     sys.exit(main())

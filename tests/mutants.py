@@ -191,7 +191,7 @@ XLA = [
         "xla",
         ("key_lengths",),
     ),
-    Mutant("xla_tile.Tiling._owns_every_key", "owned if lengths is None", "True if lengths is None", "xla"),
+    Mutant("xla_tile.Tiling._owns_every_key", "owned if lengths is None", "owned | True if lengths is None", "xla"),
     Mutant("xla_tile.Tiling._owns_every_key", "else owned & (", "else (", "xla", ("key_lengths",)),
     Mutant(
         "xla_tile.Tiling.over_row_tiles",
