@@ -4,6 +4,7 @@
 #   make test     all tests; make test PYTHON=python3.12 for another Python, in an environment of its own
 #   make fuzz     random problems without end against the reference (ARGS="--minutes 30 --seed 7")
 #   make train    trains MHA, GQA and MQA language models and compares them
+#   make emulate  executes the compiled GPU kernels on this CPU: emulated A100 and H100 (ARGS='--gpu l40s')
 #   make bench    compares this library with its peers on this machine, in ten minutes; make plots draws what it found
 #   make check    formatter, linter, type checker
 #   make lock     writes requirements/*.txt, the versions of other packages that all of the above install
@@ -33,7 +34,7 @@ endif
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
 TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fuzz train bench plots check lock cuda-compiler clean newest
+.PHONY: demo test fuzz emulate train bench plots check lock cuda-compiler clean newest
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
@@ -45,6 +46,11 @@ fuzz: $(VENV)/develop
 
 test: $(VENV)/develop
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Says so, and what is missing, where it cannot run.
+emulate: $(VENV)/emulate
+	$(MAKE) cuda-compiler || echo 'NOT INSTALLED: the compiler for CUDA'
+	$(RUN) tests/emulate.py --jobs $(JOBS) $(ARGS)
 
 bench: $(VENV)/bench
 	$(RUN) -m benchmarks $(ARGS)
@@ -92,6 +98,11 @@ $(VENV)/develop: pyproject.toml $(VENV)/build
 # A peer, of which the benchmarks say that it is absent where it cannot be installed.
 $(VENV)/bench: $(VENV)/develop
 	$(PIP) --no-build-isolation --editable '.[bench]' || echo 'tokamax is not installed'
+	touch $@
+
+# Without it the tests that need it are counted and named.
+$(VENV)/emulate: $(VENV)/develop
+	$(PIP) --no-build-isolation --editable '.[emulate]' || echo 'numba is not installed'
 	touch $@
 
 # In a folder of its own: JAX would take whatever lies among its packages for a GPU to run on. pip leaves folders alone

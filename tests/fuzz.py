@@ -6,20 +6,23 @@ a call that can be pasted into Python, from the folder `tests`.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import conftest
 import jax
 import numpy as np
 import option_space
 import oracle
+from ptx_emulator import emulation
 from tqdm import tqdm
-from ways import WAYS
+from ways import WAYS, compiled
 
 PROBLEMS, SECONDS = 100, 20  # of each structure, at most
 LARGE = "xla, tiles of CPUs", "xla, tiles of accelerators"
@@ -29,6 +32,8 @@ FEATURES = *option_space.FEATURES, (16, 16), (64, 64), (80, 80), (40, 24)
 BATCHES = *option_space.BATCHES, (3,), (2, 1, 2)
 GIVEN = 0.35  # how often an option is
 IN_8_BITS = 0.1  # how often keys and values are
+BITS = "int8", "float8_e4m3fn"
+EMULATED_PROBLEMS = 2  # of each structure: compiling it takes most of the time
 # Rounding: of thousands of problems with few numbers, in some the plain computation errs much less than it may. And
 # where a query sees a single key it cancels exactly what fused ones compute from an output that has been rounded.
 LENIENCE_IN_16_BITS = 2
@@ -55,7 +60,7 @@ def structure(names: list[str], rng: np.random.Generator) -> Structure:
             row["tiles"] = *map(int, rng.integers(2, 24, 2)), choose([1, kv_heads]), choose([True, False])
         row["sizes"] = _sizes(row, way.tile(row["tiles"]), rng)
     if rng.random() < IN_8_BITS and row["tiles"] in (way.tiles_in_8_bits or [row["tiles"]]):
-        row["bits"] = choose(("int8", "float8_e4m3fn"))
+        row["bits"] = choose(BITS)
     while True:
         options = way.options | way.leading_past
         given = {
@@ -103,14 +108,28 @@ def _problem(of: Structure, number: int, seed: int) -> oracle.Problem:
     return (oracle.quantized(problem, of.row["bits"]) if "bits" in of.row else problem).astype(of.dtype)
 
 
-def replay(way: str, row: dict[str, Any], dtype: str, number: int, seed: int) -> None:
+@contextlib.contextmanager
+def on(gpu: str | None) -> Iterator[None]:
+    """The Triton kernels compiled for this GPU, and executed by the emulator; None: interpreted."""
+    if gpu is None:
+        yield
+        return
+    ways = {name: compiled(name) for name in WAYS if name.startswith("triton")}
+    bits = BITS[:1] if gpu == "a100" else BITS
+    few = mock.patch.multiple(sys.modules[__name__], PROBLEMS=EMULATED_PROBLEMS, BITS=bits)
+    with emulation.emulated(gpu), mock.patch.dict(WAYS, ways), few:
+        yield
+
+
+def replay(way: str, row: dict[str, Any], dtype: str, number: int, seed: int, gpu: str | None = None) -> None:
     """Judges one problem again; raises what is wrong with it."""
-    for _, error in judged(Structure(way, row, dtype), [number], seed):
-        if error is not None:
-            raise error
+    with on(gpu):
+        for _, error in judged(Structure(way, row, dtype), [number], seed):
+            if error is not None:
+                raise error
 
 
-def fuzz(names: list[str], minutes: float, seed: int) -> tuple[int, list[str]]:
+def fuzz(names: list[str], minutes: float, seed: int, gpu: str | None = None) -> tuple[int, list[str]]:
     """How many problems were judged, and the calls that replay those that failed."""
     start, count = time.monotonic(), 0
     failures: list[str] = []
@@ -123,7 +142,8 @@ def fuzz(names: list[str], minutes: float, seed: int) -> tuple[int, list[str]]:
             for number, error in judged(of, range(PROBLEMS), seed + turn):
                 count += 1
                 if error is not None:
-                    call = f"import fuzz; fuzz.replay({of.way!r}, {of.row!r}, {of.dtype!r}, {number}, {seed + turn})"
+                    words = ", ".join(map(repr, (*of, number, seed + turn, *filter(None, [gpu]))))
+                    call = f"import fuzz; fuzz.replay({words})"
                     failures.append(call)
                     bar.write(f"{call}\n    {error}\n")
                 if time.monotonic() - begun > SECONDS:
@@ -142,9 +162,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--implementation", choices=("xla", "kernels", "both"), default="both", help="plain XLA, Triton"
     )
+    parser.add_argument(
+        "--emulate",
+        choices=emulation.GPUS,
+        help="Triton's kernels alone, compiled for this GPU and executed on the CPU",
+    )
     chosen = parser.parse_args(arguments)
+    reason = emulation.missing() if chosen.emulate else None
+    if reason is not None:
+        parser.error(f"--emulate={chosen.emulate}: {reason}")
+    if chosen.emulate:
+        chosen.implementation = "kernels"
     beginnings = {"xla": ("xla",), "kernels": ("triton",), "both": ("xla", "triton")}[chosen.implementation]
-    count, failures = fuzz([name for name in WAYS if name.startswith(beginnings)], chosen.minutes, chosen.seed)
+    names = [name for name in WAYS if name.startswith(beginnings)]
+    with on(chosen.emulate):
+        count, failures = fuzz(names, chosen.minutes, chosen.seed, chosen.emulate)
     print(f"{count} problems judged with --seed {chosen.seed}, {len(failures)} failed.", *failures, sep="\n")
     return 1 if failures or not count else 0
 
@@ -152,4 +184,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("XLA_FLAGS", " ".join(conftest.FAST_TO_COMPILE))
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a callback waits for ever where there is one core
     sys.exit(main())

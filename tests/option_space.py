@@ -112,7 +112,7 @@ class _Drawn:
         features, value_features = row["features"]
         made = oracle.random_problem(self.rng, **sizes, features=features, value_features=value_features, **given)
         d_out, d_log_sum_exp = made.cotangents  # of one sign: sums over all queries, as those of sinks, do not cancel
-        arrays = made.arrays if self.values % 2 else _spoilt(made.arrays, given)
+        arrays = made.arrays if self.values % 2 else spoilt(made.arrays, given)
         return dataclasses.replace(made, arrays=arrays, cotangents=(d_out, jnp.abs(d_log_sum_exp) + 2))
 
     def normal(self, *shape: int) -> jax.Array:
@@ -185,7 +185,7 @@ class _Drawn:
         return jnp.asarray(allowed)
 
 
-def _spoilt(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def spoilt(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The same with NaN in what is padding, which nothing may read."""
 
     def spoil(name: str, lengths: str) -> Any:

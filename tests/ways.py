@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import covering
@@ -177,3 +177,9 @@ WAYS = {
         differentiated=False,
     ),
 }
+
+
+def compiled(name: str, value_sets: int = 2) -> Way:
+    """A way of Triton on a GPU, be it an emulated one, instead of interpreted."""
+    registered: Any = WAYS[name].registered
+    return replace(WAYS[name], registered=functools.partial(registered, interpret=False), value_sets=value_sets)

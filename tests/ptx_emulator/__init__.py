@@ -1,0 +1,1 @@
+"""Executes the compiled Triton kernels on a CPU: see README.md."""
