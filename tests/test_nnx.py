@@ -71,6 +71,7 @@ def mode(request):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@jax.numpy_dtype_promotion("standard")  # which norms of linen in bfloat16 need
 def test_the_same_bits(name, mode):
     """Outputs, weights, gradients and caches, eager and compiled."""
     module = randomised(mqa_nnx.GroupedQueryAttention(24, 6, **SETTINGS[name], rngs=nnx.Rngs(0)))
@@ -161,6 +162,8 @@ def test_lists_of_layers_have_the_names_of_linen():
     changed = jax.tree.map(lambda x: x + 1, params)
     mqa_nnx.to_nnx(other, changed)
     same(mqa_nnx.to_linen(other), changed)
+    abstract = nnx.eval_shape(Model)
+    same(mqa_nnx.to_linen(jax.jit(lambda params: mqa_nnx.with_params(abstract, params))(changed)), changed)
 
 
 def test_orbax_keeps_a_model_with_its_cache(tmp_path):
