@@ -90,7 +90,7 @@ class Nnx:
     @staticmethod
     def _split(model: nnx.Module, max_length: int) -> Any:
         view = nnx.view(model, decode=True, batch_size=1, max_length=max_length)
-        return nnx.split(view, nnx.Cache, ...)  # type: ignore[misc]
+        return nnx.split(view, nnx.Cache, ...)
 
     def new_cache(self, max_length: int) -> Any:
         return self._split(_abstract(self.config), max_length)[1]
@@ -107,18 +107,16 @@ def _abstract(config: LlamaConfig) -> llama_nnx.Llama:
 APIS: dict[str, type[Linen] | type[Nnx]] = {"linen": Linen, "nnx": Nnx}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
-def prefill(
-    model: Linen | Nnx, sampling: Sampling, params: Params, cache: Any, prompt: Array, length: Array, key: Array
-):
+@functools.partial(jax.jit, static_argnames=("api", "sampling"), donate_argnames="cache")
+def prefill(api: Linen | Nnx, sampling: Sampling, params: Params, cache: Any, prompt: Array, length: Array, key: Array):
     """Reads a padded prompt into the cache; returns the first new token and the cache."""
-    logits, cache = model.call(params, cache, prompt, length, last_only=True)
+    logits, cache = api.call(params, cache, prompt, length, last_only=True)
     return next_token(logits[:, -1], sampling.temperature, key), cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "show"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("api", "sampling", "show"), donate_argnames="cache")
 def decode(
-    model: Linen | Nnx, sampling: Sampling, show: Callable, params: Params, cache: Any, first: Array, key: Array
+    api: Linen | Nnx, sampling: Sampling, show: Callable, params: Params, cache: Any, first: Array, key: Array
 ) -> tuple[Array, Array, Any]:
     """One compiled loop: a token a turn, each given to `show`, until the text ends or max_tokens are there."""
     tokens = jnp.full((sampling.max_tokens, *first.shape), -1).at[0].set(first)
@@ -131,7 +129,7 @@ def decode(
     def turn(state: tuple) -> tuple:
         count, tokens, cache = state
         io_callback(show, None, tokens[count - 1], ordered=True)
-        logits, cache = model.call(params, cache, tokens[count - 1][:, None])
+        logits, cache = api.call(params, cache, tokens[count - 1][:, None])
         token = next_token(logits[:, -1], sampling.temperature, jax.random.fold_in(key, count))
         return count + 1, tokens.at[count].set(token), cache
 
@@ -176,8 +174,9 @@ class Generator:
     """A model that is ready to generate; what one prompt has compiled, the next one of similar length uses."""
 
     def __init__(self, config: LlamaConfig, params: Params, api: str = "linen"):
-        self.config = config
-        self.model, params = APIS[api].make(config, jax.tree.map(jnp.asarray, params))
+        self.config, self.model = config, Llama(config)
+        self.api: Any
+        self.api, params = APIS[api].make(config, jax.tree.map(jnp.asarray, params))
         self.params = jax.block_until_ready(params)
         self._show: Callable[[int], None] = lambda token: None
         self._compiled: dict[tuple[int, Sampling], tuple[Callable, Callable, Callable]] = {}
@@ -209,9 +208,9 @@ class Generator:
             integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
             max_length, key = padded + sampling.max_tokens, jax.random.key(0)
             # Compiled too, because init_cache traces the whole model to find its attention.
-            new_cache = jax.jit(lambda: self.model.new_cache(max_length))
+            new_cache = jax.jit(lambda: self.api.new_cache(max_length))
             cache = jax.eval_shape(new_cache)
-            arguments = self.model, sampling
+            arguments = self.api, sampling
             self._compiled[padded, sampling] = (
                 new_cache.lower().compile(),
                 prefill.lower(*arguments, self.params, cache, integers(1, padded), integers(1), key).compile(),

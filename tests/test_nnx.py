@@ -328,7 +328,7 @@ def test_training_with_dropout(mode):
 
     @nnx.jit
     def step(module, optimizer):
-        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
 
         def loss(params):
             merged = nnx.merge(graphdef, params, rest)
@@ -368,16 +368,17 @@ def test_dropout_has_the_stored_stream_or_that_of_the_call(mode):
     assert int(module.rngs.count[...]) == 2  # a stream of the call leaves the stored one where it is
     same(nnx.view(module, deterministic=True)(X)[0], make()(X)[0])
     same(module(X, deterministic=True)[0], make()(X)[0])  # the call comes before the module
-    linen = mqa_linen.GroupedQueryAttention(24, 6, kv_heads=2, rope=mqa_jax.Rope(), attn_pdrop=0.5)
-    key_of_linen = jax.random.key(3)
+
+
+def test_the_same_key_drops_the_same_weights_as_in_linen():
+    module, key = make(attn_pdrop=0.5, deterministic=False), jax.random.key(3)
 
     class Fixed(mqa_linen.GroupedQueryAttention):
         def make_rng(self, name="params"):
-            return key_of_linen if name == "dropout" else super().make_rng(name)
+            return key if name == "dropout" else super().make_rng(name)
 
-    settings = dict(kv_heads=2, rope=mqa_jax.Rope(), attn_pdrop=0.5, deterministic=False)
-    same(Fixed(24, 6, **settings).apply({"params": mqa_nnx.to_linen(module)}, X)[0], given(key_of_linen))
-    assert linen.attn_pdrop == module.attn_pdrop
+    linen = Fixed(24, 6, kv_heads=2, rope=mqa_jax.Rope(), attn_pdrop=0.5, deterministic=False)
+    same(linen.apply({"params": mqa_nnx.to_linen(module)}, X)[0], module(X, rngs=key)[0])
 
 
 def test_dropout_without_a_stored_stream():

@@ -138,6 +138,19 @@ def test_readme_code_runs_and_its_comments_are_true():
     assert names["out"].shape == (2, 5, 8, 64)
 
 
+def test_the_code_of_the_page_on_caches_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/caches.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "caches.md", "exec"), names)
+    assert names["view"].cache_index[...].tolist() == [6, 6]
+
+
+def test_linen_alone_does_not_load_nnx():
+    code = "import sys, mqa_jax; print('flax.nnx' in sys.modules, mqa_jax.nnx.init_cache.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "init_cache"]
+
+
 def test_versions_agree():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version is not None
