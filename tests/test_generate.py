@@ -68,7 +68,7 @@ def test_the_model_in_nnx_writes_the_same(folder, cache_dtype):
     for generator in generators:
         cache = generator.api.new_cache(16)
         logits.append(generator.api.call(generator.params, cache, jnp.arange(8)[None])[0])
-    np.testing.assert_allclose(*logits, atol=1e-4)
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 
 
 def test_it_stops_at_the_end_of_the_text(folder):

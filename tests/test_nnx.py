@@ -390,6 +390,19 @@ def test_dropout_without_a_stored_stream():
     assert np.abs(flash(q, q, q) - nnx.view(flash, deterministic=True)(q, q, q)).max() > 1e-3
 
 
+def test_keys_for_parameters_alone():
+    module = mqa_nnx.GroupedQueryAttention(24, 6, attn_pdrop=0.5, rngs=nnx.Rngs(params=0))
+    assert module(X, deterministic=True)[0].shape == X.shape
+    assert module(X, deterministic=False, rngs=nnx.Rngs(1))[0].shape == X.shape
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.3), np.array(0.3), jnp.float32(0.3)], ids=["number", "numpy", "jax"])
+def test_a_setting_that_is_an_array_is_a_number(scale, mode):
+    """Else it would be part of the state, and traced."""
+    module = make(softmax_scale=scale)
+    np.testing.assert_allclose(nnx.jit(lambda m: m(X)[0])(module), make(softmax_scale=0.3)(X)[0], atol=1e-6)
+
+
 def test_a_causal_mask_is_what_causal_is():
     module, mask = make(), jnp.tril(jnp.ones((7, 7), bool))[None]
     same(module(X)[0], module(X, mask=mask, causal=False)[0])

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -19,7 +20,7 @@ from mqa_jax.layer import settings
 from mqa_jax.layer.attention_layer import AttentionLayer, Cache
 from mqa_jax.layer.calls import Call
 from mqa_jax.nnx.norms import Norm
-from mqa_jax.nnx.random import checked_rngs, dropout_key, takes_rngs
+from mqa_jax.nnx.random import checked_rngs, dropout_key, new_stream, takes_rngs
 
 WEIGHTS = "sinks", "bias_k", "bias_v"
 LAYERS = "query", "key", "value", "out", "q_ln", "k_ln"
@@ -68,6 +69,11 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     def __post_init__(
         self, kernel_metadata: Metadata | None, bias_metadata: Metadata | None, rngs: nnx.Rngs | None
     ) -> None:
+        for name in self.__dataclass_fields__:
+            if isinstance(
+                x := getattr(self, name, None), jax.Array | np.ndarray
+            ):  # would be data, and traced under jit
+                super()._setattr(name, nnx.static(x.item()))
         self.check()
         rngs = checked_rngs(self, rngs)
         kernels, biases = (
@@ -80,7 +86,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             initializer, shape = self._weight_settings(name)
             made = None if shape is None else initializer(rngs.params(), shape, self.param_dtype)
             self._hold(name, None if made is None else nnx.Param(made, **kernels.get(name, {})))
-        self._hold("rngs", rngs.dropout.fork() if self.attn_pdrop and self.keep_rngs else None)
+        self._hold("rngs", new_stream(rngs) if self.attn_pdrop and self.keep_rngs else None)
         self._hold_cache({})
 
     __call__ = takes_rngs(AttentionLayer.__call__)
@@ -208,7 +214,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
         if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
             raise ValueError(f"calls is how often one step calls the module, an integer from 1 on: calls={calls!r}.")
         query: Any = self._layer("query")
-        stacked = query.kernel[...].shape[:-3]  # by nnx.vmap, for nnx.scan
+        stacked = query.kernel.get_value().shape[:-3]  # by nnx.vmap, for nnx.scan
 
         def variable(x: Array) -> nnx.Cache:
             names = self.cache_sharding
@@ -269,7 +275,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
                 )
 
     def _metadata(self, argument: str, metadata: Metadata | None) -> Metadata:
-        names = [*LAYERS, *WEIGHTS]
+        names = *LAYERS, *WEIGHTS
         unknown = sorted(set(metadata or {}) - set(names))
         if unknown:
             raise ValueError(
