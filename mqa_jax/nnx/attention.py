@@ -95,9 +95,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
         """Gives this module an empty cache, see `mqa_jax.cache`. For a whole model see `mqa_jax.nnx.init_cache`.
 
         `dtype` defaults to `cache_dtype`, or else the module's; another float dtype than the queries' costs a
-        conversion of the whole cache every step, 8 bits do not. A ring buffer takes any `max_length`: its bytes depend
-        on the window alone. `calls`: how often one step calls the module (ALBERT, Zamba), each time with a cache of its
-        own.
+        conversion every step, 8 bits do not. `calls`: how often a step calls the module, each with a cache of its own.
         """
         self._check_assignment("cached_key")
         self._hold_cache(self._empty_caches(batch, max_length, dtype, calls))
