@@ -24,6 +24,7 @@ import test_torch_modules
 from cuda_programs import lowered_for_cuda
 from jax import export
 from nnx_errors import MISTAKES, through_the_bridge
+from skins import needs_modes
 
 import mqa_jax
 from mqa_jax import hf_attention, parity, torch_arrays, torch_interop, torch_modules
@@ -941,6 +942,7 @@ def test_everything_that_is_refused_to_the_fused_implementation_works_in_the_ref
     assert jax.hessian(lambda q: attend_(q).sum())(QUERY).shape == QUERY.shape * 2
 
 
+@needs_modes
 @pytest.mark.torch
 def test_no_error_is_missing_from_these_tables():
     """Every `raise` of the package is reached by one of them."""

@@ -14,6 +14,7 @@ import pytest
 import small_model
 from checkpoints import load_checkpoint, load_folder
 from llama import Llama, LlamaConfig, cache_bytes_per_token, next_token
+from skins import needs_modes
 from small_model import SMALL
 from tokens import Stream, load_text
 
@@ -54,6 +55,7 @@ def test_cached_generation_is_generation_without_a_cache(folder):
     assert answer.cache_bytes == cache_bytes_per_token(generator.config) * (32 + 12)
 
 
+@needs_modes
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_the_model_in_nnx_writes_the_same(folder, cache_dtype):
     """And its logits are the same numbers, up to rounding."""

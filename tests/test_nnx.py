@@ -39,6 +39,7 @@ import mqa_jax
 from mqa_jax import linen as mqa_linen
 from mqa_jax import nnx as mqa_nnx
 
+pytestmark = skins.needs_modes
 X = jax.random.normal(jax.random.key(1), (2, 7, 24))
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},

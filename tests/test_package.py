@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from skins import needs_modes
 
 import mqa_jax
 
@@ -92,6 +93,9 @@ def test_only_the_table_knows_the_kernels():
 MODULES = ["mqa_jax", *(m.name for m in pkgutil.walk_packages(mqa_jax.__path__, "mqa_jax."))]
 
 
+NEEDS: dict[str, Any] = {"torch_calls": pytest.mark.torch, "nnx": needs_modes}
+
+
 def test_every_module_is_found():
     kernels = [Path("mqa_jax", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")]
     files = [*(path.relative_to(ROOT) for path in FILES), *kernels]
@@ -99,7 +103,7 @@ def test_every_module_is_found():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_calls") else ()) for name in MODULES]
+    "name", [pytest.param(name, marks=NEEDS.get(name.split(".")[1] if "." in name else "", ())) for name in MODULES]
 )
 def test_examples_in_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -128,6 +132,7 @@ def test_shapes_of_the_kernels_are_checked_while_tests_run():
         xla_decode.plain_scores(inputs, jnp.ones((1, 2, 1, 3, 4)), jnp.ones((1, 7, 2, 5)))
 
 
+@needs_modes
 def test_readme_code_runs_and_its_comments_are_true():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
@@ -138,6 +143,7 @@ def test_readme_code_runs_and_its_comments_are_true():
     assert names["out"].shape == (2, 5, 8, 64)
 
 
+@needs_modes
 def test_the_code_of_the_page_on_caches_runs():
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/caches.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}

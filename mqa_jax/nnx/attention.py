@@ -19,6 +19,7 @@ from mqa_jax.cache import layout
 from mqa_jax.layer import settings
 from mqa_jax.layer.attention_layer import AttentionLayer, Cache
 from mqa_jax.layer.calls import Call
+from mqa_jax.linen.bridge import is_tree_mode
 from mqa_jax.nnx.norms import Norm
 from mqa_jax.nnx.random import checked_rngs, dropout_key, new_stream, takes_rngs
 
@@ -177,14 +178,8 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             if not (self.qk_ln or self.qk_gn):
                 return None
             heads = 1 if self.qk_gn else self.heads if name == "q_ln" else self._kv_heads
-            return Norm(
-                heads * self._head_dim,
-                self.norm_type,
-                self.param_dtype,
-                kernel,
-                epsilon=self.norm_eps,
-                dtype=self.dtype,
-            )
+            computing: dict[str, Any] = dict(epsilon=self.norm_eps, dtype=self.dtype)
+            return Norm(heads * self._head_dim, self.norm_type, self.param_dtype, kernel, bias, **computing)
         if (name == "out" and not self.output_projection) or (
             name in ("key", "value") and not self.key_value_projections
         ):
@@ -240,9 +235,9 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     # -- what can be wrong --------------------------------------------------------------------------------------------
 
     def _check_assignment(self, name: str) -> None:
-        graph = nnx.set_graph_mode.current_value() and nnx.set_graph_updates.current_value()
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vars(self).get("query")))
-        if name in STATE and traced and not graph:
+        if name not in STATE or not is_tree_mode(nnx):
+            return
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vars(self).get("query"))):
             raise ValueError(
                 f"In tree mode an attribute that is assigned inside a transformation is lost after it: {name}. Assign "
                 f"to the contents of its variable, {name}[...] = x, or make the cache outside, with nnx.view(model, "
@@ -273,7 +268,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
                 )
 
     def _metadata(self, argument: str, metadata: Metadata | None) -> Metadata:
-        names = *LAYERS, *WEIGHTS
+        names = LAYERS if argument == "bias_metadata" else (*LAYERS, *WEIGHTS)
         unknown = sorted(set(metadata or {}) - set(names))
         if unknown:
             raise ValueError(
