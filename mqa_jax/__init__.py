@@ -1,7 +1,7 @@
 """Multi-query and grouped-query attention for JAX and Flax. Everything public is listed here."""
 
 import importlib
-from typing import Any
+import typing
 
 from mqa_jax.attention import dot_product_attention as dot_product_attention
 from mqa_jax.cache.rows import cache_bytes as cache_bytes
@@ -30,7 +30,7 @@ from mqa_jax.quantization import quantize as quantize
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "typing.Any":
     """`mqa_jax.nnx`, which loads `flax.nnx`, not before it is used."""
     if name == "nnx":
         return importlib.import_module("mqa_jax.nnx")
