@@ -155,6 +155,8 @@ def test_linen_alone_does_not_load_nnx():
     code = "import sys, mqa_jax; print('flax.nnx' in sys.modules, mqa_jax.nnx.init_cache.__name__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "init_cache"]
+    with pytest.raises(AttributeError, match="module 'mqa_jax' has no attribute 'linnen'"):
+        mqa_jax.linnen  # noqa: B018
 
 
 def test_versions_agree():
