@@ -32,7 +32,7 @@ import matplotlib.ticker
 import numpy as np
 from checkpoints import load_checkpoint
 from command_line import Parser, exit_with_a_sentence
-from generate import CACHE_DTYPES, Params, Sampling, check_prompt, check_tokens, decode, prefill
+from generate import CACHE_DTYPES, Linen, Params, Sampling, check_prompt, check_tokens, decode, prefill
 from jax import lax
 from jaxtyping import Array, Float, Int
 from llama import Block, Llama, LlamaConfig, cache_bytes_per_token
@@ -148,12 +148,12 @@ def layer_error(actual: Float[Array, "1 T D"], expected: Float[Array, "1 T D"]) 
 
 def write(config: LlamaConfig, params: Params, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
     """New tokens after each prompt, by the programs of `generate.py`; the prompts are rows of one batch."""
-    model, key = Llama(config), jax.random.key(0)
+    api, key = Linen(Llama(config)), jax.random.key(0)
     lengths = jnp.array([len(prompt) for prompt in prompts])
     padded = jnp.array([prompt + [0] * (max(lengths.tolist()) - len(prompt)) for prompt in prompts])
-    cache = mqa_jax.init_cache(model, len(prompts), padded.shape[1] + sampling.max_tokens, padded)
-    first, cache = prefill(model, sampling, params, cache, padded, lengths, key)
-    rows = np.asarray(decode(model, sampling, ignore, params, cache, first, key)[0]).T.tolist()
+    cache = mqa_jax.init_cache(api.model, len(prompts), padded.shape[1] + sampling.max_tokens, padded)
+    first, cache = prefill(api, sampling, params, cache, padded, lengths, key)
+    rows = np.asarray(decode(api, sampling, ignore, params, cache, first, key)[0]).T.tolist()
     return [until_end(row, sampling) for row in rows]
 
 

@@ -1,4 +1,7 @@
-"""A Llama-style language model in Flax: the whole model is here, its attention is `mqa_jax.GroupedQueryAttention`."""
+"""A Llama-style language model in Flax: the whole model is here, its attention is `mqa_jax.GroupedQueryAttention`.
+
+It is one of `flax.linen`; `llama_nnx.py` is the same model in `flax.nnx`.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +46,12 @@ class LlamaConfig:
 
     def attention(self, **settings: Any) -> mqa_jax.GroupedQueryAttention:
         """The attention of each layer."""
-        return mqa_jax.GroupedQueryAttention(
-            self.dim,
-            self.heads,
+        return mqa_jax.GroupedQueryAttention(**self.attention_settings(), **settings)
+
+    def attention_settings(self) -> dict[str, Any]:
+        return dict(
+            dim=self.dim,
+            heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             rope=self.rope,
@@ -54,7 +60,6 @@ class LlamaConfig:
             local_window_size=None if self.window is None else (self.window, 0),
             cache_dtype=self.cache_dtype,
             attn_pdrop=self.attn_pdrop,
-            **settings,
         )
 
 

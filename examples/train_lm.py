@@ -3,6 +3,7 @@
     python examples/train_lm.py
     python examples/train_lm.py --kv-heads 8 4 2 1 --steps 1000 --dropout 0.1 --out runs/longer
     python examples/train_lm.py --resume        # goes on where a run was stopped, to the same losses
+    python examples/train_lm.py --api nnx       # trains the model of llama_nnx.py
 
 The text is Python's own manual, `pydoc_data.topics`, byte by byte; the end of each topic is held out. The model is that
 of `llama.py`. It takes about a minute and a half on two CPU cores, prints a table, and draws the loss curves.
@@ -22,15 +23,19 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import llama_nnx
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from command_line import Parser, exit_with_a_sentence
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 from llama import Llama, LlamaConfig
 from tqdm import tqdm
 from train_report import Params, Result, decode_speed, save_plot, table, write_text
+
+from mqa_jax import nnx as mqa_nnx
 
 HELD_OUT = 0.07  # of each topic
 SHOW_EVERY = 10  # steps; reading a loss waits for it
@@ -57,6 +62,7 @@ class Settings:
     dropout: float = option(0.05, "rate at which attention weights are dropped")
     remat: bool = option(False, "compute layers again in the backward pass, to save memory")
     seed: int = option(0, "of the parameters, the batches and the dropout")
+    api: str = option("linen", "linen or nnx: which of Flax's the trained model is written in")
 
     @property
     def name(self) -> str:
@@ -77,6 +83,11 @@ class Settings:
             remat=self.remat,
         )
         return Llama(config)
+
+    @property
+    def abstract_nnx_model(self) -> llama_nnx.Llama:
+        """The same model in NNX, with shapes for parameters."""
+        return nnx.eval_shape(lambda: llama_nnx.Llama(self.model.config, rngs=nnx.Rngs(0)))
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -118,7 +129,10 @@ class State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="settings")
 def first_state(settings: Settings) -> State:
-    params = settings.model.init(jax.random.key(settings.seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    if settings.api == "nnx":
+        params = mqa_nnx.to_linen(llama_nnx.Llama(settings.model.config, rngs=nnx.Rngs(settings.seed)))
+    else:
+        params = settings.model.init(jax.random.key(settings.seed), jnp.zeros((1, 1), jnp.int32))["params"]
     losses = jnp.full(settings.steps, jnp.nan, jnp.float32)
     return State(jnp.int32(0), params, settings.optimizer.init(params), losses)
 
@@ -129,17 +143,28 @@ def mean_loss(model: Llama, params: Params, texts: Int[Array, "B T_plus_1"], **o
     return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
 
 
+def mean_loss_nnx(model: Any, params: Params, texts: Int[Array, "B T_plus_1"], dropout: Any) -> Float[Array, ""]:
+    """The same of a model of NNX. Its parameters are those of linen, so checkpoints and measurements serve both."""
+    logits = mqa_nnx.with_params(model, params)(texts[:, :-1], deterministic=False, rngs=nnx.Rngs(dropout=dropout))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
+
+
 def make_step(settings: Settings) -> Callable[[State, UInt8[Array, " bytes"]], State]:
     """One step of training, compiled; batch and dropout depend on the seed and the number of the step alone."""
+    loss_of: Callable[[Params, Array, Array], Array]
+    if settings.api == "nnx":
+        loss_of = functools.partial(mean_loss_nnx, settings.abstract_nnx_model)
+    else:
+        loss_of = lambda params, texts, key: mean_loss(
+            settings.model, params, texts, deterministic=False, rngs={"dropout": key}
+        )
 
     def step(state: State, train: UInt8[Array, " bytes"]) -> State:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         batch_key, dropout_key = jax.random.split(key)
         starts = jax.random.randint(batch_key, (settings.batch, 1), 0, train.size - settings.length)
         texts = train[starts + jnp.arange(settings.length + 1)].astype(jnp.int32)
-        loss, gradients = jax.value_and_grad(functools.partial(mean_loss, settings.model))(
-            state.params, texts, deterministic=False, rngs={"dropout": dropout_key}
-        )
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, texts, dropout_key)
         updates, optimizer = settings.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, optimizer, state.losses.at[state.step].set(loss))
@@ -235,6 +260,8 @@ def check(options: argparse.Namespace, text: Text) -> None:
     )
     least |= dict(learning_rate=0, checkpoint_every=1, decode_rows=1, decode_length=32)
     below: dict[str, float] = dict(dropout=1, seed=2**31)
+    if options.api not in ("linen", "nnx"):
+        raise ValueError(f"--api is linen or nnx: api={options.api!r}.")
     for name, bound in least.items():
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
         if not bound <= value < math.inf:

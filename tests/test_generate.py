@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from dataclasses import replace
 
 import generate
 import jax
@@ -13,6 +14,7 @@ import pytest
 import small_model
 from checkpoints import load_checkpoint, load_folder
 from llama import Llama, LlamaConfig, cache_bytes_per_token, next_token
+from skins import needs_modes
 from small_model import SMALL
 from tokens import Stream, load_text
 
@@ -51,6 +53,24 @@ def test_cached_generation_is_generation_without_a_cache(folder):
     assert shown == answer.tokens
     assert answer.prompt_tokens == len(prompt)
     assert answer.cache_bytes == cache_bytes_per_token(generator.config) * (32 + 12)
+
+
+@needs_modes
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_the_model_in_nnx_writes_the_same(folder, cache_dtype):
+    """And its logits are the same numbers, up to rounding."""
+    config, params, metadata = load_checkpoint(folder)
+    config = replace(config, cache_dtype=cache_dtype)
+    generators = [generate.Generator(config, params, api) for api in ("linen", "nnx")]
+    for prompt in ("Hello", "def f(x):", "1, 2, 3"):
+        tokens = load_text(metadata).encode(prompt)
+        linen, nnx = (generator(tokens, generate.Sampling(12)) for generator in generators)
+        assert (nnx.tokens, nnx.cache_bytes) == (linen.tokens, linen.cache_bytes)
+    logits = []
+    for generator in generators:
+        cache = generator.api.new_cache(16)
+        logits.append(generator.api.call(generator.params, cache, jnp.arange(8)[None])[0])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 
 
 def test_it_stops_at_the_end_of_the_text(folder):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from skins import needs_modes
 
 import mqa_jax
 
@@ -147,6 +148,9 @@ def test_only_the_table_knows_the_kernels():
 MODULES = ["mqa_jax", *(m.name for m in pkgutil.walk_packages(mqa_jax.__path__, "mqa_jax."))]
 
 
+NEEDS: dict[str, Any] = {"torch_interop.calls": pytest.mark.torch, "mqa_jax.nnx": needs_modes}
+
+
 def test_every_module_is_found():
     kernels = [Path("mqa_jax", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")]
     files = [*(path.relative_to(ROOT) for path in FILES), *kernels]
@@ -155,7 +159,7 @@ def test_every_module_is_found():
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_interop.calls") else ()) for name in MODULES],
+    [pytest.param(name, marks=next((NEEDS[x] for x in NEEDS if f"{x}." in f"{name}."), ())) for name in MODULES],
 )
 def test_examples_in_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -184,6 +188,7 @@ def test_shapes_of_the_kernels_are_checked_while_tests_run():
         decode.plain_scores(inputs, jnp.ones((1, 2, 1, 3, 4)), jnp.ones((1, 7, 2, 5)))
 
 
+@needs_modes
 def test_readme_code_runs_and_its_comments_are_true():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
@@ -192,6 +197,22 @@ def test_readme_code_runs_and_its_comments_are_true():
         if "token" in block:
             np.testing.assert_allclose(names["token"], names["out"][:, 99:], atol=1e-5)
     assert names["out"].shape == (2, 5, 8, 64)
+
+
+@needs_modes
+def test_the_code_of_the_page_on_caches_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/caches.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "caches.md", "exec"), names)
+    assert names["view"].cache_index[...].tolist() == [6, 6]
+
+
+def test_linen_alone_does_not_load_nnx():
+    code = "import sys, mqa_jax; print('flax.nnx' in sys.modules, mqa_jax.nnx.init_cache.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "init_cache"]
+    with pytest.raises(AttributeError, match="module 'mqa_jax' has no attribute 'linnen'"):
+        mqa_jax.linnen  # noqa: B018
 
 
 def test_versions_agree():
