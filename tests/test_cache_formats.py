@@ -19,8 +19,6 @@ from tokens import load_text
 import mqa_jax
 from mqa_jax import kv_cache, quantization
 
-pytestmark = pytest.mark.slow
-
 TOKENS = 512
 PERPLEXITY_CHANGE = 0.005
 LAYER_ERROR = cache_formats.LayerError(largest=0.09, rms=0.06)  # twice what was measured in the worst layer
@@ -65,14 +63,17 @@ def _change(measured, cache_dtype):
     return abs(measured["perplexities"][cache_dtype] / measured["perplexities"]["float32"] - 1)
 
 
+@pytest.mark.slow
 def test_perplexity_with_an_int8_cache(measured):
     assert _change(measured, "int8") <= PERPLEXITY_CHANGE
 
 
+@pytest.mark.slow
 def test_perplexity_tells_wrong_scales(measured):
     assert _change(measured, "int8, scales halved") > PERPLEXITY_CHANGE
 
 
+@pytest.mark.slow
 def test_error_of_each_layer_with_an_int8_cache(measured):
     errors = np.array(measured["errors"])
     assert errors.shape == (30, 2)
@@ -80,6 +81,7 @@ def test_error_of_each_layer_with_an_int8_cache(measured):
     assert (errors <= LAYER_ERROR).all()
 
 
+@pytest.mark.slow
 def test_every_layer_caches_in_int8(measured):
     stored = dict.fromkeys((kv_cache.KEY, kv_cache.VALUE), "int8")
     scales = dict.fromkeys((kv_cache.KEY_SCALE, kv_cache.VALUE_SCALE), "float32")
@@ -94,6 +96,7 @@ def folder(tmp_path_factory):
     return small_model.write(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_the_example_prints_what_it_measured(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cache_formats, "CHUNK", 16)
     plot = tmp_path / "errors.png"
