@@ -24,7 +24,7 @@ from strict_gpu import strict_gpu
 import mqa_jax
 from benchmarks import gpu_compile
 from mqa_jax.checks import checked_inputs
-from mqa_jax.kernels import flash, tile_config, triton, triton_decode
+from mqa_jax.kernels import flash, tile_config, triton, triton_decode, triton_forward
 from mqa_jax.kernels.tile_config import TileConfig
 from mqa_jax.options import Options
 
@@ -244,7 +244,7 @@ def test_few_queries_with_pairs_shared_along_any_axes(shared, cache, monkeypatch
 def test_the_strict_memory_is_strict(monkeypatch):
     """A kernel that forgets to mask the tail is caught reading it."""
     use_tiles(monkeypatch, **SMALL)
-    monkeypatch.setattr(triton.triton_forward.Program, "ragged_rows", lambda program: False)
+    monkeypatch.setattr(triton_forward.Program, "ragged_rows", lambda program: False)
     problem = oracle.random_problem(
         np.random.default_rng(0), batch=(1,), rows=19, columns=32, heads=1, kv_heads=1, features=16
     )
