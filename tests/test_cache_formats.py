@@ -20,8 +20,6 @@ import mqa_jax
 from mqa_jax import quantization
 from mqa_jax.cache import layout
 
-pytestmark = pytest.mark.slow
-
 TOKENS = 512
 PERPLEXITY_CHANGE = 0.005
 LAYER_ERROR = cache_formats.LayerError(largest=0.09, rms=0.06)  # twice what was measured in the worst layer
@@ -66,14 +64,17 @@ def _change(measured, cache_dtype):
     return abs(measured["perplexities"][cache_dtype] / measured["perplexities"]["float32"] - 1)
 
 
+@pytest.mark.slow
 def test_perplexity_with_an_int8_cache(measured):
     assert _change(measured, "int8") <= PERPLEXITY_CHANGE
 
 
+@pytest.mark.slow
 def test_perplexity_tells_wrong_scales(measured):
     assert _change(measured, "int8, scales halved") > PERPLEXITY_CHANGE
 
 
+@pytest.mark.slow
 def test_error_of_each_layer_with_an_int8_cache(measured):
     errors = np.array(measured["errors"])
     assert errors.shape == (30, 2)
@@ -81,6 +82,7 @@ def test_error_of_each_layer_with_an_int8_cache(measured):
     assert (errors <= LAYER_ERROR).all()
 
 
+@pytest.mark.slow
 def test_every_layer_caches_in_int8(measured):
     stored = dict.fromkeys((layout.KEY, layout.VALUE), "int8")
     scales = dict.fromkeys((layout.KEY_SCALE, layout.VALUE_SCALE), "float32")
@@ -95,6 +97,7 @@ def folder(tmp_path_factory):
     return small_model.write(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_the_example_prints_what_it_measured(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cache_formats, "CHUNK", 16)
     plot = tmp_path / "errors.png"

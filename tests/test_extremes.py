@@ -63,7 +63,7 @@ def judge(monkeypatch, implementation: str, rows: int, visible, distance, slopes
     oracle.judge_float32(actual, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)
@@ -76,7 +76,7 @@ def test_windows_and_offsets(monkeypatch, implementation, rows, name):
     judge(monkeypatch, implementation, rows, visible, distance, slopes, is_causal=is_causal, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("window", [None, (3, 0), (2**31 - 2, 0), (0, 2**31 - 2)])
 @pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)

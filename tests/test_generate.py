@@ -20,8 +20,6 @@ from tokens import Stream, load_text
 
 import mqa_jax
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
@@ -244,6 +242,7 @@ def _write_answers(path: str) -> None:
     np.savez(path, prompts=np.array(prompts, object), answers=np.array(answers), long=long, logits=logits)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_the_real_model_is_that_of_transformers(tmp_path, monkeypatch):
     """64 greedy tokens of each prompt, and the logits of a text of 64 tokens."""

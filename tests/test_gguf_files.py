@@ -11,8 +11,6 @@ from small_files import PLAIN, also, logits, of_transformers, without
 
 import mqa_jax
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -69,6 +67,7 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of a GGUF
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.torch
 @pytest.mark.parametrize("name", SAME)
 def test_a_gguf_file_is_the_folder_that_says_the_same(tmp_path, small, name):

@@ -137,6 +137,7 @@ def most_temporaries(case: Case, target: str) -> int:
     return partials + 16 * size.B * row_tiles + copies + ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_well_for(target):
@@ -168,6 +169,7 @@ for bias, of_heads in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
 @pytest.mark.parametrize("target", FULLY)
 def test_whatever_dtype_is_taken_compiles(target):

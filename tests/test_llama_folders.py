@@ -13,8 +13,6 @@ from small_files import PLAIN, also, folder_with, logits, of_transformers, witho
 
 from mqa_jax.torch_interop.hugging_face.checkpoint import Config
 
-pytestmark = pytest.mark.slow
-
 
 def plain(tensors):
     return {name: x for name, x in tensors.items() if not name.endswith("bias")}
@@ -58,6 +56,7 @@ FOLDERS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.torch
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_is_what_transformers_reads(tmp_path, name):
