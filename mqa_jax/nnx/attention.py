@@ -70,17 +70,13 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     def __post_init__(
         self, kernel_metadata: Metadata | None, bias_metadata: Metadata | None, rngs: nnx.Rngs | None
     ) -> None:
-        for name in self.__dataclass_fields__:
-            if isinstance(
-                x := getattr(self, name, None), jax.Array | np.ndarray
-            ):  # would be data, and traced under jit
+        for name, x in list(vars(self).items()):
+            if isinstance(x, jax.Array | np.ndarray) and x.ndim == 0:  # as data it would be traced under jit
                 super()._setattr(name, nnx.static(x.item()))
         self.check()
         rngs = checked_rngs(self, rngs)
-        kernels, biases = (
-            self._metadata("kernel_metadata", kernel_metadata),
-            self._metadata("bias_metadata", bias_metadata),
-        )
+        kernels = self._metadata("kernel_metadata", kernel_metadata)
+        biases = self._metadata("bias_metadata", bias_metadata)
         for name in LAYERS:
             self._hold(name, self._new_layer(name, rngs, kernels.get(name, {}), biases.get(name, {})))
         for name in WEIGHTS:
@@ -264,7 +260,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             if shape[-1:] != (width,) and not (name == "x" and width == self.dim):  # of which `Call` says more
                 raise ValueError(
                     f"NNX makes parameters before it sees an input, and these are for another: {name}.shape={shape}, "
-                    f"{setting}={width}. Pass {setting}={(*shape, None)[-2]} to the constructor."
+                    f"{setting}={width}. Pass {setting}={shape[-1] if shape else None} to the constructor."
                 )
 
     def _metadata(self, argument: str, metadata: Metadata | None) -> Metadata:
