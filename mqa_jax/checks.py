@@ -5,7 +5,8 @@ a `NotImplementedError` and lives with the implementation.
 """
 
 import math
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,7 @@ from mqa_jax.masks import LEAST, MOST, Mask, Ring
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
-class Call(Protocol):
-    """The arguments of `mqa_jax.dot_product_attention` by their names, as the caller gave them."""
-
-    def __getattr__(self, name: str) -> Any: ...
+Call = SimpleNamespace  # the arguments of `mqa_jax.dot_product_attention` by their names, as the caller gave them
 
 
 def checked_inputs(call: Call) -> Inputs:
@@ -59,7 +57,7 @@ def checked_inputs(call: Call) -> Inputs:
     )
 
 
-def of_batch(x: ArrayLike | None, batch: tuple, axes: int) -> ArrayLike | None:
+def of_batch(x: Any, batch: tuple, axes: int) -> Any:
     """One sequence `[T, N, H]` may come with other arrays that are a batch of one, `[1, S, K, H]`, as in `jax.nn`.
 
     `axes`: how many axes the array has behind those of the batch.
@@ -286,7 +284,7 @@ def _checked_dropout(call: Call, batch: tuple) -> Dropout | None:
         return None
     numbers = jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch)
     try:
-        return Dropout.make(call.dropout_rng, rate, numbers)  # type: ignore[arg-type]
+        return Dropout.make(call.dropout_rng, rate, numbers)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"dropout_rate={rate} needs a key: pass dropout_rng=jax.random.key(...), one key; "
