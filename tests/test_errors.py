@@ -288,7 +288,7 @@ MODULES = {
     ),
     "frequencies": (
         lambda: mqa_jax.Llama3Scaling(low_freq_factor=4.0),
-        r"Slow rotations come before fast ones: low_freq_factor=4.0, high_freq_factor=4.0",
+        r"low_freq_factor must be less than high_freq_factor: low_freq_factor=4.0, high_freq_factor=4.0",
     ),
     "integer mask": (
         lambda: call(layer(), attention_mask=ones((2, 5), int)),
@@ -414,7 +414,7 @@ MODULES = {
         r"a positive factor and context: factor=-1\.0, original_max_position_embeddings=64",
     ),
     "slopes": (lambda: mqa_jax.alibi_slopes(0), r"alibi_slopes needs at least one head .*: heads=0"),
-    "slopes that rise": (lambda: mqa_jax.alibi_slopes(4, -8), r"slopes that fall: heads=4, alibi_bias_max=-8"),
+    "slopes that rise": (lambda: mqa_jax.alibi_slopes(4, -8), r"alibi_bias_max > 0: heads=4, alibi_bias_max=-8"),
     "FlashAttention": (
         lambda: mqa_jax.FlashAttention().apply({}, *(ones((5, 8)),) * 3),
         r"FlashAttention takes q \[B, N, T, H\].*q.shape=\(5, 8\)",
@@ -822,7 +822,7 @@ NOT_POSSIBLE: dict[str, Any] = {
     "cudnn: nothing": (lambda: cudnn(key=ones((2, 0, 2, 8), jnp.bfloat16)), r"no queries or keys"),
     "cudnn: residual": (_cudnn_residual, r"'cudnn' has no differentiable float32 log-sum-exp.*Use implementation=None"),
     "cudnn: no GPU": (cudnn, r"needs an NVIDIA GPU and cuDNN.*platform='cpu'\); use implementation=None"),
-    "triton: no GPU": (triton, r"'triton' runs on cuda alone, and this program is lowered for another platform.*Use"),
+    "triton: no GPU": (triton, r"'triton' runs only on cuda, and this program is lowered for another platform.*Use"),
     "triton: head size": (
         lambda: triton(ones((2, 5, 4, 264)), ones((2, 7, 2, 264))),
         r"'triton' cannot compute this call: head sizes of at most 256 only \(H=264, V=264\); use implementation=None",
