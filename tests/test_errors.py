@@ -623,7 +623,7 @@ TORCH = {
     ),
     "config: layers": (
         lambda: hf_attention.layers_of(dict(model_type="llama")),
-        r"does not say how many layers there are: num_hidden_layers=None",
+        r"does not have the number of layers: num_hidden_layers=None",
     ),
     "layouts of one name": (
         lambda: torch_interop.from_state_dict(
@@ -672,7 +672,7 @@ TORCH = {
     ),
     "heads of a module": (
         lambda: torch_modules.from_torch(SimpleNamespace(state_dict=_state)),
-        r"SimpleNamespace does not tell its number of heads: heads=None. Pass heads=, and kv_heads=",
+        r"SimpleNamespace does not declare its number of heads: heads=None. Pass heads=, and kv_heads=",
     ),
     "dtype to compare in": (
         lambda: parity.tolerance_of("float64"),
@@ -680,7 +680,7 @@ TORCH = {
     ),
     "nothing to plot": (
         lambda: parity.Report(()).plot(Path("nowhere.png")),
-        r"There is nothing to plot: this torch layer does not show what goes into its projection",
+        r"There is nothing to plot: this torch layer has no single output projection",
     ),
     "another module": (
         lambda: torch_modules.to_torch(
@@ -688,17 +688,17 @@ TORCH = {
             {"params": convert(_state())},
             like=SimpleNamespace(state_dict=lambda: _state(dim=4)),
         ),
-        r"do not fit SimpleNamespace; ours and its shapes: \{'Wqkv.weight': \(\(16, 8\), \(8, 4\)\)",
+        r"do not fit SimpleNamespace; Flax and torch shapes: \{'Wqkv.weight': \(\(16, 8\), \(8, 4\)\)",
     ),
     "a module with other heads": (
         lambda: torch_modules.to_torch(
             mqa_jax.MultiQueryAttention(8, 2), {}, like=SimpleNamespace(state_dict=_state, n_heads=4)
         ),
-        r"SimpleNamespace has other heads than our module: its \{'heads': 4\}, ours \{'heads': 2, 'kv_heads': 1\}",
+        r"SimpleNamespace has other heads than the Flax module: \{'heads': 4\} instead of \{'heads': 2, 'kv_heads'",
     ),
     "no keys to write": (
         lambda: torch_interop.to_state_dict({"query": {"kernel": np.ones((8, 2, 4))}}, layout="fused"),
-        r"found \['query'\], expected \['key', 'out', 'query', 'value'\] and perhaps \['k_ln', 'q_ln'\]",
+        r"found \['query'\], expected \['key', 'out', 'query', 'value'\] and optionally \['k_ln', 'q_ln'\]",
     ),
 }
 

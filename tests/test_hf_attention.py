@@ -189,12 +189,12 @@ FIELDS: dict[str, tuple[dict[str, Any], type, str]] = {
     "rope of kinds of layers": (
         LLAMA | dict(model_type="llama", rope_parameters=dict(full_attention=dict(rope_theta=3))),
         NotImplementedError,
-        "has no {'full_attention'",
+        "does not support {'full_attention'",
     ),
     "rope factor": (
         LLAMA | dict(model_type="llama", rope_scaling=dict(type="linear")),
         ValueError,
-        r"rope_type='linear' wants \['factor'\]",
+        r"rope_type='linear' needs \['factor'\]",
     ),
 }
 for kind in ("dynamic", "longrope", "mrope", "proportional"):

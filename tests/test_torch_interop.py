@@ -288,7 +288,7 @@ def on_no_device():
 def test_tensors_without_numbers():
     import torch
 
-    with pytest.raises(ValueError, match=r"no numbers in memory.*q_proj.weight has device='meta'.*Load the weights"):
+    with pytest.raises(ValueError, match=r"not dense in memory.*q_proj.weight has device='meta'.*Load the weights"):
         on_no_device()
     with pytest.raises(ValueError, match=r"q_proj.weight has device='cpu', layout=torch.sparse_coo"):
         torch_interop.from_state_dict({"q_proj.weight": torch.eye(24).to_sparse()}, heads=6)
