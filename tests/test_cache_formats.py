@@ -167,7 +167,7 @@ def test_a_passage_that_is_too_long(folder):
     [
         (["--tokens", "0"], "Text and model allow tokens=1 to 256: tokens=0"),
         (["--plot", "/nowhere/plot.png"], r"needs an existing folder .*: --plot='/nowhere/plot.png'"),
-        (["--plot", "plot.docx"], r"of one of the types .*'png'.*: --plot='plot.docx'"),
+        (["--plot", "plot.docx"], r"one of the file types .*'png'.*: --plot='plot.docx'"),
         (["--model", "/nowhere"], "path='/nowhere', which does not exist"),
     ],
 )

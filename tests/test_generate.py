@@ -143,9 +143,9 @@ def test_a_model_that_is_not_right_is_said_in_a_sentence(tmp_path, capsys, break
 
 def test_a_tokenizer_of_another_model(folder):
     generator, _ = _generator(folder)
-    with pytest.raises(ValueError, match=r"not that of the model, which has 300 tokens: the text has \[300\]"):
+    with pytest.raises(ValueError, match=r"does not belong to the model, which has 300 tokens: the text has \[300\]"):
         generator([0, 300], generate.Sampling(3))
-    with pytest.raises(ValueError, match="the prompt has no tokens"):
+    with pytest.raises(ValueError, match="The prompt must have at least one token"):
         generator([], generate.Sampling(3))
 
 

@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {  # settings, change of t
     "DeepSeek's": (
         {"rope.scaling.yarn_log_multiplier": 0.1},
         None,
-        "not so: {'llama.rope.scaling.yarn_log_multiplier'",
+        "Unsupported settings: {'llama.rope.scaling.yarn_log_multiplier'",
     ),
     "two scalings": (
         {"rope.scaling.factor": 2.0},
@@ -190,9 +190,9 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {  # settings, change of t
     "no embeddings": ({}, without("token_embd"), "Tensors are missing in .*: token_embd.weight"),
     "no norm": ({}, without("output_norm"), "Tensors are missing in .*: output_norm.weight"),
     "one bias": ({}, without("blk.1.attn_k.bias"), "Tensors are missing in .*: blk.1.attn_k.bias"),
-    "a bias of one layer": ({}, without("blk.0.attn_output.bias"), "no use for, .*: blk.1.attn_output.bias"),
-    "a tensor of its own": ({}, also("blk.0.attn_q_norm.weight"), "no use for, .*: blk.0.attn_q_norm.weight"),
-    "a router": ({}, also("blk.0.ffn_gate_inp.weight"), "no use for, .*: blk.0.ffn_gate_inp.weight"),
+    "a bias of one layer": ({}, without("blk.0.attn_output.bias"), "does not use, .*: blk.1.attn_output.bias"),
+    "a tensor of its own": ({}, also("blk.0.attn_q_norm.weight"), "does not use, .*: blk.0.attn_q_norm.weight"),
+    "a router": ({}, also("blk.0.ffn_gate_inp.weight"), "does not use, .*: blk.0.ffn_gate_inp.weight"),
     "integers": (
         {},
         lambda tensors: tensors | {"output_norm.weight": np.ones(48, np.int8)},

@@ -180,7 +180,7 @@ FIELDS: dict[str, tuple[dict[str, Any], type, str]] = {
         NotImplementedError,
         "num_key_value_heads=2",
     ),
-    "missing": (dict(model_type="llama", num_attention_heads=6), ValueError, "missing here: 'hidden_size'"),
+    "missing": (dict(model_type="llama", num_attention_heads=6), ValueError, "is missing: 'hidden_size'"),
     "two ropes": (
         LLAMA | dict(model_type="llama", rope_parameters=dict(rope_theta=3), rope_scaling=dict(rope_theta=4)),
         ValueError,

@@ -77,7 +77,7 @@ def test_a_model_without_its_head(tmp_path):
     np.testing.assert_array_equal(got, logits(folder_with(tmp_path, without("lm_head"), tie_word_embeddings=True)))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"missing in .*: lm_head.weight. .* Without lm_head.weight embeddings have to be"
+        ValueError, match=r"missing in .*: lm_head.weight. .* Without lm_head.weight the embeddings must be"
     ):
         load_checkpoint(folder_with(tmp_path, headless))
 
@@ -122,11 +122,11 @@ NOT_UNDERSTOOD: dict[str, tuple[dict[str, Any], Any, str]] = {
         "Tied embeddings must be equal: tie_word_embeddings=True, and lm_",
     ),
     "no biases": ({}, plain, "missing in .*: model.layers.0.self_attn.q_proj.bias"),
-    "biases unsaid": (dict(attention_bias=False), None, "no use for, in .*: model.layers.0.self_attn.k_proj.bias"),
+    "biases unsaid": (dict(attention_bias=False), None, "does not use, in .*: model.layers.0.self_attn.k_proj.bias"),
     "a tensor of its own": (
         {},
         also("model.layers.0.self_attn.q_norm.weight"),
-        "no use for, .*: model.layers.0.self_attn.q",
+        "does not use, .*: model.layers.0.self_attn.q",
     ),
     "a classifier": (
         {},

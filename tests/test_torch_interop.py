@@ -252,7 +252,7 @@ WRONG_STATES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "wrong heads of a layout that shares its name": (
         STATES["bigcode multi-query"][3],
         {},
-        r"no attention layer of layout='gpt_bigcode' with heads=6, kv_heads=6.*misshapen: c_attn.weight",
+        r"do not fit layout='gpt_bigcode' with heads=6, kv_heads=6.*misshapen: c_attn.weight",
     ),
 }
 
