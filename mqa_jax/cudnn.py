@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, through `jax.nn`, for the calls in which it means what this library means."""
+"""cuDNN's fused attention, through `jax.nn`, for the calls to which it gives the meaning that this library does."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ _REMEDY = "use implementation=None"
 
 
 def cannot(inputs: Inputs) -> str | None:
-    """Why not, or None if it can."""
+    """The reason why cuDNN cannot compute these inputs, or None if it can."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     unsupported = {
         f"dtype {inputs.dtype}": inputs.dtype in (jnp.float32, jnp.float64),
@@ -33,7 +33,7 @@ def cannot(inputs: Inputs) -> str | None:
 
 
 def forward(inputs: Inputs) -> tuple[Output, None]:
-    """The output alone: cuDNN's log-sum-exp comes rounded to the dtype of the query."""
+    """Only the output: cuDNN rounds its log-sum-exp to the dtype of the query."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     try:
         out = jax.nn.dot_product_attention(

@@ -161,17 +161,17 @@ def test_agreement_ends_at_the_first_difference():
 
 def test_a_passage_that_is_too_long(folder):
     config, _, metadata = load_checkpoint(folder)
-    with pytest.raises(ValueError, match="tokens=1 to 256 to predict: tokens=257"):
+    with pytest.raises(ValueError, match="tokens=1 to 256: tokens=257"):
         cache_formats.passage(load_text(metadata), config, 257)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "0"], "Text and model have tokens=1 to 256 to predict: tokens=0"),
-        (["--plot", "/nowhere/plot.png"], r"in a folder that is there, .*: --plot='/nowhere/plot.png'"),
-        (["--plot", "plot.docx"], r"of one of the types .*'png'.*: --plot='plot.docx'"),
-        (["--model", "/nowhere"], "path='/nowhere', and there is nothing there"),
+        (["--tokens", "0"], "Text and model allow tokens=1 to 256: tokens=0"),
+        (["--plot", "/nowhere/plot.png"], r"needs an existing folder .*: --plot='/nowhere/plot.png'"),
+        (["--plot", "plot.docx"], r"one of the file types .*'png'.*: --plot='plot.docx'"),
+        (["--model", "/nowhere"], "path='/nowhere', which does not exist"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_said_in_a_sentence(folder, capsys, arguments, message):

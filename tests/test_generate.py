@@ -115,13 +115,13 @@ def test_a_cache_in_8_bits_from_the_command_line(folder, capsys):
 WRONG = {
     "a path": (
         ["--model", "/nowhere"],
-        "A model is a .gguf file or a folder .* path='/nowhere', and there is nothing there",
+        "A model is a .gguf file or a folder .* path='/nowhere', which does not exist",
     ),
     "no tokens": (["--max-tokens", "0"], "At least one token is generated: max_tokens=0"),
     "fewer tokens": (["--max-tokens=-3"], "At least one token is generated: max_tokens=-3"),
     "a temperature": (["--temperature=-1"], r"A temperature is 0 or a positive number: temperature=-1\.0"),
     "no temperature": (["--temperature", "nan"], "A temperature is 0 or a positive number: temperature=nan"),
-    "no prompt": (["--prompt", ""], "There is nothing to answer, or to go on from: --prompt=''"),
+    "no prompt": (["--prompt", ""], "A prompt must not be empty: --prompt=''"),
     "a long prompt": (["--prompt", "x" * 300], "trained on 256 positions: prompt=300 tokens, max_tokens=64"),
     "a long answer": (["--max-tokens", "1000"], "trained on 256 positions: prompt=24 tokens, max_tokens=1000"),
     "a seed": (["--seed=-1"], "argument --seed: a seed is less than .*, and not negative: -1"),
@@ -147,7 +147,7 @@ def test_what_is_wrong_on_the_command_line_is_said_in_a_sentence(folder, capsys,
         (lambda folder: (folder / "tokenizer.json").unlink(), "error: There is no tokenizer.json in"),
         (lambda folder: (folder / "config.json").write_text("{"), "error: '.*config.json' is not JSON: Expecting"),
         (lambda folder: (folder / "model-00001-of-00002.safetensors").unlink(), "names files that are not in"),
-        (lambda folder: (folder / "tokenizer_config.json").unlink(), "no chat template: leave --chat out"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "no chat template: remove --chat"),
     ],
 )
 def test_a_model_that_is_not_right_is_said_in_a_sentence(tmp_path, capsys, break_it, message):
@@ -161,9 +161,9 @@ def test_a_model_that_is_not_right_is_said_in_a_sentence(tmp_path, capsys, break
 
 def test_a_tokenizer_of_another_model(folder):
     generator, _ = _generator(folder)
-    with pytest.raises(ValueError, match=r"not that of the model, which has 300 tokens: the text has \[300\]"):
+    with pytest.raises(ValueError, match=r"does not belong to the model, which has 300 tokens: the text has \[300\]"):
         generator([0, 300], generate.Sampling(3))
-    with pytest.raises(ValueError, match="the prompt has no tokens"):
+    with pytest.raises(ValueError, match="The prompt must have at least one token"):
         generator([], generate.Sampling(3))
 
 

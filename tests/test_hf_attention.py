@@ -181,7 +181,7 @@ FIELDS: dict[str, tuple[dict[str, Any], type, str]] = {
         NotImplementedError,
         "num_key_value_heads=2",
     ),
-    "missing": (dict(model_type="llama", num_attention_heads=6), ValueError, "missing here: 'hidden_size'"),
+    "missing": (dict(model_type="llama", num_attention_heads=6), ValueError, "is missing: 'hidden_size'"),
     "two ropes": (
         LLAMA | dict(model_type="llama", rope_parameters=dict(rope_theta=3), rope_scaling=dict(rope_theta=4)),
         ValueError,
@@ -190,12 +190,12 @@ FIELDS: dict[str, tuple[dict[str, Any], type, str]] = {
     "rope of kinds of layers": (
         LLAMA | dict(model_type="llama", rope_parameters=dict(full_attention=dict(rope_theta=3))),
         NotImplementedError,
-        "has no {'full_attention'",
+        "does not support {'full_attention'",
     ),
     "rope factor": (
         LLAMA | dict(model_type="llama", rope_scaling=dict(type="linear")),
         ValueError,
-        r"rope_type='linear' wants \['factor'\]",
+        r"rope_type='linear' needs \['factor'\]",
     ),
 }
 for kind in ("dynamic", "longrope", "mrope", "proportional"):

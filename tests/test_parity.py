@@ -218,7 +218,7 @@ def test_the_command_without_torch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit, match=r"2"):
         parity.main(["nowhere"])
-    assert "This command wants PyTorch: pip install 'mqa-jax[torch]'" in capsys.readouterr().err
+    assert "This command needs PyTorch: pip install 'mqa-jax[torch]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

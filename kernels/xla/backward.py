@@ -29,7 +29,7 @@ class Saved(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Gradients as they grow over the tiles, in `score_dtype`."""
+    """Partial sums of the gradients over the tiles, in `score_dtype`."""
 
     query: Float[Array, "B T K G H"]
     key: Float[Array, "B S K H"]
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
 def backward_in_tiles(
     inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp, shape: TileShape
 ) -> Operands:
-    """For each tile of keys, all tiles of queries that see it; five matrix products a tile."""
+    """For each tile of keys, all tiles of queries that attend to it; five matrix products a tile."""
     tiling, operands = Tiling(inputs, shape), inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
     saved = Saved(operands.query, d_out, *(x[..., None] for x in (*normalizer, delta)))
@@ -84,7 +84,7 @@ def differentiate(
     may_attend: Array | None,
     carry: tuple[Sums, Array, Array],
 ) -> tuple[Sums, Array, Array]:
-    """Adds what one tile contributes to every gradient."""
+    """Adds the contributions of one tile to every gradient."""
     sums, d_key, d_value = carry
     query, d_out, *normalizer, delta = (tiling.queries(x, place) for x in saved)
     score, tanh = tiling.scores(query, key, may_attend, place)
@@ -103,7 +103,7 @@ def differentiate(
 
 
 def add_to_score_terms(tiling: Tiling, place: Place, d_score: Scores, sums: Sums) -> Sums:
-    """The gradients of what is added to the scores: bias and ALiBi slopes."""
+    """The gradients of the terms that are added to the scores: bias and ALiBi slopes."""
     if sums.bias is not None:
         sums = sums._replace(bias=tiling.add_pairs(sums.bias, d_score, place))
     if sums.alibi_slopes is not None:

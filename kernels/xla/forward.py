@@ -15,13 +15,13 @@ from mqa_jax.shapes import Output
 
 
 def forward_in_tiles(inputs: Inputs, shape: TileShape) -> tuple[Output, Normalizer]:
-    """For each tile of queries, a running softmax over the tiles of keys that it can see."""
+    """For each tile of queries, a running softmax over the tiles of keys that its mask does not hide entirely."""
     tiling, size = Tiling(inputs, shape), inputs.sizes
 
     def query_tile(index: Array, results: tuple[Array, Normalizer]) -> tuple[Array, Normalizer]:
         place = tiling.place(index // tiling.row_tiles)
         place = tiling.at_row_tile(place, index % tiling.row_tiles)
-        place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, and stored alike
+        place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, with equal results
         query = tiling.queries(inputs.operands.query, place)
         state = online_softmax.State.empty(shape.heads, shape.rows * size.G, features=size.V, dtype=inputs.score_dtype)
         state = tiling.over_column_tiles(place, functools.partial(attend, tiling, query), state)
@@ -60,7 +60,7 @@ def attend(
 
 
 def sinks_of_rows(tiling: Tiling, place: Place) -> Float[Array, "P R 1"] | None:
-    """-inf, which is no sink, in queries that are padding."""
+    """The sink of each row; -inf, which means no sink, in queries that are padding."""
     sinks, lengths = tiling.inputs.operands.sinks, tiling.inputs.mask.query_lengths
     if sinks is None:
         return None

@@ -1,8 +1,8 @@
-"""Attention cut into tiles in plain XLA: where a tile lies, reading and writing its slices, its scores.
+"""Attention in tiles in plain XLA: the place of a tile, reading and writing its slices, its scores.
 
 One tile is P key/value heads x bq query positions x bk keys of one batch row. The G query heads of a key/value head are
 packed into the rows (R = bq * G), so K/V are never repeated and every matrix product has R rows. Where a length is no
-multiple of the tile, the last tile is moved back inside the array, and what it covers a second time is masked.
+multiple of the tile, the last tile is moved back inside the array, and the pairs it covers a second time are masked.
 """
 
 import functools
@@ -25,12 +25,12 @@ from mqa_jax.shapes import Length, positions
 Scores = Float[Array, "P bq G bk"]
 Carry = TypeVar("Carry")
 Range = tuple[tiles.Index, tiles.Index]
-ZERO: Any = np.int32(0)  # as an index beside int32 arrays: a Python 0 may be 64 bits wide
+ZERO: Any = np.int32(0)  # an index to mix with int32 arrays: a Python 0 may become 64 bits wide
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """How much one step computes.
+    """The size of one step.
 
     Attributes:
       rows: query positions, bq <= T.
@@ -46,9 +46,9 @@ class TileShape:
 
 
 class Place(NamedTuple):
-    """Where a tile lies (int32 scalars): batch row, first key/value head, query and key; and the first it owns.
+    """The place of a tile (int32 scalars): batch row, first key/value head, query and key; first owned query and key.
 
-    A tile owns all it covers, except where it was moved back inside the array.
+    A tile owns everything it covers, except where it was moved back inside the array.
     """
 
     batch: Array
@@ -59,13 +59,13 @@ class Place(NamedTuple):
     owned_column: Array
 
 
-# Of one tile: where it lies, what of it may be attended to (None: everything), and what has been computed so far.
+# A step computes one tile, from its place, its mask (None: no pair is hidden) and the carry of the loop.
 Step = Callable[[Place, Array | None, Carry], Carry]
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The inputs, seen as tiles."""
+    """The inputs, and access to their tiles."""
 
     inputs: Inputs
     shape: TileShape
@@ -103,14 +103,14 @@ class Tiling:
         return place._replace(column=jnp.minimum(owned, self.sizes.S - self.shape.columns), owned_column=owned)
 
     def over_column_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
-        """Steps through the tiles of keys that the tile of queries here can see."""
+        """Loops over the tiles of keys that this tile of queries attends to."""
         mask, rows = self._mask_of_row(place), (place.row, place.row + self.shape.rows)
         some, every = (f(mask, *rows, self.sizes.S) for f in (tiles.key_range, tiles.full_key_range))
         ranges = self._ranges(some, every, self.shape.columns, self.column_tiles)
         return self._over(ranges, functools.partial(self.at_column_tile, place), step, carry)
 
     def over_row_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
-        """Steps through the tiles of queries that can see the tile of keys here."""
+        """Loops over the tiles of queries that attend to this tile of keys."""
         mask, columns = self._mask_of_row(place), (place.column, place.column + self.shape.columns)
         some, (start, stop) = (f(mask, *columns, self.sizes.T) for f in (tiles.row_range, tiles.full_row_range))
         every = start, jnp.where(self._owns_every_key(place), stop, 0)
@@ -118,7 +118,7 @@ class Tiling:
         return self._over(ranges, functools.partial(self.at_row_tile, place), step, carry)
 
     def _owns_every_key(self, place: Place) -> Bool[Array, ""]:
-        """Whether no key of the tile is padding or another tile's; else only the mask knows which are to count."""
+        """Whether the tile owns all its keys and none is padding; else every tile of queries needs the mask."""
         lengths, owned = self.inputs.mask.key_lengths, place.column == place.owned_column
         return owned if lengths is None else owned & (place.column + self.shape.columns <= lengths[place.batch])
 
@@ -144,7 +144,7 @@ class Tiling:
         return lax.dynamic_update_slice(into, lax.dynamic_slice(into, start, size) + self._ungroup(x), start)
 
     def keys(self, x: Real[Array, "B S K X"], place: Place) -> Real[Array, "P bk X"]:
-        """Rows of a key-side array; 0 beyond the length, where NaN may lie and 0 * NaN would be NaN."""
+        """Rows of a key-side array; 0 beyond the length, because padding may hold NaN and 0 * NaN is NaN."""
         start, size = self._keys_slice(place, x.shape[-1])
         if x.dtype != self.inputs.score_dtype:
             x, start = lax.optimization_barrier((x, start))  # or XLA would convert all of x, before the loop
@@ -186,7 +186,7 @@ class Tiling:
     # -- scores ---------------------------------------------------------------------------------------------------
 
     def product(self, equation: str, left: Array, right: Array, dtype: DTypeLike | None = None) -> Array:
-        """A matrix product with sums in `score_dtype`, of numbers in `dtype`, by default the query's."""
+        """A matrix product of numbers in `dtype`, by default the query's, with sums in `score_dtype`."""
         sums = self.inputs.score_dtype
         dtype = sums if self.shape.upcast else dtype or self.inputs.dtype
         left, right = left.astype(dtype), right.astype(dtype)
@@ -195,7 +195,7 @@ class Tiling:
     def scores(
         self, query: Float[Array, "P R H"], key: Real[Array, "P bk H"], may_attend: Array | None, place: Place
     ) -> tuple[Scores, Scores | None]:
-        """The scores of a tile, -inf where hidden, and tanh of the soft cap, which the backward pass needs."""
+        """The scores of a tile, -inf where hidden, and the tanh of the soft cap for the backward pass."""
         operands, cap, tanh = self.inputs.operands, self.inputs.logits_soft_cap, None
         score = self.as_tile(self.product("prh,pkh->prk", query, key) * self.inputs.scale)
         if operands.key_scale is not None:
@@ -244,13 +244,13 @@ class Tiling:
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _ranges(self, some: Range, every: Range, tile: Length, count: Length) -> tuple[Range, Range]:
-        """Numbers of the tiles that are seen at all, and of those among them of which everything is seen."""
+        """Ranges of tile numbers: tiles with a visible pair, and among them those in which all pairs are visible."""
         start, stop = tiles.tile_range(*some, tile, count)
         full_start = jnp.clip(-(-every[0] // tile), start, stop)
         return (start, stop), (full_start, jnp.clip(every[1] // tile, full_start, stop))
 
     def _over(self, ranges: tuple[Range, Range], at: Callable[[Array], Place], step: Step, carry: Carry) -> Carry:
-        """First the tiles that need no mask, which costs as much as a sixth of a step, then the others."""
+        """First the tiles that need no mask, then the others: a mask takes a sixth of the time of a step."""
         (start, stop), (full_start, full_stop) = ranges
         masked = lambda tile, carry: self._masked_step(at(tile), step, carry)
         if self._is_uniform:
@@ -262,7 +262,7 @@ class Tiling:
 
     @property
     def _is_uniform(self) -> bool:
-        """Whether one loop does for all tiles: each may need the mask, or none has any, or there is just one."""
+        """Whether one loop suffices: every tile may need the mask, or none needs it, or there is only one tile."""
         mask = self.inputs.mask
         anywhere = mask.allowed, mask.query_segments, mask.query_lengths, mask.ring
         one = self.row_tiles == self.column_tiles == 1
@@ -275,7 +275,7 @@ class Tiling:
         return whole and not mask.hides_pairs and mask.key_lengths is None
 
     def _masked_step(self, place: Place, step: Step, carry: Carry) -> Carry:
-        """Skips a tile that a boolean mask or segments hide as a whole."""
+        """Skips a tile that a boolean mask or segments hide entirely."""
         may_attend, mask = self.visible(place), self.inputs.mask
         if may_attend is None or (mask.allowed is None and mask.query_segments is None):
             return step(place, may_attend, carry)
