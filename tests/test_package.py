@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+import setuptools
 from skins import needs_modes
 
 import mqa_jax
@@ -68,6 +70,7 @@ def test_the_test_above_can_fail():
 
 CALLS = """
 import sys
+import tomllib
 import jax
 import jax.numpy as jnp
 import mqa_jax
@@ -220,3 +223,9 @@ def test_versions_agree():
     assert version is not None
     assert version[1] == mqa_jax.__version__
     assert f"## {mqa_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_package_is_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = setuptools.find_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    assert set(found) == {name for name in MODULES if hasattr(importlib.import_module(name), "__path__")}
