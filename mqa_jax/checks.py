@@ -206,7 +206,7 @@ def _key_lengths(call: Call, batch: tuple, columns: int) -> tuple[Array | None, 
         return _lengths("key_value_seq_lengths", call.key_value_seq_lengths, batch, columns), None
     if call.key_value_seq_lengths is not None:
         raise ValueError(
-            "key_value_ring_lengths says how many keys there are, so key_value_seq_lengths must be None: "
+            "key_value_ring_lengths already determines the number of keys, so key_value_seq_lengths must be None: "
             f"key_value_ring_lengths={lengths}, key_value_seq_lengths={call.key_value_seq_lengths}."
         )
     rule, remedy = "not be negative, and fit 32 bits", "which counts all tokens so far"

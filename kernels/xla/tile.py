@@ -36,7 +36,7 @@ class TileShape:
       rows: query positions, bq <= T.
       columns: keys, bk <= S.
       heads: key/value heads, P; divides K.
-      upcast: multiply in `score_dtype` whatever the dtype of the inputs (CPUs have no fast 16-bit products).
+      upcast: multiply in `score_dtype`, for inputs of any dtype (CPUs have no fast 16-bit products).
     """
 
     rows: Length
