@@ -244,9 +244,9 @@ def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
     if type(x) is int and x == 0:
         return None
     offset = integers("query_offset", of_batch(x, batch, 0), (), batch)
-    most = MAX_INT32 + 1 - max(rows, 1) if isinstance(rows, int) else MAX_INT32  # else a symbol of `jax.export`
-    rule = f"leave the positions of all queries in 32 bits, from {MIN_INT32} to {most}"
-    offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", most=most)
+    highest = MAX_INT32 + 1 - max(rows, 1) if isinstance(rows, int) else MAX_INT32  # else a symbol of `jax.export`
+    rule = f"leave the positions of all queries in 32 bits, from {MIN_INT32} to {highest}"
+    offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", highest=highest)
     return offset.reshape(offset.shape or (1,) * len(batch))
 
 
