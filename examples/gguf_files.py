@@ -95,10 +95,12 @@ def load_gguf(path: Path) -> Checkpoint:
 
     def attention(layer: int) -> Params:
         prefix = NAMES.layer.format(layer)
-        names = {
-            f"{llama}.{part}": f"{prefix}{gguf}.{part}" for llama, gguf in NAMES.attention.items() for part in PARTS
+        tensor_names = {
+            f"{layout_name}.{part}": f"{prefix}{name}.{part}"
+            for layout_name, name in NAMES.attention.items()
+            for part in PARTS
         }
-        state = {llama: read(gguf) for llama, gguf in names.items() if gguf in tensors}
+        state = {layout_name: read(name) for layout_name, name in tensor_names.items() if name in tensors}
         return torch_interop.from_state_dict(state, heads=config.heads, kv_heads=config.kv_heads, layout="llama")
 
     check_kind(metadata, place)

@@ -255,19 +255,19 @@ def train(settings: Settings, text: Text, folder: Path, save_every: int) -> Stat
 
 def check(options: argparse.Namespace, text: Text) -> None:
     """Checks the options before training."""
-    least: dict[str, float] = dict(
+    lower: dict[str, float] = dict(
         heads=1, layers=1, dim=1, hidden=1, steps=1, batch=1, length=2, seed=0, dropout=0, temperature=0
     )
-    least |= dict(learning_rate=0, checkpoint_every=1, decode_rows=1, decode_length=32)
-    below: dict[str, float] = dict(dropout=1, seed=2**31)
+    lower |= dict(learning_rate=0, checkpoint_every=1, decode_rows=1, decode_length=32)
+    upper: dict[str, float] = dict(dropout=1, seed=2**31)
     if options.api not in ("linen", "nnx"):
         raise ValueError(f"--api is linen or nnx: api={options.api!r}.")
-    for name, bound in least.items():
+    for name, bound in lower.items():
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
         if not bound <= value < math.inf:
             raise ValueError(f"{option} must be at least {bound}: {name}={value}.")
-        if name in below and value >= below[name]:
-            raise ValueError(f"{option} must be less than {below[name]}: {name}={value}.")
+        if name in upper and value >= upper[name]:
+            raise ValueError(f"{option} must be less than {upper[name]}: {name}={value}.")
     if len(set(options.kv_heads)) != len(options.kv_heads):
         raise ValueError(f"--kv-heads names each model once: kv_heads={options.kv_heads}.")
     if options.batch * (options.length + 1) > text.held_out.size:

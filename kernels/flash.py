@@ -116,5 +116,5 @@ def _empty(inputs: Inputs) -> tuple[Output, LogSumExp | None]:
     out = jnp.zeros((*rows, size.V), inputs.dtype)
     if not inputs.residual:
         return out, None
-    seen = jnp.asarray(-jnp.inf, inputs.score_dtype) if sinks is None else sinks[..., 0].swapaxes(1, 2)
-    return out, jnp.broadcast_to(seen, rows)
+    log_sum_exp = jnp.asarray(-jnp.inf, inputs.score_dtype) if sinks is None else sinks[..., 0].swapaxes(1, 2)
+    return out, jnp.broadcast_to(log_sum_exp, rows)

@@ -53,19 +53,19 @@ def may_exceed_32_bits(x: Array | np.ndarray) -> bool:
 
 
 def in_32_bits(
-    name: str, x: Array | np.ndarray, rule: str, remedy: str, least: int = MIN_INT32, most: Length = MAX_INT32
+    name: str, x: Array | np.ndarray, rule: str, remedy: str, lowest: int = MIN_INT32, highest: Length = MAX_INT32
 ) -> Array:
-    """int32 from `least` to `most`. Another number is an error; it is clipped where it or `most` is not known."""
+    """int32 from `lowest` to `highest`. Others are errors; they are clipped where they or `highest` are unknown."""
     kind = jnp.iinfo(x.dtype)
-    if not isinstance(most, int):
-        return jnp.clip(jnp.asarray(x), least, jnp.asarray(most).astype(x.dtype)).astype(jnp.int32)
-    if not isinstance(x, jax.core.Tracer) and (kind.min < least or kind.max > most):
+    if not isinstance(highest, int):
+        return jnp.clip(jnp.asarray(x), lowest, jnp.asarray(highest).astype(x.dtype)).astype(jnp.int32)
+    if not isinstance(x, jax.core.Tracer) and (kind.min < lowest or kind.max > highest):
         values = np.asarray(x)
-        if np.any((values < least) | (values > most)):
+        if np.any((values < lowest) | (values > highest)):
             raise ValueError(f"{name} must {rule}: {name}={values}, {remedy}.")
     elif isinstance(x, jax.core.Tracer):
-        x = jnp.minimum(x, most) if kind.max > most else x
-        x = jnp.maximum(x, least) if kind.min < least else x
+        x = jnp.minimum(x, highest) if kind.max > highest else x
+        x = jnp.maximum(x, lowest) if kind.min < lowest else x
     return jnp.asarray(x.astype(jnp.int32))
 
 

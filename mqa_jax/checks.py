@@ -204,7 +204,7 @@ def _key_lengths(call: Call, batch: tuple, columns: int) -> tuple[Array | None, 
         return _lengths("key_value_seq_lengths", call.key_value_seq_lengths, batch, columns), None
     if call.key_value_seq_lengths is not None:
         raise ValueError(
-            "key_value_ring_lengths says how many keys there are, so key_value_seq_lengths must be None: "
+            "key_value_ring_lengths already determines the number of keys, so key_value_seq_lengths must be None: "
             f"key_value_ring_lengths={lengths}, key_value_seq_lengths={call.key_value_seq_lengths}."
         )
     rule, remedy = "not be negative, and fit 32 bits", "which counts all tokens so far"
@@ -242,9 +242,9 @@ def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
     if type(x) is int and x == 0:
         return None
     offset = integers("query_offset", of_batch(x, batch, 0), (), batch)
-    most = MAX_INT32 + 1 - max(rows, 1) if isinstance(rows, int) else MAX_INT32  # else a symbol of `jax.export`
-    rule = f"leave the positions of all queries in 32 bits, from {MIN_INT32} to {most}"
-    offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", most=most)
+    highest = MAX_INT32 + 1 - max(rows, 1) if isinstance(rows, int) else MAX_INT32  # else a symbol of `jax.export`
+    rule = f"leave the positions of all queries in 32 bits, from {MIN_INT32} to {highest}"
+    offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", highest=highest)
     return offset.reshape(offset.shape or (1,) * len(batch))
 
 

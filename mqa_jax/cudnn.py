@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, through `jax.nn`, for the calls to which it gives the meaning that this library does."""
+"""cuDNN's fused attention, through `jax.nn`, for the calls whose meaning in `jax.nn` is that of this library."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ def cannot(inputs: Inputs) -> str | None:
         "keys in a ring buffer": mask.ring is not None,
         "keys and values in 8 bits": operands.key_scale is not None,
         "segment ids": mask.query_segments is not None,
-        "local_window_size without is_causal (it would see the future)": mask.window is not None and not mask.is_causal,
+        "local_window_size without is_causal (its right limit is not supported)": mask.window is not None
+        and not mask.is_causal,
         "no queries or keys": 0 in (size.T, size.S),
     }
     reasons = [reason for reason, applies in unsupported.items() if applies]

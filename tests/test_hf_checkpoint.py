@@ -315,7 +315,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "other frequencies": (
         lambda folder: _rotary(folder, jnp.array([1.0, 0.5])),
         NotImplementedError,
-        "model.layers.0.self_attn.rotary_emb.inv_freq has other frequencies than config.json says",
+        "model.layers.0.self_attn.rotary_emb.inv_freq has other frequencies than those of config.json",
     ),
     "empty": (_weights_of(b""), ValueError, r"Truncated or damaged: model.safetensors \(.*\), but an empty file"),
     "Git LFS": (

@@ -64,8 +64,8 @@ def row_tiles_of(size: Sizes, config: TileConfig) -> int:
 
 def splits_of(size: Sizes, row_tiles: int) -> int:
     """The number of parts of the keys: no more than fill the GPU once, so that all end at about the same time."""
-    most = MAX_PROGRAMS // (size.B * size.K * row_tiles)
-    return max(1, min(most, size.S // MIN_KEYS))
+    max_splits = MAX_PROGRAMS // (size.B * size.K * row_tiles)
+    return max(1, min(max_splits, size.S // MIN_KEYS))
 
 
 def partial_bytes(size: Sizes, splits: int) -> int:

@@ -46,7 +46,7 @@ def over_key_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...],
     """
     size = inputs.sizes
     tiles = -(-size.S // config.columns)
-    shares = shares_of(tiles * size.B * size.K, most=min(MAX_SHARES, size.G * -(-size.T // config.rows)))
+    shares = shares_of(tiles * size.B * size.K, max_shares=min(MAX_SHARES, size.G * -(-size.T // config.rows)))
     grid = tiles, shares, size.B * size.K
 
     def place() -> tuple[Array, ...]:
@@ -55,9 +55,9 @@ def over_key_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...],
     return grid, shares, place
 
 
-def shares_of(programs: int, most: int) -> int:
+def shares_of(programs: int, max_shares: int) -> int:
     """The number of parts of each program's work, for about four programs on each of 128 multiprocessors."""
-    return max(1, min(most, MAX_SHARED_PROGRAMS // programs))
+    return max(1, min(max_shares, MAX_SHARED_PROGRAMS // programs))
 
 
 def _kv_heads_together(size: Sizes, itemsize: int) -> int:

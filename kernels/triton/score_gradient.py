@@ -64,7 +64,7 @@ class Reduction(NamedTuple):
         rows = row_tiles if shape[2] > 1 or shape[3] == 1 else 1
         batches, heads = size.B // shape[0], size.N // shape[1]
         steps = batches * heads * (row_tiles // rows) * (column_tiles // columns)
-        shares = shares_of(rows * columns * shape[0] * shape[1], most=min(MAX_SHARES, steps))
+        shares = shares_of(rows * columns * shape[0] * shape[1], max_shares=min(MAX_SHARES, steps))
         return cls(shape, rows, columns, batches, heads, shares)
 
     @property

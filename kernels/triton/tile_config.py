@@ -44,10 +44,10 @@ class TileConfig:
     settle_sums: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 16), ("columns", 16), ("features", 16), ("warps", 1)):
+        for name, smallest in (("rows", 16), ("columns", 16), ("features", 16), ("warps", 1)):
             number = getattr(self, name)
-            if number < least or number & (number - 1):
-                raise ValueError(f"{name} must be a power of two from {least} on: {name}={number}.")
+            if number < smallest or number & (number - 1):
+                raise ValueError(f"{name} must be a power of two from {smallest} on: {name}={number}.")
         if self.stages < 1:
             raise ValueError(f"stages must be at least 1: stages={self.stages}.")
 

@@ -71,7 +71,7 @@ def forward_few_queries(inputs: Inputs, steps: Steps) -> tuple[Output, Normalize
     of_block = lambda inputs: (
         lambda index, state: attend(inputs, steps, Block.number(index, steps.columns, size), query, state)
     )
-    state = _nothing_seen(inputs, steps)
+    state = _empty_state(inputs, steps)
     if steps.columns == size.S:
         state = of_block(inputs)(jnp.int32(0), state)
     else:
@@ -104,7 +104,7 @@ def attend(
 
 
 class _BlockRange(NamedTuple):
-    """In blocks [start, stop) some row of the batch has a visible key; in [full_start, full_stop) all rows see all."""
+    """In blocks [start, stop) some pair is visible; in [full_start, full_stop) all pairs of all rows are visible."""
 
     start: Array
     full_start: Array
@@ -124,11 +124,11 @@ class _BlockRange(NamedTuple):
 
 
 def _full(mask: masks.Mask) -> masks.Mask:
-    """The mask of blocks that all queries but padding see. Evaluating the whole mask would double a step's time."""
+    """The mask of blocks that are visible to all queries but padding: the whole mask would double a step's time."""
     return masks.Mask(query_offset=mask.query_offset, query_lengths=mask.query_lengths, ring=mask.ring)
 
 
-def _nothing_seen(inputs: Inputs, steps: Steps) -> online_softmax.State:
+def _empty_state(inputs: Inputs, steps: Steps) -> online_softmax.State:
     size, dtype = inputs.sizes, inputs.score_dtype
     heads = size.K, size.T, size.G
     weight = jax.ShapeDtypeStruct((size.B, steps.columns, *heads), dtype)

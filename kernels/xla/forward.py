@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import online_softmax
 from mqa_jax.kernels.online_softmax import Normalizer
+from mqa_jax.kernels.xla.scores import drop, product, scores
 from mqa_jax.kernels.xla.tile import Place, TileShape, Tiling
 from mqa_jax.shapes import Output
 
@@ -46,16 +47,16 @@ def attend(
     """Adds one tile of keys to the running softmax."""
     operands = tiling.inputs.operands
     key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
-    score, _ = tiling.scores(query, key, may_attend, place)
+    score, _ = scores(tiling, query, key, may_attend, place)
     score = tiling.as_matrix(score)
     highest = jnp.maximum(state.highest, jnp.max(score, axis=-1, keepdims=True))
     shift = online_softmax.finite(highest)
     weight, rescale = jnp.exp(score - shift), jnp.exp(state.highest - shift)
     total = state.total * rescale + jnp.sum(weight, axis=-1, keepdims=True)
-    weight = tiling.drop(weight, place)
+    weight = drop(tiling, weight, place)
     if operands.value_scale is not None:
         weight = weight * tiling.scales(operands.value_scale, place)[:, 0]
-    weighted = tiling.product("prk,pkv->prv", weight, value, tiling.inputs.weight_dtype)
+    weighted = product(tiling, "prk,pkv->prv", weight, value, tiling.inputs.weight_dtype)
     return online_softmax.State(highest, total, state.weighted * rescale + weighted)
 
 

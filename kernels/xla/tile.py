@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Real, Shaped
 
-from mqa_jax import dropout, masks
+from mqa_jax import masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import tiles
 from mqa_jax.shapes import Length, positions
@@ -36,7 +35,7 @@ class TileShape:
       rows: query positions, bq <= T.
       columns: keys, bk <= S.
       heads: key/value heads, P; divides K.
-      upcast: multiply in `score_dtype` whatever the dtype of the inputs (CPUs have no fast 16-bit products).
+      upcast: multiply in `score_dtype`, for inputs of any dtype (CPUs have no fast 16-bit products).
     """
 
     rows: Length
@@ -104,14 +103,14 @@ class Tiling:
 
     def over_column_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
         """Loops over the tiles of keys that this tile of queries attends to."""
-        mask, rows = self._mask_of_row(place), (place.row, place.row + self.shape.rows)
+        mask, rows = self.mask_of_row(place), (place.row, place.row + self.shape.rows)
         some, every = (f(mask, *rows, self.sizes.S) for f in (tiles.key_range, tiles.full_key_range))
         ranges = self._ranges(some, every, self.shape.columns, self.column_tiles)
         return self._over(ranges, functools.partial(self.at_column_tile, place), step, carry)
 
     def over_row_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
         """Loops over the tiles of queries that attend to this tile of keys."""
-        mask, columns = self._mask_of_row(place), (place.column, place.column + self.shape.columns)
+        mask, columns = self.mask_of_row(place), (place.column, place.column + self.shape.columns)
         some, (start, stop) = (f(mask, *columns, self.sizes.T) for f in (tiles.row_range, tiles.full_row_range))
         every = start, jnp.where(self._owns_every_key(place), stop, 0)
         ranges = self._ranges(some, every, self.shape.rows, self.row_tiles)
@@ -183,57 +182,18 @@ class Tiling:
     def columns(self, place: Place) -> Array:
         return place.column + positions(self.shape.columns)
 
-    # -- scores ---------------------------------------------------------------------------------------------------
-
-    def product(self, equation: str, left: Array, right: Array, dtype: DTypeLike | None = None) -> Array:
-        """A matrix product of numbers in `dtype`, by default the query's, with sums in `score_dtype`."""
-        sums = self.inputs.score_dtype
-        dtype = sums if self.shape.upcast else dtype or self.inputs.dtype
-        left, right = left.astype(dtype), right.astype(dtype)
-        return jnp.einsum(equation, left, right, precision=self.inputs.precision, preferred_element_type=sums)
-
-    def scores(
-        self, query: Float[Array, "P R H"], key: Real[Array, "P bk H"], may_attend: Array | None, place: Place
-    ) -> tuple[Scores, Scores | None]:
-        """The scores of a tile, -inf where hidden, and the tanh of the soft cap for the backward pass."""
-        operands, cap, tanh = self.inputs.operands, self.inputs.logits_soft_cap, None
-        score = self.as_tile(self.product("prh,pkh->prk", query, key) * self.inputs.scale)
-        if operands.key_scale is not None:
-            score = score * self.scales(operands.key_scale, place)
-        if cap is not None:
-            tanh = jnp.tanh(score / cap)
-            score = cap * tanh
-        if operands.bias is not None:
-            score = score + self._split_heads(self.pairs(operands.bias, place)).astype(score.dtype)
-        if operands.alibi_slopes is not None:
-            score = score - self.heads(operands.alibi_slopes, place) * self.distance(place)
-        return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf), tanh
-
-    def distance(self, place: Place) -> Float[Array, "1 bq 1 bk"]:
-        """|query position - key position|."""
-        distance = masks.distance(self._mask_of_row(place), self.rows(place), self.columns(place))
-        return self._split_heads(distance).astype(self.inputs.score_dtype)
+    # -- masks ----------------------------------------------------------------------------------------------------
 
     def visible(self, place: Place) -> Bool[Array, "#P #bq #G #bk"] | None:
         """True where a query may attend to a key and the tile owns both; None if nothing is removed."""
         rows, columns = self.rows(place), self.columns(place)
         may_attend = masks.visible(self._mask_of_tile(place), rows, columns)
-        may_attend = None if may_attend is None else self._split_heads(may_attend)
+        may_attend = None if may_attend is None else self.split_heads(may_attend)
         if self.sizes.T % self.shape.rows != 0:
             may_attend = _both(may_attend, (rows >= place.owned_row)[None, :, None, None])
         if self.sizes.S % self.shape.columns != 0:
             may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, None, :])
         return may_attend
-
-    def drop(self, weight: Float[Array, "P R bk"], place: Place) -> Float[Array, "P R bk"]:
-        """Dropout, of the weights or of their gradients."""
-        spec, shape = self.inputs.dropout, self.shape
-        if spec is None:
-            return weight
-        head = place.head * self.sizes.G + positions(shape.heads * self.sizes.G).reshape(-1, 1, self.sizes.G, 1)
-        row, column = self.rows(place)[None, :, None, None], self.columns(place)[None, None, None]
-        kept = dropout.keep(spec, spec.batch[place.batch], head, row, column)
-        return jnp.where(self.as_matrix(kept), weight * spec.scale, 0.0)
 
     def as_tile(self, x: Float[Array, "P R bk"]) -> Scores:
         return x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, self.shape.columns)
@@ -308,18 +268,18 @@ class Tiling:
         x = x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, x.shape[-1])
         return x.transpose(1, 0, 2, 3)[None]
 
-    def _split_heads(self, x: Array) -> Array:
+    def split_heads(self, x: Array) -> Array:
         """`[1, #PG, #bq, #bk]` -> `[#P, #bq, #G, #bk]`."""
         heads = (1, 1) if x.shape[1] == 1 else (self.shape.heads, self.sizes.G)
         return x.reshape(*heads, *x.shape[2:]).transpose(0, 2, 1, 3)
 
-    def _mask_of_row(self, place: Place) -> masks.Mask:
+    def mask_of_row(self, place: Place) -> masks.Mask:
         """The mask of one batch row, without the boolean mask of the caller."""
         cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
         return jax.tree.map(cut, replace(self.inputs.mask, allowed=None), is_leaf=lambda x: x is None)
 
     def _mask_of_tile(self, place: Place) -> masks.Mask:
-        mask, allowed = self._mask_of_row(place), self.inputs.mask.allowed
+        mask, allowed = self.mask_of_row(place), self.inputs.mask.allowed
         cut = lambda x, start, size: None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis=1)
         return replace(
             mask,

@@ -86,15 +86,15 @@ def visits(T: int, S: int, rows: int, columns: int, is_causal: bool) -> int:
     return sum(-(-end // columns) for end in ends)
 
 
-def even_tiles(length: int, least: int) -> list[int]:
-    """Tiles as even as possible, of about `least` to MAX_SIDE: for 640 tokens, 320 224 160 128 if `least` is 128."""
+def even_tiles(length: int, min_size: int) -> list[int]:
+    """Sizes of even tiles, from about `min_size` to MAX_SIDE: for 640 tokens, 320 216 160 128 if `min_size` is 128."""
     limits = (MAX_SIDE, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8)
-    return list(dict.fromkeys(even(length, most) for most in limits if most >= min(least, MAX_SIDE)))
+    return list(dict.fromkeys(even(length, max_size) for max_size in limits if max_size >= min(min_size, MAX_SIDE)))
 
 
-def even(length: int, most: int) -> int:
-    """The size of tiles that cover a length with as few tiles of at most `most` as possible, all but the last equal."""
-    count = -(-length // most)
+def even(length: int, max_size: int) -> int:
+    """The size of the fewest tiles of at most `max_size` that cover a length; all but the last are equal."""
+    count = -(-length // max_size)
     return min(length, -(-length // (count * ALIGNED)) * ALIGNED)
 
 

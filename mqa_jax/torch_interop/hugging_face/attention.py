@@ -212,7 +212,7 @@ def _falcon(config: Config, layer: int) -> dict[str, Any]:
 
 
 def _mpt(config: Config, layer: int) -> dict[str, Any]:
-    """ALiBi always, with alibi_bias_max=8: transformers ignores what else the config may say."""
+    """Always ALiBi with alibi_bias_max=8: transformers ignores other settings of the config, which are errors here."""
     attention = Fields(config.get("attn_config") or {})
     settings = dict(
         dim=config["d_model"],

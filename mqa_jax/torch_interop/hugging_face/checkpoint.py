@@ -206,7 +206,7 @@ def _without_frequencies(tensors: dict[str, Any], rope: Rope | None, prefix: str
     if rope is None or not np.allclose(
         stored, rope.frequencies(2 * stored.size), rtol=0.01
     ):  # it may be half precision
-        raise NotImplementedError(f"{prefix}{ROTARY} has other frequencies than config.json says: rope={rope}.")
+        raise NotImplementedError(f"{prefix}{ROTARY} has other frequencies than those of config.json: rope={rope}.")
     return {name: x for name, x in tensors.items() if name != ROTARY}
 
 
