@@ -27,9 +27,27 @@ class AsWritten(griffe.Extension):
             func.returns = ast.unparse(definition.returns)
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """griffe knows the section `Examples:`."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = in_griffes_words(obj.docstring.value)
+
+
+def in_griffes_words(docstring: str) -> str:
+    """Sections that griffe does not know, or of which it takes a colon for the end of a type, as plain Markdown."""
+    docstring = re.sub(r"^Example:$", "Examples:", docstring, flags=re.MULTILINE)
+    docstring = re.sub(r"^Returns:\n((?:  .*\n?|\n)+)", _paragraph, docstring, flags=re.MULTILINE)
+    docstring = re.sub(r"^Implementations:\n((?:  .*\n?|\n)+)", _bullets, docstring, flags=re.MULTILINE)
+    # One entry for several attributes: after a space griffe expects a type.
+    several = r"^  (?:`?\w+`?, )+`?\w+`?(?=: )"
+    return re.sub(several, lambda names: "  " + names[0].strip().replace(", ", ",\u00a0"), docstring, flags=re.MULTILINE)
+
+
+def _paragraph(section: re.Match[str]) -> str:
+    return f"**Returns:**\n\n{textwrap.dedent(section[1])}\n"
+
+
+def _bullets(section: re.Match[str]) -> str:
+    items = re.sub(r"^(?=\S)", "- ", textwrap.dedent(section[1]), flags=re.MULTILINE)
+    return f"**Implementations:**\n\n{items}\n"
 
 
 def source_of(function: Any) -> ast.FunctionDef | None:
