@@ -37,8 +37,8 @@ def in_griffes_words(docstring: str) -> str:
     docstring = re.sub(r"^Returns:\n((?:  .*\n?|\n)+)", _paragraph, docstring, flags=re.MULTILINE)
     docstring = re.sub(r"^Implementations:\n((?:  .*\n?|\n)+)", _bullets, docstring, flags=re.MULTILINE)
     # One entry for several attributes: after a space griffe expects a type.
-    several = r"^  (?:`?\w+`?, )+`?\w+`?(?=: )"
-    return re.sub(several, lambda names: "  " + names[0].strip().replace(", ", ",\u00a0"), docstring, flags=re.MULTILINE)
+    several = r"(?<=^  )(?:\w+, )+\w+(?=: )"
+    return re.sub(several, lambda names: names[0].replace(", ", ",\u00a0"), docstring, flags=re.MULTILINE)
 
 
 def _paragraph(section: re.Match[str]) -> str:

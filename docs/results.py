@@ -1,4 +1,4 @@
-"""Puts what lies in benchmarks/results, outside of docs/, on the site; links to it also work where files are browsed."""
+"""Puts what lies in benchmarks/results, outside of docs/, on the site; links to it work without the site, too."""
 
 from pathlib import Path
 from typing import Any
