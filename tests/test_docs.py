@@ -22,15 +22,16 @@ def name_of(page: Path) -> str:
 
 def with_code() -> list[Any]:
     pages = [page for page in PAGES if CODE.search(page.read_text())]
-    needs_torch = lambda page: pytest.mark.torch if "import torch" in page.read_text() else ()
-    return [pytest.param(page, id=name_of(page), marks=needs_torch(page)) for page in pages]
+    marks = lambda page: pytest.mark.torch if "import torch" in page.read_text() else ()
+    return [pytest.param(page, id=name_of(page), marks=marks(page)) for page in pages]
 
 
 @pytest.mark.parametrize("page", with_code())
 def test_code_runs_and_prints_what_its_comments_say(page):
     """The blocks of a page are one program. What a `print` prints stands behind it, on the same line."""
     blocks = CODE.findall(page.read_text())
-    printed, names = io.StringIO(), {}
+    printed = io.StringIO()
+    names: dict[str, Any] = {}
     with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):
         for block in blocks:
             exec(compile(block, name_of(page), "exec"), names)
@@ -63,5 +64,5 @@ def test_every_public_name_is_in_the_api_reference():
     documented = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
     for package in (mqa_jax, mqa_jax.nnx):
         source = Path(str(package.__file__)).read_text()
-        for name in re.findall(r" as (\w+)$", source, re.MULTILINE):
+        for name in re.findall(r"^from .* as (\w+)$", source, re.MULTILINE):
             assert f"{package.__name__}.{name}" in documented
