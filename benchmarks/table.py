@@ -1,6 +1,6 @@
 """Results as tables: aligned on a terminal, and in Markdown, where `python -m benchmarks.table --write` puts them.
 
-The README has a line for each case, between marks; results/DEVICE.md has a line for each peer.
+docs/benchmarks.md has a line for each case, between marks; results/DEVICE.md has a line for each peer.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from benchmarks import reasons
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 
 def figures(number: float) -> str:
@@ -173,27 +173,27 @@ def where_we_lose(results: dict[str, Any]) -> str:
 
 
 def measured_section(results: dict[str, Any]) -> str:
-    """What stands in the README between the marks."""
+    """What stands on the page between the marks."""
     return "\n\n".join([compact(results), source(results), "### Where we lose", where_we_lose(results)])
 
 
 BEGIN, END = "<!-- from benchmarks/results/cpu.json: begin -->", "<!-- end -->"
 
 
-def readme_with(results: dict[str, Any], text: str) -> str:
+def page_with(results: dict[str, Any], text: str) -> str:
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
     return f"{before}{BEGIN}\n\n{measured_section(results)}\n\n{END}{after}"
 
 
 def write() -> list[Path]:
-    """The README, and the whole table of each device whose results there are."""
+    """The page, and the whole table of each device whose results there are."""
     files = []
     for file in result_files():
         files.append(file.with_suffix(".md"))
         files[-1].write_text(whole(json.loads(file.read_text())) + "\n")
-    README.write_text(readme_with(json.loads((RESULTS / "cpu.json").read_text()), README.read_text()))
-    return [*files, README]
+    PAGE.write_text(page_with(json.loads((RESULTS / "cpu.json").read_text()), PAGE.read_text()))
+    return [*files, PAGE]
 
 
 def result_files() -> list[Path]:
@@ -203,7 +203,7 @@ def result_files() -> list[Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md and benchmarks/results/*.md")
+    parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md and benchmarks/results/*.md")
     parser.add_argument("results", type=Path, nargs="?", help="what `python -m benchmarks` wrote, to be printed")
     options = parser.parse_args()
     if options.results is not None:

@@ -144,13 +144,13 @@ def test_what_is_committed_agrees_with_the_results(file):
     for name in plots.DRAWINGS:
         picture = plots.FOLDER / f"{file.stem}-{name}.png"
         if picture.exists() and file.stem == "cpu":
-            assert f"results/plots/{picture.name}" in table.README.read_text()
+            assert f"results/plots/{picture.name}" in table.PAGE.read_text()
 
 
-def test_the_readme_shows_the_results_of_the_cpu_and_why_we_lose():
+def test_the_page_shows_the_results_of_the_cpu_and_why_we_lose():
     results = json.loads((table.RESULTS / "cpu.json").read_text())
-    text = table.README.read_text()
-    assert table.readme_with(results, text) == text
+    text = table.PAGE.read_text()
+    assert table.page_with(results, text) == text
     for row in table.losses(results["rows"]):
         assert reasons.reason_for(row), f"benchmarks/reasons.py: no reason for {row['case']} {row['peer']}"
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import jaxtyping
-import numpy as np
 import pytest
 import setuptools
 from skins import needs_modes
@@ -189,25 +188,6 @@ def test_shapes_of_the_kernels_are_checked_while_tests_run():
     inputs: Any = None
     with pytest.raises(jaxtyping.TypeCheckError, match="key"):
         decode.plain_scores(inputs, jnp.ones((1, 2, 1, 3, 4)), jnp.ones((1, 7, 2, 5)))
-
-
-@needs_modes
-def test_readme_code_runs_and_its_comments_are_true():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-        if "token" in block:
-            np.testing.assert_allclose(names["token"], names["out"][:, 99:], atol=1e-5)
-    assert names["out"].shape == (2, 5, 8, 64)
-
-
-@needs_modes
-def test_the_code_of_the_page_on_caches_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/caches.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(compile(block, "caches.md", "exec"), names)
-    assert names["view"].cache_index[...].tolist() == [6, 6]
 
 
 def test_linen_alone_does_not_load_nnx():
