@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import ceilings, environment, gpu, gpu_memory
+from benchmarks import ceilings, environment, gpu
 from benchmarks.cases import Line, lines_of
-from benchmarks.jax_peers import compiled
+from benchmarks.gpu_compile import memory
 from benchmarks.measure import measure
+from benchmarks.peers.jax_attention import compiled
 from benchmarks.progress import progress_bar
-from benchmarks.table import aligned, describe_ceilings
+from benchmarks.table import aligned, aligned_memory, describe_ceilings
 from benchmarks.timing import QUICK, Settings
 
 GPU_MEMORY = "gpu-memory"
@@ -88,8 +89,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             progress.update()
     print(f"\n{aligned(results['rows'])}", flush=True)
     if wanted(GPU_MEMORY):
-        results["gpu_memory"] = gpu_memory.main(options.quick)
-        print(f"\n{gpu_memory.aligned(results['gpu_memory'])}")
+        results["gpu_memory"] = memory.main(options.quick)
+        print(f"\n{aligned_memory(results['gpu_memory'])}")
     results["seconds"] = round(time.perf_counter() - start)
     print(f"\n{results['seconds']} s")
     save(results, file)
