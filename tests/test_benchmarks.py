@@ -24,7 +24,7 @@ from benchmarks.compare import compare
 from benchmarks.compare import main as compare_files
 from benchmarks.gpu_compile import memory
 from benchmarks.measure import Row, measure
-from benchmarks.peers import jax_attention, torch_attention
+from benchmarks.peers import jax_attention, text, torch_attention
 from benchmarks.problems import BOTH, FORWARD, Problem
 from benchmarks.timing import QUICK, Settings
 
