@@ -26,8 +26,8 @@ def results_of(
     environment: Mapping[str, str] | None = None,
     longest: float = threading.TIMEOUT_MAX,
     end: float = float("inf"),
-) -> Iterator[tuple[Any, Any | str]]:
-    """Each order, JSON, with what a process of this Python program prints for it, or, if that ended it, how: a string.
+) -> Iterator[tuple[Any, Any]]:
+    """Each order, JSON, with what a process of this Python program prints for it, or, if that ended it, how: a string, which no result is.
 
     Args:
       arguments: of the program; the last one, after these, is a list of orders.

@@ -1,9 +1,8 @@
-"""Results as tables: aligned on a terminal, and in Markdown, where `python -m benchmarks.table --write` puts them.
+"""Results as tables: aligned on a terminal, and in Markdown, where `make plots` puts them.
 
 results/README.md has a line for each case, between marks; results/DEVICE.md has a line for each peer.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -210,14 +209,3 @@ def write() -> list[Path]:
 def result_files() -> list[Path]:
     """Those of `python -m benchmarks`, one for each kind of device."""
     return [path for path in sorted(RESULTS.glob("*.json")) if "ceilings" in json.loads(path.read_text())]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results/*.md")
-    parser.add_argument("results", type=Path, nargs="?", help="what `python -m benchmarks` wrote, to be printed")
-    options = parser.parse_args()
-    if options.results is not None:
-        print(whole(json.loads(options.results.read_text())))
-    if options.write:
-        print("\n".join(path.name for path in write()))

@@ -215,9 +215,9 @@ def test_a_process_that_ends_is_the_result_of_its_case_alone(monkeypatch):
 
 def test_a_process_that_has_lost_its_gpu_is_replaced(monkeypatch):
     found = work(
-        monkeypatch, f"print('noise'); print(mark + json.dumps(names[0]), flush=True); os._exit({processes.WORN_OUT})"
+        monkeypatch, f"print('noise'); print(mark + json.dumps([names[0]]), flush=True); os._exit({processes.WORN_OUT})"
     )
-    assert found == {name: name for name in NAMES}
+    assert found == {name: [name] for name in NAMES}
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch):

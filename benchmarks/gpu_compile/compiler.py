@@ -50,7 +50,7 @@ def compile_cases(target: str, cases: Sequence[Case]) -> Iterator[Result]:
             yield Result(**{**found, "kernels": tuple(Kernel(**kernel) for kernel in found["kernels"])})
 
 
-def results_of(worker: str, target: str, orders: Sequence[Any]) -> Iterator[tuple[Any, Any | str]]:
+def results_of(worker: str, target: str, orders: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     """Each order with what a process of this program finds for it, or, if that is its end, how it ended."""
     return processes.results_of(worker, [target], orders, "the compiler", worker_environment())
 
