@@ -27,7 +27,7 @@ def results_of(
     longest: float = threading.TIMEOUT_MAX,
     end: float = float("inf"),
 ) -> Iterator[tuple[Any, Any]]:
-    """Each order, JSON, with what a process of this Python program prints for it, or, if that ended it, how: a string, which no result is.
+    """Each order, JSON, with what a process of this program prints for it, or how that ended: a string, unlike results.
 
     Args:
       arguments: of the program; the last one, after these, is a list of orders.
