@@ -7,7 +7,6 @@ python -m benchmarks --gpu
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -85,7 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with progress_bar(len(chosen), "benchmarks", "line") as progress:
         for line in chosen:
             results["rows"] += measure_line(line, options.quick, settings, results["ceilings"])
-            save(results, file)  # after each: whatever ends this process, what is known stays
+            environment.save(results, file)  # after each: whatever ends this process, what is known stays
             progress.update()
     print(f"\n{aligned(results['rows'])}", flush=True)
     if wanted(GPU_MEMORY):
@@ -93,14 +92,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"\n{aligned_memory(results['gpu_memory'])}")
     results["seconds"] = round(time.perf_counter() - start)
     print(f"\n{results['seconds']} s")
-    save(results, file)
+    environment.save(results, file)
     return results
-
-
-def save(results: dict[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def measure_line(line: Line, quick: bool, settings: Settings, ceiling: dict[str, Any]) -> list[dict[str, Any]]:

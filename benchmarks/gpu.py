@@ -86,9 +86,7 @@ def main(options: argparse.Namespace, command: str, file: Path | None) -> dict[s
                 rows = rated(found, lines_of("gpu")[name], options.quick, results["ceilings"])
                 results["rows"] += rows
                 print(f"\n{name}: {rows[0]['problem']}\n{aligned(rows)}", flush=True)
-            if file is not None:  # after each case: whatever ends this process, what is known stays
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(results, indent=2) + "\n")
+            environment.save(results, file)  # after each case: whatever ends this process, what is known stays
             progress.update()
     if results["tests"].startswith("failed"):
         raise SystemExit(f"tests {results['tests']}")
