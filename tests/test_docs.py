@@ -21,8 +21,12 @@ def name_of(page: Path) -> str:
 
 
 def with_code() -> list[Any]:
-    pages = [page for page in PAGES if CODE.search(page.read_text())]
-    marks = lambda page: pytest.mark.torch if "import torch" in page.read_text() else ()
+    """The pages beyond the first two are slow tests."""
+    pages = {page: page.read_text() for page in PAGES if CODE.search(page.read_text())}
+    marks = lambda page: [
+        *([] if page.name in ("README.md", "index.md") else [pytest.mark.slow]),
+        *([pytest.mark.torch] if "import torch" in pages[page] else []),
+    ]
     return [pytest.param(page, id=name_of(page), marks=marks(page)) for page in pages]
 
 
