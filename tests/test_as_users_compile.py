@@ -4,7 +4,7 @@ import own_process
 import pytest
 from ways import WAYS
 
-ROWS = 3  # of a table: with many options each
+ROWS = 1  # of a table, with the most options, beside the one with none
 
 
 def judge(name: str) -> None:
@@ -14,6 +14,6 @@ def judge(name: str) -> None:
         way.judge(way.results(row), way.expected(row))
 
 
-@pytest.mark.parametrize("name", ["xla", "xla, few queries", "triton"])
+@pytest.mark.parametrize("name", ["xla", "xla, few queries"])
 def test_rows_with_many_options(name):
     own_process.run(f"import test_as_users_compile; test_as_users_compile.judge({name!r})")
