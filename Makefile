@@ -1,7 +1,8 @@
 # Everything a fresh machine needs is made here. Python >= 3.11 and make are all that has to be there.
 #
 #   make demo     a trained language model answers (ARGS='--chat --prompt "Who was Ada Lovelace?"' for your own question)
-#   make test     all tests; make test PYTHON=python3.12 for another Python, in an environment of its own
+#   make test     every feature, in minutes; make test PYTHON=python3.12 for another Python, in an environment of its own
+#   make test-all     all tests: the whole tables of options and of faults, real models, training, the benchmarks' own
 #   make fuzz     random problems without end against the reference (ARGS="--minutes 30 --seed 7")
 #   make train    trains MHA, GQA and MQA language models and compares them
 #   make emulate  executes the compiled GPU kernels on this CPU: emulated A100 and H100 (ARGS='--gpu l40s')
@@ -9,7 +10,7 @@
 #   make docs     the documentation as a site, build/site/index.html; fails at broken links
 #   make check    formatter, linter, type checker
 #   make lock     writes requirements/*.txt, the versions of other packages that all of the above install
-#   make cuda-compiler    what compiling for NVIDIA GPUs takes, half a GiB; no GPU. `make test` then checks kernels for
+#   make cuda-compiler    what compiling for NVIDIA GPUs takes, half a GiB; no GPU. `make test-all` then checks kernels for
 #                         four of them, and python -m benchmarks.gpu_compile shows what becomes of them
 #
 # With LOCK= other packages are the newest that there are, with LOCK=lowest the oldest that pyproject.toml allows, each
@@ -35,7 +36,7 @@ endif
 # fetch gigabytes, so it is left out, and the tests that need it are counted and named. TORCH=1 installs it anyway.
 TORCH ?= $(shell $(PYTHON) -c 'import sys; print("1" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test fuzz emulate train bench plots docs check lock cuda-compiler clean newest
+.PHONY: demo test test-all fuzz emulate train bench plots docs check lock cuda-compiler clean newest
 demo: $(VENV)/examples
 	$(RUN) examples/generate.py $(or $(ARGS),--chat --prompt "Why is the sky blue?" --max-tokens 100)
 
@@ -46,6 +47,9 @@ fuzz: $(VENV)/develop
 	$(RUN) tests/fuzz.py $(ARGS)
 
 test: $(VENV)/develop
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/develop
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # Says so, and what is missing, where it cannot run.

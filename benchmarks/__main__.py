@@ -7,7 +7,6 @@ python -m benchmarks --gpu
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import ceilings, environment, gpu, gpu_memory
+from benchmarks import ceilings, environment, gpu
 from benchmarks.cases import Line, lines_of
-from benchmarks.jax_peers import compiled
+from benchmarks.gpu_compile import memory
 from benchmarks.measure import measure
+from benchmarks.peers.jax_attention import compiled
 from benchmarks.progress import progress_bar
-from benchmarks.table import aligned, describe_ceilings
+from benchmarks.table import aligned, aligned_memory, describe_ceilings
 from benchmarks.timing import QUICK, Settings
 
 GPU_MEMORY = "gpu-memory"
@@ -84,22 +84,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with progress_bar(len(chosen), "benchmarks", "line") as progress:
         for line in chosen:
             results["rows"] += measure_line(line, options.quick, settings, results["ceilings"])
-            save(results, file)  # after each: whatever ends this process, what is known stays
+            environment.save(results, file)  # after each: whatever ends this process, what is known stays
             progress.update()
     print(f"\n{aligned(results['rows'])}", flush=True)
     if wanted(GPU_MEMORY):
-        results["gpu_memory"] = gpu_memory.main(options.quick)
-        print(f"\n{gpu_memory.aligned(results['gpu_memory'])}")
+        results["gpu_memory"] = memory.main(options.quick)
+        print(f"\n{aligned_memory(results['gpu_memory'])}")
     results["seconds"] = round(time.perf_counter() - start)
     print(f"\n{results['seconds']} s")
-    save(results, file)
+    environment.save(results, file)
     return results
-
-
-def save(results: dict[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def measure_line(line: Line, quick: bool, settings: Settings, ceiling: dict[str, Any]) -> list[dict[str, Any]]:

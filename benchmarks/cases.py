@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import demo, jax_peers, judge, layers, torch_peers, train_step
+from benchmarks import judge
 from benchmarks.candidate import Candidate
-from benchmarks.layers import Layer
 from benchmarks.model_shapes import SHAPES, ModelShape, shape_of
+from benchmarks.peers import jax_attention, layers, text, torch_attention, train_step
+from benchmarks.peers.layers import Layer
+from benchmarks.peers.text import Text
+from benchmarks.peers.train_step import TrainStep
 from benchmarks.problems import BOTH, FORWARD, Problem, attention_of
-from benchmarks.train_step import TrainStep
 
 Peers = Mapping[str, Callable[[Any], Candidate]]
 
@@ -73,7 +75,7 @@ CHECKED_LENGTH = 512 + 62  # no multiple of any tile, even for cuDNN, and all sc
 
 def attention_case(line: Line, problem: Problem, device: str, quick: bool) -> Case:
     """On a CPU outputs are compared on the problem itself; on a GPU, where all its scores may not fit, on a shorter."""
-    peers = {**jax_peers.peers_for(problem, device), **torch_peers.peers_for(problem, device, line.with_flex)}
+    peers = {**jax_attention.peers_for(problem, device), **torch_attention.peers_for(problem, device, line.with_flex)}
     if device == "cpu":
         return Case(line.name, "ms", problem, peers, judge.exact)
     checked = None if quick else problem.at_length(CHECKED_LENGTH)
@@ -83,7 +85,7 @@ def attention_case(line: Line, problem: Problem, device: str, quick: bool) -> Ca
 def memory_case(line: Line, problem: Problem, device: str, quick: bool) -> Case:
     """Compiled at its length, and compared on a shorter one."""
     names = ("ours", "jax.nn", "tokamax chunked")
-    peers = {name: functools.partial(jax_peers.measured_by_memory, name) for name in names}
+    peers = {name: functools.partial(jax_attention.measured_by_memory, name) for name in names}
     return Case(line.name, "MiB", problem, peers, judge.exact, checked=problem.small())
 
 
@@ -95,8 +97,8 @@ def train_case(line: Line, step: TrainStep, device: str, quick: bool) -> Case:
     return Case(line.name, "ms", step, train_step.PEERS, train_step.exact, allowed=train_step.allowed)
 
 
-def demo_case(line: Line, text: demo.Text, device: str, quick: bool) -> Case:
-    return Case(line.name, "tokens/s", text, demo.PEERS, demo.reference)
+def demo_case(line: Line, problem: Text, device: str, quick: bool) -> Case:
+    return Case(line.name, "tokens/s", problem, text.PEERS, text.reference)
 
 
 Sizes = tuple[int, ...]  # batch, queries, and keys if they are more
@@ -196,7 +198,7 @@ LINES = (
         train_case,
         ("",),
     ),
-    Line("demo", {"cpu": demo.Text()}, demo_case, ("",)),
+    Line("demo", {"cpu": Text()}, demo_case, ("",)),
 )
 
 

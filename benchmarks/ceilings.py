@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from benchmarks import timing
-from benchmarks.jax_peers import precision_of
+from benchmarks.peers.jax_attention import precision_of
 from benchmarks.timing import Settings
 
 COPIES = 8

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -29,6 +30,12 @@ def describe(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]
             **{package: version(package) for package in packages},
         },
     }
+
+
+def save(results: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def today() -> str:

@@ -6,12 +6,11 @@ offers the backward pass alone in public, so "backward" is the difference of the
 What continues a cache has no gradients. `benchmarks.ceilings` says what FLOP/s, bytes a second and their shares are.
 
 Everything that runs on the GPU does so in processes of its own: a kernel that breaks the GPU for its process, or never
-ends, is the result of its case, and the next case gets another process. `WORKER` is what such a process runs.
+ends, is the result of its case, and the next case gets another process.
 """
 
 import argparse
 import collections
-import contextlib
 import importlib.util
 import json
 import os
@@ -19,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +29,11 @@ from xml.etree import ElementTree
 import jax
 import jax.numpy as jnp
 
-from benchmarks import environment, jax_peers, judge, timing
+from benchmarks import environment, judge, processes, timing
 from benchmarks.cases import Case, Line, lines_of
 from benchmarks.ceilings import measure_ceilings, with_rates
-from benchmarks.measure import LOCATION, Row, measure, row_of
+from benchmarks.measure import Row, measure, row_of
+from benchmarks.peers import jax_attention
 from benchmarks.problems import BACKWARD, BOTH, FORWARD, Problem
 from benchmarks.progress import progress_bar
 from benchmarks.table import aligned, describe_ceilings
@@ -87,9 +86,7 @@ def main(options: argparse.Namespace, command: str, file: Path | None) -> dict[s
                 rows = rated(found, lines_of("gpu")[name], options.quick, results["ceilings"])
                 results["rows"] += rows
                 print(f"\n{name}: {rows[0]['problem']}\n{aligned(rows)}", flush=True)
-            if file is not None:  # after each case: whatever ends this process, what is known stays
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(results, indent=2) + "\n")
+            environment.save(results, file)  # after each case: whatever ends this process, what is known stays
             progress.update()
     if results["tests"].startswith("failed"):
         raise SystemExit(f"tests {results['tests']}")
@@ -110,7 +107,7 @@ def run_tests() -> str:
         if importlib.util.find_spec("beartype") is None:
             print("tests     beartype is not installed: shapes in signatures are not checked", flush=True)
             command += ["-o", "addopts="]
-        with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as tests:
+        with subprocess.Popen(command, cwd=processes.ROOT, start_new_session=True) as tests:
             try:
                 status = tests.wait(LONGEST_TESTS)
             except subprocess.TimeoutExpired:
@@ -163,55 +160,14 @@ class Added:
 
 # -- the processes that run on the GPU --------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parents[1]
-WORKER = "from benchmarks import gpu; gpu.work_here()"
-MARK = "found: "  # begins a line of results; libraries print what they like
-WORN_OUT = 75  # the status of a process that has seen its GPU break, after the results of the case that broke it
+WORKER = "from benchmarks import gpu, processes; processes.serve(gpu.answer)"
 
 
 def work(names: Sequence[str], quick: bool, settings: Settings, end: float) -> Iterator[tuple[str, Any]]:
     """What is found for each name, in their order: ceilings, or rows. That a name ends its process is one such."""
-    remaining = list(names)
-    while remaining:
-        order = json.dumps({"names": remaining, "quick": quick, "settings": asdict(settings)})
-        count = len(remaining)
-        with (
-            tempfile.TemporaryFile("w+", errors="replace") as log,
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER, order], stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT
-            ) as worker,
-        ):
-            while remaining and (line := next_line(worker, min(LONGEST_CASE, end - time.monotonic()))):
-                if line.startswith(MARK):
-                    yield remaining.pop(0), json.loads(line.removeprefix(MARK))
-            status = end_of(worker)
-            log.seek(0)
-            last_words = log.read().strip().rpartition("\n")[2]
-        if time.monotonic() > end:
-            yield from ((name, nothing(name, quick, "time is up")) for name in remaining)
-            return
-        if remaining and not (status == WORN_OUT and len(remaining) < count):
-            message = LOCATION.sub("", f"its process ended with status {status}: {last_words}")
-            name = remaining.pop(0)
-            yield name, nothing(name, quick, message)
-
-
-def next_line(worker: subprocess.Popen, seconds: float) -> str:
-    """Empty if the process ends first; after so many seconds it is ended."""
-    assert worker.stdout is not None  # for mypy: it is a pipe
-    timer = threading.Timer(max(seconds, 0), worker.kill)
-    timer.start()
-    try:
-        return worker.stdout.readline()
-    finally:
-        timer.cancel()
-
-
-def end_of(worker: subprocess.Popen) -> int:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return worker.wait(timeout=10)
-    worker.kill()
-    return worker.wait()
+    how = json.dumps({"quick": quick, "settings": asdict(settings)})
+    for name, found in processes.results_of(WORKER, [how], names, "its process", None, LONGEST_CASE, end):
+        yield name, nothing(name, quick, found) if isinstance(found, str) else found
 
 
 def nothing(name: str, quick: bool, message: str) -> Any:
@@ -225,15 +181,13 @@ def nothing(name: str, quick: bool, message: str) -> Any:
     return as_dicts(rows)
 
 
-def work_here() -> None:
-    """What a process of its own does: prints a line for each name."""
-    order = json.loads(sys.argv[1])
+def answer(how: str, name: str) -> Any:
+    """What a process finds for a name. One that has lost its GPU is replaced for the next."""
+    if not works():
+        os._exit(processes.WORN_OUT)  # no farewell to the driver, which may not answer
+    order = json.loads(how)
     quick, settings = order["quick"], Settings(**order["settings"])
-    for name in order["names"]:
-        found = measure_ceilings(settings, quick) if name == "ceilings" else measure_line(name, quick, settings)
-        print(f"{MARK}{json.dumps(found)}", flush=True)
-        if not works():
-            os._exit(WORN_OUT)  # no farewell to the driver, which may not answer
+    return measure_ceilings(settings, quick) if name == "ceilings" else measure_line(name, quick, settings)
 
 
 def works() -> bool:
@@ -253,7 +207,7 @@ def measure_line(name: str, quick: bool, settings: Settings) -> list[dict[str, A
     cases = lines_of("gpu")[name].cases("gpu", quick)
     compile_ahead([case for case in cases if isinstance(case.problem, Problem)])
     rows = {case.direction: measure(case, settings) for case in cases}
-    jax_peers.compiled.cache_clear()
+    jax_attention.compiled.cache_clear()
     return as_dicts(rows)
 
 
@@ -270,11 +224,11 @@ def compile_ahead(cases: Sequence[Case]) -> None:
         return
     problems = dict.fromkeys(x for case in cases for x in (case.problem, case.checked) if x)
     with ThreadPoolExecutor(min(16, environment.usable_cores())) as pool:
-        pool.submit(jax_peers.on_device, jax_peers.without_gradients(cases[0].problem))
+        pool.submit(jax_attention.on_device, jax_attention.without_gradients(cases[0].problem))
         pool.submit(judge.allowed, "ours", cases[0].checked or cases[0].problem)
         for problem in problems:
-            for name in jax_peers.names_for(problem, "gpu"):
-                pool.submit(jax_peers.runnable, jax_peers.program_name(name, "gpu"), problem)
+            for name in jax_attention.names_for(problem, "gpu"):
+                pool.submit(jax_attention.runnable, jax_attention.program_name(name, "gpu"), problem)
 
 
 def differences(forward: Sequence[Row], both: Sequence[Row]) -> list[Row]:

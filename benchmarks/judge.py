@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from benchmarks.jax_peers import KEPT, ours, plain_arrays, precision_of, program_of
+from benchmarks.peers.jax_attention import KEPT, ours, plain_arrays, precision_of, program_of
 from benchmarks.problems import Problem
 from mqa_jax import reference
 from mqa_jax.attention import inputs_of

@@ -38,19 +38,16 @@ def style_of(peers: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each peer: the same in every picture for those that lead, and a colour for us alone."""
     others = [name for name in dict.fromkeys([*LEADING, *peers]) if name != "ours"]
     kinds = len(COLOURS) - 1
-    shifted = lambda number: (
-        1 + (number + number // kinds) % (len(MARKERS) - 1)
-    )  # a colour's second peer looks different
-    return {"ours": {"color": COLOURS[0], "marker": MARKERS[0]}} | {
-        name: {"color": COLOURS[1 + number % kinds], "marker": MARKERS[shifted(number)]}
-        for number, name in enumerate(others)
+    marker = lambda number: MARKERS[1 + (number + number // kinds) % (len(MARKERS) - 1)]  # not twice for a colour
+    styles = {
+        name: {"color": COLOURS[1 + number % kinds], "marker": marker(number)} for number, name in enumerate(others)
     }
+    return {"ours": {"color": COLOURS[0], "marker": MARKERS[0]}, **styles}
 
 
-def measured(results: dict[str, Any], *cases: str, direction: str | None = None) -> list[Row]:
+def measured(results: dict[str, Any], *cases: str) -> list[Row]:
     """Rows that have a cost, of cases whose names begin so."""
-    fits = lambda row: row["case"].startswith(cases) and direction in (None, row["direction"])
-    return [row for row in results["rows"] if row["cost"] is not None and fits(row)]
+    return [row for row in results["rows"] if row["cost"] is not None and row["case"].startswith(cases)]
 
 
 def by_peer(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -128,8 +125,7 @@ def sizes_of(problem: str) -> str:
 
 
 def draw_decode(results: dict[str, Any]) -> Any:
-    rows = measured(results, "Llama-3-8B-decode-", "Falcon", direction=FORWARD)
-    rows = [row for row in rows if row["case"].startswith("Llama-3-8B-decode-")]
+    rows = measured(results, "Llama-3-8B-decode-")
     if not rows:
         return None
     figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
@@ -259,10 +255,9 @@ def draw_memory(results: dict[str, Any]) -> Any:
             place += 1
             ticks[place] = row["peer"]
             size = row["temporaries"]
-            text = f"{row['status']}: {row['message']}" if size is None else f"{table.figures(size / 2**20)} MiB"
             length = max((size or 0) / 2**20, LEAST)  # nothing has no place on such an axis
             axis.barh(place, length, color=COLOURS[0] if row["peer"] == "ours" else "#9A9A9A")
-            axis.annotate(f" {text}", (length, place), va="center", fontsize=9)
+            axis.annotate(f" {table.temporaries(row)}", (length, place), va="center", fontsize=9)
         place += 1.6
     axis.set(xscale="log", xlim=(LEAST, 1e6), xlabel="MiB of temporaries at the peak, as compiled for an H100")
     axis.set_yticks(list(ticks), list(ticks.values()), fontsize=9)

@@ -1,19 +1,16 @@
-"""Results as tables: aligned on a terminal, and in Markdown, where `python -m benchmarks.table --write` puts them.
+"""Results as tables: aligned on a terminal, and in Markdown, where `make plots` puts them.
 
-docs/benchmarks.md has a line for each case, between marks; results/DEVICE.md has a line for each peer.
+results/README.md has a line for each case, between marks; results/DEVICE.md has a line for each peer.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import reasons
-
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
+README = RESULTS / "README.md"
 
 
 def figures(number: float) -> str:
@@ -124,12 +121,28 @@ def memory(results: dict[str, Any]) -> list[str]:
         return []
     if found["missing"]:
         return [f"Memory on GPUs is absent: {found['missing']}."]
-    from benchmarks import gpu_memory
+    return ["Temporary memory at its peak, as XLA's compiler for these GPUs has it:", in_markdown(memory_table(found))]
 
-    return [
-        "Temporary memory at its peak, as XLA's compiler for these GPUs has it:",
-        in_markdown(gpu_memory.lines(found)),
-    ]
+
+def memory_table(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Titles, and a line for each case and peer, with MiB on each GPU or why there are none."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in found["rows"]:
+        key = row["case"], f"{row['problem']} {row['direction']}", row["peer"]
+        cells.setdefault(key, {})[row["gpu"]] = temporaries(row)
+    gpus = list(dict.fromkeys(row["gpu"] for row in found["rows"]))
+    lines = [(*key, *(sizes.get(gpu, "") for gpu in gpus)) for key, sizes in cells.items()]
+    return [("case", "problem", "peer", *map(str.upper, gpus)), *lines]
+
+
+def temporaries(row: Row) -> str:
+    """What was not compiled says why."""
+    size = row["temporaries"]
+    return f"{row['status']}: {row['message']}" if size is None else UNITS["MiB"](size)
+
+
+def aligned_memory(found: dict[str, Any]) -> str:
+    return f"memory on GPUs: absent: {found['missing']}" if found["missing"] else in_columns(memory_table(found))
 
 
 def compact(results: dict[str, Any]) -> str:
@@ -160,53 +173,39 @@ def losses(rows: Iterable[Row]) -> list[Row]:
 
 
 def where_we_lose(results: dict[str, Any]) -> str:
-    """A line for each peer and reason, with all cases, the worst first."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    """A line for each peer, with all cases, the worst first. The README says why, below the mark."""
+    found: dict[str, list[str]] = {}
     for row in sorted(losses(results["rows"]), key=lambda row: row["ratio"]):
         case = " ".join([row["case"], row["direction"]]).strip()
-        key = (row["peer"], *(reasons.reason_for(row) or reasons.UNKNOWN))
-        found.setdefault(key, []).append(f"{case} {figures(row['ratio'])}x")
-    if not found:
-        return "No peer was faster in any case."
-    lines = [(peer, ", ".join(cases), why, fix) for (peer, why, fix), cases in found.items()]
-    return in_markdown([("peer", "cases, with how much better ours is", "why", "what would fix it"), *lines])
+        found.setdefault(row["peer"], []).append(f"{case} {figures(row['ratio'])}x")
+    lines = [f"- {peer}: {', '.join(cases)}" for peer, cases in found.items()]
+    return "\n".join(lines) or "No peer was faster in any case."
 
 
 def measured_section(results: dict[str, Any]) -> str:
-    """What stands on the page between the marks."""
-    return "\n\n".join([compact(results), source(results), "### Where we lose", where_we_lose(results)])
+    """What is between the marks of the README."""
+    return "\n\n".join([compact(results), source(results), "## Where a peer is faster", where_we_lose(results)])
 
 
-BEGIN, END = "<!-- from benchmarks/results/cpu.json: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- from cpu.json: begin -->", "<!-- end -->"
 
 
-def page_with(results: dict[str, Any], text: str) -> str:
+def readme_with(results: dict[str, Any], text: str) -> str:
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
     return f"{before}{BEGIN}\n\n{measured_section(results)}\n\n{END}{after}"
 
 
 def write() -> list[Path]:
-    """The page, and the whole table of each device whose results there are."""
+    """The README of the results, and the whole table of each device that has results."""
     files = []
     for file in result_files():
         files.append(file.with_suffix(".md"))
         files[-1].write_text(whole(json.loads(file.read_text())) + "\n")
-    PAGE.write_text(page_with(json.loads((RESULTS / "cpu.json").read_text()), PAGE.read_text()))
-    return [*files, PAGE]
+    README.write_text(readme_with(json.loads((RESULTS / "cpu.json").read_text()), README.read_text()))
+    return [*files, README]
 
 
 def result_files() -> list[Path]:
     """Those of `python -m benchmarks`, one for each kind of device."""
     return [path for path in sorted(RESULTS.glob("*.json")) if "ceilings" in json.loads(path.read_text())]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md and benchmarks/results/*.md")
-    parser.add_argument("results", type=Path, nargs="?", help="what `python -m benchmarks` wrote, to be printed")
-    options = parser.parse_args()
-    if options.results is not None:
-        print(whole(json.loads(options.results.read_text())))
-    if options.write:
-        print("\n".join(path.name for path in write()))

@@ -1,17 +1,16 @@
-"""What a smaller cache costs a trained language model: perplexity, greedy text, and the error of each layer.
+"""The effects of a smaller cache on a trained language model: perplexity, greedy text, and the error of each layer.
 
     python examples/cache_formats.py
     python examples/cache_formats.py --plot cache_formats.png --model path/to/folder-or-file.gguf
 
-The same model reads and writes with its keys and values cached in float32, bfloat16, int8 and float8_e4m3fn.
+The same model runs with its keys and values cached in float32, bfloat16, int8 and float8_e4m3fn.
 
-Perplexity is that of a passage of Python's manual, `pydoc_data.topics`, read through the cache: in chunks, the last of
-it token by token, so that every query attends to keys and values as they are stored.
+The perplexity is that of a passage of Python's manual, `pydoc_data.topics`, processed with the cache: first in chunks,
+then token by token, so that every query attends to keys and values as they are stored.
 
-The error of a layer is its own: its attention gets the inputs that it has in the float32 run, so nothing accumulates
-from the layers before. Compared are the outputs of the attention module with this cache and with the float32 one, over
-all tokens of the passage: the largest difference against the largest output, and root mean square against root mean
-square.
+The error of a layer excludes the errors of other layers: its inputs are those of the float32 run. It compares the
+outputs of the attention module with this cache and with the float32 cache, over all tokens of the passage: the largest
+difference over the largest output, and the root mean square of the difference over that of the output.
 """
 
 import argparse
@@ -32,7 +31,7 @@ import matplotlib.ticker
 import numpy as np
 from checkpoints import load_checkpoint
 from command_line import Parser, exit_with_a_sentence
-from generate import CACHE_DTYPES, Params, Sampling, check_prompt, check_tokens, decode, prefill
+from generate import CACHE_DTYPES, Linen, Params, Sampling, check_prompt, check_tokens, decode, prefill
 from jax import lax
 from jaxtyping import Array, Float, Int
 from llama import Block, Llama, LlamaConfig, cache_bytes_per_token
@@ -44,7 +43,7 @@ from train_report import aligned
 import mqa_jax
 
 TOPIC = "execmodel"  # prose rather than code
-CHUNK = 200  # tokens that are read at once
+CHUNK = 200  # tokens that are processed at once
 PROMPT, QUESTION = "The capital of France is", "Why is the sky blue?"
 NEW_TOKENS = 40
 WIDTH = 27  # of a column of text
@@ -54,7 +53,7 @@ WIDTH = 27  # of a column of text
 
 
 class LayerRun(NamedTuple):
-    """What went into one layer and what its attention made of it."""
+    """The inputs of one layer and the outputs of its attention."""
 
     inputs: Float[Array, "1 T D"]
     attended: Float[Array, "1 T D"]
@@ -66,10 +65,11 @@ class Reading(NamedTuple):
 
 
 def read(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, " T_plus_1"]) -> Reading:
-    """Every token but the first is predicted, out of the cache.
+    """Predicts every token but the first, with the cache.
 
-    Layer after layer reads the whole text, which comes to the same as token after token: a layer needs nothing but what
-    the one before made of the same tokens. So one small program serves all layers, and compiles at once.
+    Each layer processes the whole text before the next one starts. The results are the same as token by token, because
+    a layer depends only on the outputs of the layer before for the same and earlier tokens. So all layers use the same
+    small program, which compiles quickly.
     """
     x = params["embed"]["embedding"][tokens[None, :-1]]
     layers = []
@@ -84,7 +84,7 @@ def read(config: LlamaConfig, params: Params, tokens: Int[np.ndarray, " T_plus_1
 def read_layer(
     config: LlamaConfig, params: Params, x: Float[Array, "1 T D"]
 ) -> tuple[Float[Array, "1 T D"], Float[Array, "1 T D"]]:
-    """What the attention of one layer, and the whole layer, makes of a text: chunks first, then 1 to CHUNK tokens."""
+    """The outputs of one layer's attention and of the layer for a text: first chunks, then 1 to CHUNK single tokens."""
     block = Block(config, deterministic=True)
     is_attention = lambda module, method: isinstance(module, mqa_jax.GroupedQueryAttention) and method == "__call__"
 
@@ -113,7 +113,7 @@ def read_layer(
 def perplexity(
     config: LlamaConfig, params: Params, x: Float[Array, "1 T D"], targets: Int[Array, "1 T"]
 ) -> Float[Array, ""]:
-    """Of the targets, given what the last layer made of the tokens before each."""
+    """The perplexity of the targets, given the outputs of the last layer for the tokens before each."""
     normed = nn.RMSNorm(epsilon=config.norm_eps).apply({"params": params["norm"]}, x)
     kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
     probable = jax.nn.log_softmax(normed @ kernel)
@@ -121,14 +121,14 @@ def perplexity(
 
 
 class LayerError(NamedTuple):
-    """Of the output of one layer's attention: largest difference / largest entry, RMS of the difference / RMS."""
+    """Errors of one layer's attention: largest difference / largest entry, RMS of the difference / RMS."""
 
     largest: float
     rms: float
 
 
 def layer_errors(config: LlamaConfig, params: Params, layers: list[LayerRun]) -> list[LayerError]:
-    """Of each layer alone, with the cache of `config`; `layers` are those of the float32 run."""
+    """The error of each layer by itself, with the cache of `config`; `layers` are those of the float32 run."""
     errors = []
     for i, layer in enumerate(tqdm(layers, desc="errors", unit="layer", leave=False)):
         attended, _ = read_layer(config, params[f"layer_{i}"], layer.inputs)
@@ -147,18 +147,18 @@ def layer_error(actual: Float[Array, "1 T D"], expected: Float[Array, "1 T D"]) 
 
 
 def write(config: LlamaConfig, params: Params, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """New tokens after each prompt, by the programs of `generate.py`; the prompts are rows of one batch."""
-    model, key = Llama(config), jax.random.key(0)
+    """Generates tokens after each prompt with the programs of `generate.py`; the prompts are rows of one batch."""
+    api, key = Linen(Llama(config)), jax.random.key(0)
     lengths = jnp.array([len(prompt) for prompt in prompts])
     padded = jnp.array([prompt + [0] * (max(lengths.tolist()) - len(prompt)) for prompt in prompts])
-    cache = mqa_jax.init_cache(model, len(prompts), padded.shape[1] + sampling.max_tokens, padded)
-    first, cache = prefill(model, sampling, params, cache, padded, lengths, key)
-    rows = np.asarray(decode(model, sampling, ignore, params, cache, first, key)[0]).T.tolist()
+    cache = mqa_jax.init_cache(api.model, len(prompts), padded.shape[1] + sampling.max_tokens, padded)
+    first, cache = prefill(api, sampling, params, cache, padded, lengths, key)
+    rows = np.asarray(decode(api, sampling, ignore, params, cache, first, key)[0]).T.tolist()
     return [until_end(row, sampling) for row in rows]
 
 
 def ignore(tokens: np.ndarray) -> None:
-    """Text is shown when all of it is there."""
+    """A callback that does nothing: the text is shown when it is complete."""
 
 
 def until_end(tokens: list[int], sampling: Sampling) -> list[int]:
@@ -167,7 +167,7 @@ def until_end(tokens: list[int], sampling: Sampling) -> list[int]:
 
 
 def agreement(tokens: list[int], others: list[int]) -> int:
-    """How many tokens are the same before the first difference."""
+    """The number of equal tokens before the first difference."""
     return sum(itertools.takewhile(bool, (token == other for token, other in zip(tokens, others))))
 
 
@@ -176,7 +176,7 @@ def agreement(tokens: list[int], others: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured with one cache."""
+    """The measurements with one cache."""
 
     cache_dtype: str
     bytes_per_token: int
@@ -226,7 +226,7 @@ def side_by_side(results: list[Result], text: Text, prompt: int) -> str:
 
 
 def save_plot(results: list[Result], path: Path) -> None:
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")  # not pyplot, which may want a display
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")  # not pyplot, which may need a display
     axes = figure.subplots()
     for result, marker in zip(results, "^os"):
         largest, rms = zip(*result.errors)
@@ -243,23 +243,21 @@ def save_plot(results: list[Result], path: Path) -> None:
 
 
 def passage(text: Text, config: LlamaConfig, count: int) -> Int[np.ndarray, " T_plus_1"]:
-    """One token to start with and `count` to predict."""
+    """The tokens of the passage: one to start with and `count` to predict."""
     encoded = text.encode(topics[TOPIC])
     check_tokens(config, encoded)
     tokens = np.array(encoded, np.int32)
     available = min(len(tokens) - 1, config.max_length)
     if not 0 < count <= available:
-        raise ValueError(f"Text and model have tokens=1 to {available} to predict: tokens={count}.")
+        raise ValueError(f"Text and model allow tokens=1 to {available}: tokens={count}. Pass another --tokens.")
     return tokens[: count + 1]
 
 
 def check_plot(path: Path | None) -> None:
-    """It is drawn after some minutes."""
+    """Checks the file of the plot before the measurements, which take minutes."""
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if path is not None and not (path.parent.is_dir() and path.suffix[1:] in kinds):
-        raise ValueError(
-            f"A plot is a file in a folder that is there, of one of the types {kinds}: --plot={str(path)!r}."
-        )
+        raise ValueError(f"A plot needs an existing folder and one of the file types {kinds}: --plot={str(path)!r}.")
 
 
 def measure(

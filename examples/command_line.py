@@ -1,4 +1,4 @@
-"""How a command says that it was called wrongly: in a sentence, with exit status 2, and without a traceback."""
+"""Errors of a command's arguments: one sentence, exit status 2, no traceback."""
 
 import argparse
 import contextlib
@@ -10,7 +10,7 @@ EXPECTED = ValueError, NotImplementedError, OSError, ImportError
 
 
 class Parser(argparse.ArgumentParser):
-    """With a docstring for its description, and without a list of all options after each mistake; --help has them."""
+    """A parser with a docstring as description, whose errors do not print the usage; --help has all options."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def exit_with_a_sentence() -> Iterator[None]:
-    """Around what reads and checks, before anything is computed: an error in there is about what was asked for."""
+    """For the code that reads and checks, before anything is computed: its errors are errors of the arguments."""
     try:
         yield
     except EXPECTED as error:

@@ -1,13 +1,13 @@
-"""Replaces the attention of a PyTorch model by ours, layer after layer, and shows each time that nothing changed.
+"""Replaces the attention of a PyTorch model by `mqa_jax`, layer by layer, and compares the results after each layer.
 
-    pip install -e '.[examples,torch]'           # torch: `make test` has installed its small CPU build
+    pip install -e '.[examples,torch]'           # `make test` installs torch's small CPU build
     python examples/from_torch.py
     python examples/from_torch.py --model FOLDER-OR-FILE.gguf --text "Once upon a time" --layers 3
 
-For each layer: our module is compared with torch's on the hidden states that the layer gets for this text (output,
-cached decoding, the worst of all gradients; errors over the largest entry, against torch in float64). Then it takes the
-layer's place inside the torch model, arrays going to JAX and back by DLPack without a copy, and the logits of the whole
-model are compared with those of the untouched one.
+For each layer: the Flax module is compared with the torch layer on the layer's inputs for this text (output, cached
+decoding, the worst of all gradients; errors over the largest entry, against torch in float64). Then it replaces the
+layer inside the torch model, with arrays passed to JAX and back by DLPack without a copy, and the logits of the whole
+model are compared with those of the original model.
 """
 
 import argparse
@@ -27,15 +27,15 @@ try:
     import torch
     import transformers
 except ImportError as missing:
-    raise SystemExit(f"{missing}. This example wants PyTorch: pip install 'mqa-jax[torch]'.") from missing
+    raise SystemExit(f"{missing}. This example needs PyTorch: pip install 'mqa-jax[torch]'.") from missing
 
 TEXT = "Multi-query attention shares one key and one value head among all heads of the queries: a cache stays small."
 
-STEPS = 4  # tokens that are decoded one by one, after all others at once
+STEPS = 4  # the last tokens, decoded one by one after a prefill of all others
 
 
 class InJax(torch.nn.Module):
-    """In place of a decoder's attention layer: it gets hidden states among other things, and returns a pair."""
+    """A replacement for a decoder's attention layer: uses only the hidden states, and returns a pair."""
 
     def __init__(self, module: Any, variables: Any):
         super().__init__()
@@ -52,7 +52,7 @@ def attend(module: Any, variables: Any, x: jax.Array) -> jax.Array:
 
 
 class Step(NamedTuple):
-    """Attributes: layer, its number; report, of the layer; logits, largest change of the model's, over the largest."""
+    """Attributes: layer, its number; report, of the layer; logits, their largest change over the largest logit."""
 
     layer: int
     report: parity.Report
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """A model and its tokenizer. Eager attention adds up as ours does."""
+    """A model, with eager attention, and its tokenizer."""
     if not path.exists():
         raise FileNotFoundError(f"There is no model in {str(path)!r}: give a Hugging Face folder or a GGUF file.")
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -73,11 +73,11 @@ def load(path: Path) -> tuple[Any, Any]:
 
 
 def replace_layers(model: Any, tokens: torch.Tensor, layers: int | None = None) -> Iterator[Step]:
-    """Changes the model, layer after layer."""
-    config = model.config.to_dict() | {"quantization_config": None}  # of GGUF files, whose weights are floats by now
+    """Replaces the attention of the model, layer by layer."""
+    config = model.config.to_dict() | {"quantization_config": None}  # GGUF files have one; the weights are floats now
     family = hf_attention.attention_of(config)[1]
     if family.layout == "bert":
-        raise NotImplementedError("A decoder is wanted, whose attention layers return what goes on: model_type='bert'.")
+        raise NotImplementedError("Only decoders are supported: model_type='bert'. Give a --model of another type.")
     paths = [family.prefix.format(number).rstrip(".") for number in range(model.config.num_hidden_layers)[:layers]]
     before, inputs = logits_and_inputs(model, tokens, paths)
     for number, path in enumerate(paths):
@@ -93,7 +93,7 @@ def replace_layers(model: Any, tokens: torch.Tensor, layers: int | None = None) 
 def logits_and_inputs(
     model: Any, tokens: torch.Tensor, paths: Sequence[str]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Of the model, and the hidden states that these layers get."""
+    """The logits of the model, and the hidden states that are the inputs of these layers."""
     inputs: list[torch.Tensor] = []
     note = lambda _, arguments, options: inputs.append(arguments[0] if arguments else options["hidden_states"])
     hooks = [model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True) for path in paths]
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> list[Step]:
     model, tokenizer = load(options.model or default_model())
     tokens = tokenizer(options.text, return_tensors="pt").input_ids
     if tokens.shape[1] <= STEPS:
-        raise ValueError(f"More than {STEPS} tokens are wanted: --text {options.text!r} has {tokens.shape[1]}.")
+        raise ValueError(f"More than {STEPS} tokens are needed: --text {options.text!r} has {tokens.shape[1]}.")
     print(f"layer  output   decoded  worst gradient                    logits   {tokens.shape[1]} tokens")
     steps = []
     for step in replace_layers(model, tokens, options.layers):

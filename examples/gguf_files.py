@@ -1,4 +1,4 @@
-"""A Llama out of a GGUF file, as llama.cpp reads it: each setting under "llama." and each tensor is used or refused."""
+"""Loads a Llama from a GGUF file, as llama.cpp does; an unsupported setting "llama.*" or tensor is an error."""
 
 import functools
 from dataclasses import replace
@@ -25,7 +25,7 @@ NAMES = Names(
 PARTS = "weight", "bias"
 ROPE_FACTORS = "rope_freqs.weight"
 
-# Settings that `Llama` has no choice of. Other values, and other settings, are refused.
+# Settings for which `Llama` supports only one value. Other values, and other settings, are errors.
 ONLY = {
     "attention.causal": True,
     "attention.clamp_kqv": 0.0,
@@ -44,14 +44,14 @@ ONLY = {
 
 
 class Settings:
-    """What a file says under "llama."; what has been asked for is no longer in `left`."""
+    """The settings "llama.*" of a file; `left` are those that have not been read."""
 
     def __init__(self, metadata: dict[str, Any], place: str):
         self.left = {name[6:]: value for name, value in metadata.items() if name.startswith("llama.")}
         self.place = place
 
     def __call__(self, name: str, kind: type, default: Any = None) -> Any:
-        """A value, of this type; where there is one for each layer, all have to be the same."""
+        """A value of this type; if the file has one for each layer, they must all be equal."""
         value = self.left.pop(name, default)
         if isinstance(value, list):
             if len(set(value)) != 1:
@@ -62,7 +62,7 @@ class Settings:
         if value is None and default is None:
             raise ValueError(f"There is no llama.{name} in {self.place!r}.")
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"This is no {kind.__name__}: llama.{name}={value!r} in {self.place!r}.")
+            raise ValueError(f"The type must be {kind.__name__}: llama.{name}={value!r} in {self.place!r}.")
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -74,7 +74,7 @@ class Settings:
     def check_nothing_left(self) -> None:
         wrong = {f"llama.{name}": value for name, value in self.left.items() if ONLY.get(name, ()) != value}
         if wrong:
-            raise NotImplementedError(f"Settings that this model does not have, or not so: {wrong} in {self.place!r}.")
+            raise NotImplementedError(f"Unsupported settings: {wrong} in {self.place!r}.")
 
 
 def load_gguf(path: Path) -> Checkpoint:
@@ -95,10 +95,12 @@ def load_gguf(path: Path) -> Checkpoint:
 
     def attention(layer: int) -> Params:
         prefix = NAMES.layer.format(layer)
-        theirs = {
-            f"{ours}.{part}": f"{prefix}{name}.{part}" for ours, name in NAMES.attention.items() for part in PARTS
+        tensor_names = {
+            f"{layout_name}.{part}": f"{prefix}{name}.{part}"
+            for layout_name, name in NAMES.attention.items()
+            for part in PARTS
         }
-        state = {ours: read(name) for ours, name in theirs.items() if name in tensors}
+        state = {layout_name: read(name) for layout_name, name in tensor_names.items() if name in tensors}
         return torch_interop.from_state_dict(state, heads=config.heads, kv_heads=config.kv_heads, layout="llama")
 
     check_kind(metadata, place)
@@ -109,7 +111,7 @@ def load_gguf(path: Path) -> Checkpoint:
 
 
 def read_config(settings: Settings, tensors: dict[str, Any], factors: np.ndarray | None) -> LlamaConfig:
-    """`factors`: those of the frequencies of RoPE, if there is a tensor of them."""
+    """The sizes of the model. `factors`: the file's divisors of RoPE's frequencies, if any."""
     place = settings.place
     if NAMES.embed not in tensors:
         raise ValueError(f"Tensors are missing in {place!r}: {NAMES.embed}.")
@@ -123,7 +125,7 @@ def read_config(settings: Settings, tensors: dict[str, Any], factors: np.ndarray
             raise NotImplementedError(
                 f"Only llama.{name} = features of a head, {head_dim}, is supported: it is {value} in {place!r}."
             )
-    window = settings("attention.sliding_window", int, 0)  # with the query's own position
+    window = settings("attention.sliding_window", int, 0)  # includes the query's own position
     if window < 0:
         raise ValueError(f"A window has a size: llama.attention.sliding_window={window} in {place!r}.")
     max_length = settings.size("context_length")
@@ -149,15 +151,15 @@ def read_config(settings: Settings, tensors: dict[str, Any], factors: np.ndarray
 
 
 def read_rope(settings: Settings, max_length: int, factors: np.ndarray | None) -> mqa_jax.Rope:
-    """GGUF files of architecture llama have queries and keys in the order of interleaved pairs."""
+    """The rotary embedding; GGUF files of architecture llama have interleaved pairs of features."""
     given = {name: value for name, value in settings.left.items() if name.startswith("rope.scal")}
     theta = settings("rope.freq_base", float, 10_000.0)
     kind = settings("rope.scaling.type", str, "linear")
     older = settings("rope.scale_linear", float, 1.0)
     factor = settings("rope.scaling.factor", float, older) or 1.0  # 0 is none
     magnitude = settings("rope.scaling.attn_factor", float, 1.0)
-    mix = settings("rope.scaling.yarn_ext_factor", float, -1.0)  # -1: as the type says
-    settings("rope.scaling.finetuned", bool, False)  # says how the model was made
+    mix = settings("rope.scaling.yarn_ext_factor", float, -1.0)  # -1: the default of the type
+    settings("rope.scaling.finetuned", bool, False)  # about training
     original = settings("rope.scaling.original_context_length", int, max_length) or max_length
     fast, slow = (settings(f"rope.scaling.yarn_beta_{name}", float, x) for name, x in (("fast", 32.0), ("slow", 1.0)))
     rope = functools.partial(mqa_jax.Rope, theta=theta, interleaved=True)
@@ -172,24 +174,24 @@ def read_rope(settings: Settings, max_length: int, factors: np.ndarray | None) -
     if kind == "linear" and mix in (-1, 0) and magnitude == 1 and factors is None:
         return rope(scaling=mqa_jax.LinearScaling(factor=factor))
     raise NotImplementedError(
-        f"RoPE scaled so is not supported: {given}{'' if factors is None else f' and {ROPE_FACTORS}'} in "
+        f"This scaling of RoPE is not supported: {given}{'' if factors is None else f' and {ROPE_FACTORS}'} in "
         f"{settings.place!r}. Supported are rope.scaling.type='linear', 'yarn', and {ROPE_FACTORS} by itself."
     )
 
 
 def open_gguf(path: Path) -> Any:
-    """The package's reader, which goes on reading nothing where a file has ended; this one does not."""
+    """The reader of the package gguf, with an error for truncated files, from which it would read empty arrays."""
     from gguf.gguf_reader import GGUFReader
 
     class Reader(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **options: Any) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-                raise ValueError(f"it ends at byte {len(self.data):,}, inside what it says that it has")
+                raise ValueError(f"it ends at byte {len(self.data):,}, before the end of its contents")
             return super()._get(offset, dtype, count, *more, **options)
 
     what = hf_checkpoint.foreign(path)
     if what not in (None, "a GGUF file"):
-        raise ValueError(f"This is no GGUF file: {str(path)!r} is {what}.")
+        raise ValueError(f"This is not a GGUF file: {str(path)!r} is {what}.")
     try:
         return Reader(path)
     except (ValueError, KeyError, IndexError, OverflowError) as error:
@@ -197,7 +199,7 @@ def open_gguf(path: Path) -> Any:
 
 
 def check_kind(metadata: dict[str, Any], place: str) -> None:
-    """Is it a whole model of this architecture?"""
+    """Raises if the file is not a whole model of architecture llama."""
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
     if any(name.startswith("adapter.") for name in metadata):
         kind = "adapter"
@@ -207,6 +209,6 @@ def check_kind(metadata: dict[str, Any], place: str) -> None:
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise NotImplementedError(
-            f"This is one of split.count={metadata['split.count']} files: {place!r}. Make one of them: "
+            f"This is one of split.count={metadata['split.count']} files: {place!r}. Merge them with "
             "llama-gguf-split --merge."
         )

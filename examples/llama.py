@@ -1,4 +1,7 @@
-"""A Llama-style language model in Flax: the whole model is here, its attention is `mqa_jax.GroupedQueryAttention`."""
+"""A complete Llama-style language model in Flax, whose attention is `mqa_jax.GroupedQueryAttention`.
+
+This one is in `flax.linen`; `llama_nnx.py` is the same model in `flax.nnx`.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +18,11 @@ import mqa_jax
 class LlamaConfig:
     """Sizes of a model; the letters are those of `mqa_jax.shapes`. `cache_dtype`: None is float32.
 
-    `attention_bias`: of queries, keys and values, and by default of the output; else `attention_out_bias` says.
-    `window`: how many positions before its own a query sees; None is all.
+    `attention_bias`: of queries, keys and values, and of the output unless `attention_out_bias` is set.
+    `window`: the number of positions before its own that a query attends to; None is all.
 
-    The last two matter in training alone: `attn_pdrop` is the dropout rate of the attention weights; with `remat` the
-    backward pass computes each layer again instead of keeping what it computed.
+    The last two are only for training: `attn_pdrop` is the dropout rate of the attention weights; with `remat` the
+    backward pass recomputes each layer instead of storing its activations.
     """
 
     vocabulary: int
@@ -43,9 +46,12 @@ class LlamaConfig:
 
     def attention(self, **settings: Any) -> mqa_jax.GroupedQueryAttention:
         """The attention of each layer."""
-        return mqa_jax.GroupedQueryAttention(
-            self.dim,
-            self.heads,
+        return mqa_jax.GroupedQueryAttention(**self.attention_settings(), **settings)
+
+    def attention_settings(self) -> dict[str, Any]:
+        return dict(
+            dim=self.dim,
+            heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             rope=self.rope,
@@ -54,7 +60,6 @@ class LlamaConfig:
             local_window_size=None if self.window is None else (self.window, 0),
             cache_dtype=self.cache_dtype,
             attn_pdrop=self.attn_pdrop,
-            **settings,
         )
 
 
@@ -85,7 +90,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens in, logits out. With a `cache` collection (`mqa_jax.init_cache`) tokens continue what is cached."""
+    """From tokens to logits. With a `cache` collection (`mqa_jax.init_cache`) the tokens follow the cached ones."""
 
     config: LlamaConfig
 
@@ -98,15 +103,15 @@ class Llama(nn.Module):
         last_only: bool = False,
         deterministic: bool = True,
     ) -> Float[Array, "B T vocabulary"]:
-        """`last_only`: logits of the last token of each row alone, `[B, 1, vocabulary]`.
+        """The logits of all tokens, or with `last_only` of the last token of each row, `[B, 1, vocabulary]`.
 
-        `deterministic`: no dropout; without it apply the model with `rngs={"dropout": key}`.
+        `deterministic`: no dropout; if it is False, apply the model with `rngs={"dropout": key}`.
         """
         config = self.config
         block = nn.remat(Block) if config.remat else Block
         embed = nn.Embed(config.vocabulary, config.dim, name="embed")
         x = embed(tokens)
-        # Not nn.scan: a step of decoding would copy each layer's weights out of the stack.
+        # Not nn.scan: a step of decoding would copy each layer's weights from the stacked array.
         for i in range(config.layers):
             x = block(config, deterministic, name=f"layer_{i}")(x, seq_lengths)
         if last_only:
@@ -124,5 +129,5 @@ def next_token(logits: Float[Array, "B vocabulary"], temperature: float, key: PR
 
 
 def cache_bytes_per_token(config: LlamaConfig) -> int:
-    """Bytes that one more token of one row adds to the cache of all layers, with the scales of keys in 8 bits."""
+    """The bytes of one token of one row in the caches of all layers, with the scales of keys and values in 8 bits."""
     return config.layers * mqa_jax.cache_bytes(config.attention().init_cache(1, max_length=1))

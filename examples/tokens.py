@@ -1,6 +1,6 @@
-"""The tokenizer of a checkpoint, with Hugging Face's `tokenizers`, and text that is shown while it grows.
+"""The tokenizer of a checkpoint, with Hugging Face's `tokenizers`, and streaming of generated text.
 
-What a file says of its tokens and is not understood is an error.
+Unknown settings of a tokenizer are errors.
 """
 
 import datetime
@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from mqa_jax.torch_interop.hugging_face.checkpoint import read_json
 
-# Kinds of tokens in a GGUF file's tokenizer.ggml.token_type. Unused ones are never met in a text.
+# Kinds of tokens in a GGUF file's tokenizer.ggml.token_type. Unused ones do not occur in texts.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
-# How the text is cut before byte-pair encoding, by the GGUF file's tokenizer.ggml.pre.
+# The splitting of text before byte-pair encoding, for each tokenizer.ggml.pre of GGUF files.
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,8 +37,7 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }
 
 
-# Settings of a GGUF file under "tokenizer.ggml." that are read, that say nothing which byte-level BPE needs, and that
-# have to be off.
+# Settings "tokenizer.ggml.*" of a GGUF file that are read, that byte-level BPE does not need, and that must be off.
 READ = {
     *("model", "pre", "tokens", "token_type", "merges", "add_bos_token", "bos_token_id", "eos_token_id"),
     *("eot_token_id", "eom_token_id"),
@@ -52,10 +51,10 @@ OFF = {"add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_white
 
 
 class Text:
-    """Tokens to text and back, the end of a text, and the chat template.
+    """Converts text to tokens and back, with the end tokens and the chat template.
 
-    `bos` is put before each text; None where the tokenizer does that itself, or nobody. Without `add_special_tokens` it
-    does not.
+    `bos` is put before each text; None if the tokenizer adds it or if texts have none. With `add_special_tokens=False`
+    the tokenizer does not add it.
     """
 
     def __init__(
@@ -75,12 +74,12 @@ class Text:
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def encode_chat(self, message: str) -> list[int]:
-        """One message of a user, in the model's chat template, up to where the answer starts."""
+        """The tokens of one user message in the model's chat template, up to the start of the answer."""
         if self.template is None:
-            raise ValueError("This model has no chat template: leave --chat out.")
+            raise ValueError("This model has no chat template: remove --chat.")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )  # as transformers has it, with these two functions
+        )  # as in transformers, with these two functions
         environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime.now().strftime}
         messages = [{"role": "user", "content": message}]
         try:
@@ -88,7 +87,7 @@ class Text:
                 messages=messages, add_generation_prompt=True, **self.names
             )
         except Exception as error:  # a template is a program
-            raise ValueError(f"The chat template of this model fails: {error}. Leave --chat out.") from error
+            raise ValueError(f"The chat template of this model fails: {error}. Remove --chat.") from error
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -100,7 +99,7 @@ def _refuse(message: str) -> None:
 
 
 class Stream:
-    """Gives the text of each new token to `show`, as soon as it is whole characters."""
+    """Passes the text of new tokens to `show`, as soon as it consists of whole characters."""
 
     def __init__(self, text: Text, show: Callable[[str], None]):
         self.text, self.show = text, show
@@ -116,7 +115,7 @@ class Stream:
 
 
 def load_text(metadata: dict[str, Any]) -> Text:
-    """From the metadata of a checkpoint: those of a GGUF file, or `{"folder": ...}`."""
+    """The tokenizer from the metadata of a checkpoint: those of a GGUF file, or `{"folder": ...}`."""
     return _from_folder(metadata["folder"]) if "folder" in metadata else _from_gguf(metadata)
 
 
@@ -133,18 +132,18 @@ def _from_gguf(metadata: dict[str, Any]) -> Text:
     ids = {name: _token_id(get(f"{name}_token_id"), len(tokens), name) for name in ("bos", "eos", "eot", "eom")}
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in get("merges")]
-    llama3 = get("pre") == LLAMA3  # its tokenizer takes words that are tokens as they are, and begins each text
+    llama3 = get("pre") == LLAMA3  # it does not split words that are tokens, and adds bos to each text
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
     except Exception as error:  # it raises no other
         raise ValueError(f"No byte-level BPE: tokenizer.ggml.merges ({error}).") from error
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[get("pre")]()
     tokenizer.decoder = decoders.ByteLevel()
-    of_kind = lambda *wanted: [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind in wanted]
+    of_kind = lambda *chosen: [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind in chosen]
     tokenizer.add_special_tokens(of_kind(CONTROL, UNKNOWN))
     tokenizer.add_tokens(of_kind(USER_DEFINED))
     if get("add_bos_token", llama3) and ids["bos"] is None:
-        raise ValueError("Each text begins with a token that is not named: tokenizer.ggml.add_bos_token, bos_token_id.")
+        raise ValueError("The first token of texts is missing: tokenizer.ggml.add_bos_token without bos_token_id.")
     return Text(
         tokenizer,
         end={token for name in ("eos", "eot", "eom") if (token := ids[name]) is not None},
@@ -155,7 +154,7 @@ def _from_gguf(metadata: dict[str, Any]) -> Text:
 
 
 def _check_gguf(metadata: dict[str, Any]) -> None:
-    """Is it a tokenizer of a known kind, with nothing that nobody would read?"""
+    """Raises if the tokenizer is of an unsupported kind, or has unknown settings."""
     settings = {
         name.removeprefix("tokenizer.ggml."): x for name, x in metadata.items() if name.startswith("tokenizer.ggml.")
     }
@@ -175,7 +174,7 @@ def _check_gguf(metadata: dict[str, Any]) -> None:
             f"{len(settings.get('merges') or [])} merges."
         )
     if len(set(tokens)) != len(tokens):
-        raise ValueError("Two tokens are the same: tokenizer.ggml.tokens.")
+        raise ValueError("Two tokens are equal: tokenizer.ggml.tokens.")
     unknown = set(kinds) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED}
     if unknown:
         raise NotImplementedError(
@@ -193,25 +192,25 @@ def _token_id(value: Any, count: int, name: str) -> int | None:
 
 
 def _from_folder(folder: Path) -> Text:
-    """The settings of transformers: where tokenizer_config.json says nothing, tokenizer.json adds the first token."""
+    """As transformers: without a setting in tokenizer_config.json, tokenizer.json adds the first token."""
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"There is no tokenizer.json in {str(folder)!r}: other kinds are not supported.")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # it raises no other
         raise ValueError(f"No tokenizer: {str(folder / 'tokenizer.json')!r} ({error}).") from error
-    tokenizer.no_truncation()  # as transformers does: the file may say how its trainer cut texts
+    tokenizer.no_truncation()  # as transformers does: the file may have the truncation of its training
     tokenizer.no_padding()
     read = lambda name: read_json(folder / name) if (folder / name).exists() else {}
     settings = read("tokenizer_config.json")
     if settings.get("add_eos_token"):
-        raise NotImplementedError(f"A text to continue has no end: add_eos_token=True in {str(folder)!r}.")
+        raise NotImplementedError(f"A prompt must not end with an end token: add_eos_token=True in {str(folder)!r}.")
     _check_added(tokenizer, settings, folder)
     contents = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     add_bos = settings.get("add_bos_token")
     bos = tokenizer.token_to_id(contents["bos_token"]) if add_bos and contents["bos_token"] else None
     if add_bos and bos is None:
-        raise ValueError(f"Each text begins with a token that is not named: add_bos_token, in {str(folder)!r}.")
+        raise ValueError(f"The first token of texts is missing: add_bos_token without bos_token in {str(folder)!r}.")
     return Text(
         tokenizer,
         end=_ends(read),
@@ -227,7 +226,7 @@ def _content(token: Any) -> str:
 
 
 def _check_added(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> None:
-    """Two files name the tokens that were added; one alone would not be what transformers reads."""
+    """Raises if the two files that list added tokens differ; transformers reads both."""
     added = {int(i): _content(token) for i, token in settings.get("added_tokens_decoder", {}).items()}
     wrong = {i: token for i, token in added.items() if tokenizer.id_to_token(i) != token}
     if wrong:
@@ -235,7 +234,7 @@ def _check_added(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -
 
 
 def _ends(read: Callable[[str], dict[str, Any]]) -> set[int]:
-    """Those of generation_config.json before those of config.json, as in transformers."""
+    """The end tokens of generation_config.json, or else of config.json, as in transformers."""
     generation = read("generation_config.json")
     end: Any = generation["eos_token_id"] if "eos_token_id" in generation else read("config.json").get("eos_token_id")
     ends = [token for token in (end if isinstance(end, list) else [end]) if token is not None]
@@ -246,7 +245,7 @@ def _ends(read: Callable[[str], dict[str, Any]]) -> set[int]:
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Newer folders have a file of its own, some older ones several templates with names."""
+    """The chat template; newer folders have a file for it, some older ones several templates with names."""
     path = folder / "chat_template.jinja"
     template: Any = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
     if isinstance(template, list):

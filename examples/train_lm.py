@@ -1,8 +1,9 @@
-"""Trains one small language model with multi-head, grouped-query and multi-query attention, and compares them.
+"""Trains small language models with multi-head, grouped-query and multi-query attention, and compares them.
 
     python examples/train_lm.py
     python examples/train_lm.py --kv-heads 8 4 2 1 --steps 1000 --dropout 0.1 --out runs/longer
-    python examples/train_lm.py --resume        # goes on where a run was stopped, to the same losses
+    python examples/train_lm.py --resume        # continues a stopped run, with the same losses
+    python examples/train_lm.py --api nnx       # trains the model of llama_nnx.py
 
 The text is Python's own manual, `pydoc_data.topics`, byte by byte; the end of each topic is held out. The model is that
 of `llama.py`. It takes about a minute and a half on two CPU cores, prints a table, and draws the loss curves.
@@ -22,28 +23,32 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import llama_nnx
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from command_line import Parser, exit_with_a_sentence
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 from llama import Llama, LlamaConfig
 from tqdm import tqdm
 from train_report import Params, Result, decode_speed, save_plot, table, write_text
 
+from mqa_jax import nnx as mqa_nnx
+
 HELD_OUT = 0.07  # of each topic
-SHOW_EVERY = 10  # steps; reading a loss waits for it
+SHOW_EVERY = 10  # steps; showing a loss waits until it is computed
 
 
 def option(default: Any, meaning: str) -> Any:
-    """A setting that is also an option of the command line."""
+    """A setting that is also a command-line option."""
     return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that a loss curve depends on, with the text. A checkpoint is resumed with the same settings only."""
+    """The settings that determine a loss curve, with the text. A checkpoint is only resumed with the same settings."""
 
     kv_heads: int
     heads: int = option(8, "query heads")
@@ -57,6 +62,7 @@ class Settings:
     dropout: float = option(0.05, "rate at which attention weights are dropped")
     remat: bool = option(False, "compute layers again in the backward pass, to save memory")
     seed: int = option(0, "of the parameters, the batches and the dropout")
+    api: str = option("linen", "linen or nnx: which of Flax's the trained model is written in")
 
     @property
     def name(self) -> str:
@@ -77,6 +83,11 @@ class Settings:
             remat=self.remat,
         )
         return Llama(config)
+
+    @property
+    def abstract_nnx_model(self) -> llama_nnx.Llama:
+        """The same model in NNX, with shapes for parameters."""
+        return nnx.eval_shape(lambda: llama_nnx.Llama(self.model.config, rngs=nnx.Rngs(0)))
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -108,7 +119,7 @@ def load_text() -> Text:
 
 
 class State(NamedTuple):
-    """All that a step changes. The losses are part of it, so that they are donated, saved and restored with it."""
+    """Everything that a step changes, including the losses, so that they are donated, saved and restored with it."""
 
     step: Int[Array, ""]
     params: Params
@@ -118,52 +129,66 @@ class State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="settings")
 def first_state(settings: Settings) -> State:
-    params = settings.model.init(jax.random.key(settings.seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    if settings.api == "nnx":
+        params = mqa_nnx.to_linen(llama_nnx.Llama(settings.model.config, rngs=nnx.Rngs(settings.seed)))
+    else:
+        params = settings.model.init(jax.random.key(settings.seed), jnp.zeros((1, 1), jnp.int32))["params"]
     losses = jnp.full(settings.steps, jnp.nan, jnp.float32)
     return State(jnp.int32(0), params, settings.optimizer.init(params), losses)
 
 
 def mean_loss(model: Llama, params: Params, texts: Int[Array, "B T_plus_1"], **options: Any) -> Float[Array, ""]:
-    """Nats a byte."""
+    """The mean loss in nats per byte."""
     logits = model.apply({"params": params}, texts[:, :-1], **options)
     return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
 
 
+def mean_loss_nnx(model: Any, params: Params, texts: Int[Array, "B T_plus_1"], dropout: Any) -> Float[Array, ""]:
+    """The same of a model of NNX. Its parameters are those of linen, so checkpoints and measurements serve both."""
+    logits = mqa_nnx.with_params(model, params)(texts[:, :-1], deterministic=False, rngs=nnx.Rngs(dropout=dropout))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
+
+
 def make_step(settings: Settings) -> Callable[[State, UInt8[Array, " bytes"]], State]:
-    """One step of training, compiled; batch and dropout depend on the seed and the number of the step alone."""
+    """One compiled step of training; batch and dropout depend only on the seed and the number of the step."""
+    loss_of: Callable[[Params, Array, Array], Array]
+    if settings.api == "nnx":
+        loss_of = functools.partial(mean_loss_nnx, settings.abstract_nnx_model)
+    else:
+        loss_of = lambda params, texts, key: mean_loss(
+            settings.model, params, texts, deterministic=False, rngs={"dropout": key}
+        )
 
     def step(state: State, train: UInt8[Array, " bytes"]) -> State:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         batch_key, dropout_key = jax.random.split(key)
         starts = jax.random.randint(batch_key, (settings.batch, 1), 0, train.size - settings.length)
         texts = train[starts + jnp.arange(settings.length + 1)].astype(jnp.int32)
-        loss, gradients = jax.value_and_grad(functools.partial(mean_loss, settings.model))(
-            state.params, texts, deterministic=False, rngs={"dropout": dropout_key}
-        )
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, texts, dropout_key)
         updates, optimizer = settings.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, optimizer, state.losses.at[state.step].set(loss))
 
-    chex.clear_trace_counter()  # it tells functions apart by their source, which all the models share
+    chex.clear_trace_counter()  # it counts by source code, which is the same for all models
     return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def evaluate(settings: Settings, params: Params, held_out: UInt8[Array, " bytes"]) -> Float[Array, ""]:
-    """Mean loss over texts that lie side by side."""
+    """The mean loss over consecutive texts."""
     size = settings.batch * (settings.length + 1)
     batches = held_out[: held_out.size // size * size].reshape(-1, settings.batch, settings.length + 1)
     return lax.map(lambda texts: mean_loss(settings.model, params, texts.astype(jnp.int32)), batches).mean()
 
 
 def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
-    # Not asynchronous: the next step overwrites the state, which is donated to it.
+    # Not asynchronous: the state is donated to the next step, which overwrites it.
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def check_folder(folder: Path, record: dict[str, Any], resume: bool) -> None:
-    """A run goes on where it was stopped, or starts in a folder of its own."""
+    """Raises if a new run would overwrite a checkpoint, or a resumed run has other settings."""
     with open_checkpoints(folder) as manager:
         if resume:
             saved_step(manager, record)
@@ -180,7 +205,7 @@ def save(manager: ocp.CheckpointManager, state: State, record: dict[str, Any]) -
 
 
 def saved_step(manager: ocp.CheckpointManager, record: dict[str, Any]) -> int | None:
-    """The last one that was saved, if any, which must be of a run with the same settings."""
+    """The last saved step, if any; raises if its run had other settings."""
     step = manager.latest_step()
     if step is None:
         return None
@@ -197,7 +222,7 @@ def saved_step(manager: ocp.CheckpointManager, record: dict[str, Any]) -> int | 
 
 
 def restore(manager: ocp.CheckpointManager, like: State, record: dict[str, Any]) -> State:
-    """The last state that was saved, if any, else `like`."""
+    """The last saved state, if any, else `like`."""
     step = saved_step(manager, record)
     if step is None:
         return like
@@ -206,7 +231,7 @@ def restore(manager: ocp.CheckpointManager, like: State, record: dict[str, Any])
 
 
 def record_of(settings: Settings, text: Text) -> dict[str, Any]:
-    """What must be the same when a run is resumed."""
+    """The record of a run that must be equal when it is resumed."""
     return asdict(settings) | {"text_checksum": text.checksum}
 
 
@@ -229,18 +254,20 @@ def train(settings: Settings, text: Text, folder: Path, save_every: int) -> Stat
 
 
 def check(options: argparse.Namespace, text: Text) -> None:
-    """Says before training what would fail after it."""
-    least: dict[str, float] = dict(
+    """Checks the options before training."""
+    lower: dict[str, float] = dict(
         heads=1, layers=1, dim=1, hidden=1, steps=1, batch=1, length=2, seed=0, dropout=0, temperature=0
     )
-    least |= dict(learning_rate=0, checkpoint_every=1, decode_rows=1, decode_length=32)
-    below: dict[str, float] = dict(dropout=1, seed=2**31)
-    for name, bound in least.items():
+    lower |= dict(learning_rate=0, checkpoint_every=1, decode_rows=1, decode_length=32)
+    upper: dict[str, float] = dict(dropout=1, seed=2**31)
+    if options.api not in ("linen", "nnx"):
+        raise ValueError(f"--api is linen or nnx: api={options.api!r}.")
+    for name, bound in lower.items():
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
         if not bound <= value < math.inf:
             raise ValueError(f"{option} must be at least {bound}: {name}={value}.")
-        if name in below and value >= below[name]:
-            raise ValueError(f"{option} must be less than {below[name]}: {name}={value}.")
+        if name in upper and value >= upper[name]:
+            raise ValueError(f"{option} must be less than {upper[name]}: {name}={value}.")
     if len(set(options.kv_heads)) != len(options.kv_heads):
         raise ValueError(f"--kv-heads names each model once: kv_heads={options.kv_heads}.")
     if options.batch * (options.length + 1) > text.held_out.size:
@@ -250,13 +277,13 @@ def check(options: argparse.Namespace, text: Text) -> None:
         )
     if not 0 < len(options.prompt.encode()) < options.length:
         raise ValueError(
-            f"A prompt has at least one byte, and fewer than a training text: prompt={options.prompt!r}, "
+            f"A prompt must have at least one byte, and fewer than a training text: prompt={options.prompt!r}, "
             f"length={options.length}. Use another prompt, or a larger length."
         )
 
 
 def measure(settings: Settings, text: Text, state: State, options: argparse.Namespace) -> Result:
-    """What the table and the plot show of a trained model."""
+    """The measurements of a trained model for the table and the plot."""
     model, params = settings.model, state.params
     prompt = jnp.frombuffer(options.prompt.encode(), jnp.uint8)[None].astype(jnp.int32)
     written = write_text(model, params, prompt, settings.length - prompt.size, options.temperature, settings.seed)
@@ -291,12 +318,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(options: argparse.Namespace, text: Text) -> dict[Path, Settings]:
-    """The runs and their folders, if all of them can work."""
+    """The runs and their folders, after all checks."""
     check(options, text)
     shared = {setting.name: getattr(options, setting.name) for setting in fields(Settings)[1:]}
     runs = {options.out / f"kv_heads_{kv}": Settings(kv_heads=kv, **shared) for kv in options.kv_heads}
     for folder, settings in runs.items():
-        jax.eval_shape(functools.partial(first_state, settings))  # is it a model at all?
+        jax.eval_shape(functools.partial(first_state, settings))  # raises if the settings are invalid
         check_folder(folder, record_of(settings, text), options.resume)
     return runs
 
@@ -316,7 +343,7 @@ def compare(options: argparse.Namespace, text: Text, runs: dict[Path, Settings])
 def main(
     arguments: list[str] | None = None, refuse: Callable[[], AbstractContextManager] = nullcontext
 ) -> list[Result]:
-    """`refuse`: around what finds out whether this can work."""
+    """`refuse`: the context manager for the checks of the options."""
     options, text = parse_arguments(arguments), load_text()
     with refuse():
         runs = prepare(options, text)

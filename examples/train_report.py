@@ -1,4 +1,4 @@
-"""What `train_lm.py` shows of a trained model: text and speed decoded from its cache, a table, and loss curves."""
+"""The report of `train_lm.py`: text and speed of decoding with the cache, a table, and loss curves."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """A trained model. Losses are nats a byte."""
+    """A trained model. Losses are nats per byte."""
 
     name: str
     kv_heads: int
@@ -59,9 +59,9 @@ def write(
     temperature: float,
     key: PRNGKeyArray,
 ) -> tuple[Int[Array, "B count"], Float[Array, "B vocabulary"], Any]:
-    """`count` more tokens of each row, one after the other out of the cache, and what `read` returns after them.
+    """Decodes `count` tokens of each row with the cache; returns them, and the logits and the cache after them.
 
-    `logits` are those of the first one. Temperature 0 is greedy.
+    `logits` are those of the first token. Temperature 0 is greedy.
     """
 
     def turn(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Array]:
@@ -82,9 +82,9 @@ def write_text(
 
 
 def decode_speed(model: Llama, params: Params, rows: int, length: int, repeats: int = 3) -> Speed:
-    """Of greedy decoding at the end of a cache of `length` positions; the fastest of the repeats.
+    """The speed of greedy decoding at the end of a cache of `length` positions; the fastest of the repeats.
 
-    The cache only says that it is almost full: to read zeros takes as long as to read keys and values.
+    Only the cache's index says that it is almost full; reading its zeros takes as long as reading keys and values.
     """
     count = length // 32
     cache = mqa_jax.init_cache(model, rows, length, jnp.zeros((rows, 1), jnp.int32))
@@ -113,23 +113,23 @@ def table(results: list[Result]) -> str:
         ]
         for result in results
     ]
-    return f"{aligned([header, *rows])}\nLosses are nats a byte."
+    return f"{aligned([header, *rows])}\nLosses are nats per byte."
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Columns of text, each to the right."""
+    """A table with right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def smooth(losses: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " fewer_steps"]:
-    """Each the mean of as many losses as a twentieth of the run has."""
+    """The moving average of the losses over a twentieth of the run."""
     width = max(1, len(losses) // 20)
     return np.convolve(losses, np.full(width, 1 / width), "valid")
 
 
 def save_plot(results: list[Result], path: Path) -> None:
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")  # not pyplot, which may want a display
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")  # not pyplot, which may need a display
     axes = figure.subplots()
     for result, marker in zip(results, itertools.cycle("os^Dv")):
         smoothed, steps = smooth(result.losses), len(result.losses)

@@ -1,10 +1,10 @@
 """Start reading here: joins the forward and the backward pass of a fused kernel into one differentiable function.
 
-Whatever computes them, they agree on this: `forward(inputs)` returns the output and, for every row, what its softmax
-divides by, as two numbers (`online_softmax.Normalizer`, `[B, T, N]`; in rows that see no key that of the sink, and
-without one -inf). These are all that is saved for `backward`, which gets the largest finite number instead of -inf:
-exp(score - highest) is 0 there as well, and no -inf leaves a compiled program that the caller did not ask for
-(`jax_debug_infs`). No size is 0 where they are called.
+The contract of every fused implementation: `forward(inputs)` returns the output and, for every row, the denominator of
+its softmax as two numbers (`online_softmax.Normalizer`, `[B, T, N]`; in rows that attend to no key, the sink, or -inf
+without one). Only these are saved for `backward`, which gets the largest finite number instead of -inf: then
+exp(score - highest) is 0 as well, and no compiled program returns an -inf that is not in the caller's results
+(`jax_debug_infs`). Both are called only if no size is 0.
 """
 
 import functools
@@ -23,54 +23,54 @@ from mqa_jax.kernels import refusals
 from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.shapes import LogSumExp, Output
 
-# What the backward pass needs, under names for the policies of `jax.checkpoint` (save_only_these_names).
+# Names of the residuals for the policies of `jax.checkpoint` (save_only_these_names).
 OUT_NAME, LOG_SUM_EXP_NAME = "mqa_jax_out", "mqa_jax_log_sum_exp"
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """A fused implementation: two plain functions, no derivative rules of their own."""
+    """A fused implementation: two plain functions without derivative rules."""
 
     forward: Callable[[Inputs], tuple[Output, Normalizer]]
     backward: Callable[[Inputs, Output, Normalizer, Output, LogSumExp], Operands]
 
 
 def attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp | None]:
-    """Output and, if it is wanted, log-sum-exp, both differentiable once, in reverse mode."""
+    """Output and, with `inputs.residual`, log-sum-exp; both are differentiable once, in reverse mode."""
     if 0 in (inputs.sizes.B, inputs.sizes.T, inputs.sizes.S, inputs.sizes.N):
         return _empty(inputs)
     operands = jax.tree.map(refusals.reverse_mode_only, inputs.operands)
     return _attend(kernels, replace(inputs, operands=operands))
 
 
-@functools.cache  # the same object for the same choices, so that programs compiled for it are found again
+@functools.cache  # the same object for the same choices, so that jit finds the programs compiled for it
 def by_platform(name: str | None, *choices: tuple[str | None, Kernels]) -> Kernels:
-    """Kernels that are chosen when a program is lowered: the first for its platform ("cuda"), or for all (None).
+    """Kernels that are selected at lowering: the first for the platform ("cuda"), else the first for all (None).
 
-    Where there are none, lowering raises; `name` says of what.
+    Where there is neither, lowering raises NotImplementedError for implementation `name`.
     """
     return Kernels(_by_platform(name, choices, "forward"), _by_platform(name, choices, "backward"))
 
 
 def _by_platform(name: str | None, choices: tuple[tuple[str | None, Kernels], ...], which: str) -> Callable:
-    ways: dict[str, Callable] = {}
+    passes: dict[str, Callable] = {}
     for platform, kernels in choices:
-        ways.setdefault(platform or "default", getattr(kernels, which))
-    if list(ways) == ["default"]:
-        return ways["default"]
+        passes.setdefault(platform or "default", getattr(kernels, which))
+    if list(passes) == ["default"]:
+        return passes["default"]
     message = (
-        f"implementation={name!r} runs on {', '.join(sorted(ways))} alone, and this program is lowered for another "
-        "platform. Use implementation=None, which takes it where it can."
+        f"implementation={name!r} runs only on {', '.join(sorted(passes))}, and this program is lowered for another "
+        "platform. Use implementation=None, which selects an implementation for each platform."
     )
 
-    def elsewhere(*arguments):
-        shapes = jax.eval_shape(next(iter(ways.values())), *arguments)
+    def unsupported(*arguments):  # results of the right shapes, whose lowering raises
+        shapes = jax.eval_shape(next(iter(passes.values())), *arguments)
         return jax.tree.map(lambda x: refusals.where_lowered(jnp.zeros(x.shape, x.dtype), message), shapes)
 
-    return lambda *arguments: lax.platform_dependent(*arguments, **{"default": elsewhere, **ways})
+    return lambda *arguments: lax.platform_dependent(*arguments, **{"default": unsupported, **passes})
 
 
-@functools.partial(jax.jit, static_argnums=0)  # a call outside jit is then compiled once, not traced anew each time
+@functools.partial(jax.jit, static_argnums=0)  # so that a call outside jit is traced and compiled only once
 def _attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp | None]:
     out, log_sum_exp = _differentiable(kernels, inputs)
     return out, log_sum_exp if inputs.residual else None
@@ -83,8 +83,8 @@ def _differentiable(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp
 
 
 def _forward(kernels: Kernels, inputs: Inputs):
-    # JAX traces this anew for other operands with gradients, but takes the structure of what is saved from one of these
-    # traces for all: what is static in it may not depend on them. Shapes may: 1 for an operand with a gradient, or 0.
+    # JAX traces this once for each set of operands with gradients, but uses the tree structure of the residuals of one
+    # trace for all: static fields may not depend on that set. Shapes may: 1 for an operand with a gradient, or 0.
     perturbed = jax.tree.map(lambda x: jnp.zeros(int(x.perturbed), bool), inputs.operands)
     inputs = custom_vjp_primal_tree_values(inputs)
     if inputs.operands.key_scale is not None:
@@ -106,15 +106,15 @@ def _backward(kernels: Kernels, saved, cotangents):
     return (replace(inputs, operands=gradients, mask=None, dropout=None, constant=()),)
 
 
-_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)  # they tell which operands are differentiated
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)  # they show which operands are differentiated
 
 
 def _empty(inputs: Inputs) -> tuple[Output, LogSumExp | None]:
-    """No query, or no key: at most a sink is seen."""
+    """The results without any query or any key: output 0, and the sink, or -inf without one."""
     size, sinks = inputs.sizes, reference.sinks_of_rows(inputs)
     rows = size.B, size.T, size.N
     out = jnp.zeros((*rows, size.V), inputs.dtype)
     if not inputs.residual:
         return out, None
-    seen = jnp.asarray(-jnp.inf, inputs.score_dtype) if sinks is None else sinks[..., 0].swapaxes(1, 2)
-    return out, jnp.broadcast_to(seen, rows)
+    log_sum_exp = jnp.asarray(-jnp.inf, inputs.score_dtype) if sinks is None else sinks[..., 0].swapaxes(1, 2)
+    return out, jnp.broadcast_to(log_sum_exp, rows)

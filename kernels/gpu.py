@@ -1,4 +1,4 @@
-"""Which GPU a program is traced for: the one at hand, or one that is assumed, to compile for another machine."""
+"""The GPU that a program is traced for: the one of this machine, or an assumed one, to compile for another machine."""
 
 import contextlib
 import functools
@@ -8,12 +8,12 @@ import jax
 
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100")  # A100; L40S, RTX 40; H100, H200; B200
 
-_assumed = jax.make_user_context(None)  # an architecture; what is traced under one is not reused under another
+_assumed = jax.make_user_context(None)  # an architecture; part of jit's cache key
 
 
 @contextlib.contextmanager
 def assuming(architecture: str) -> Iterator[None]:
-    """Traces for this architecture, whatever GPU is at hand: to compile for another machine."""
+    """Traces for this architecture instead of the GPU of this machine, to compile for another machine."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {ARCHITECTURES}: architecture={architecture!r}.")
     with _assumed(architecture):
@@ -25,12 +25,12 @@ def is_assumed() -> bool:
 
 
 def architecture_at_hand() -> str:
-    """The one assumed, or that of the first GPU, or else the one with the least memory, whose tiles fit the others."""
+    """The assumed one, or that of the first GPU, or else the one with the least memory, whose tiles fit all others."""
     return _assumed.value or nearest_architecture(capability_at_hand() or 89)
 
 
 def capability() -> int | None:
-    """Compute capability x 10 of what is compiled for: the GPU assumed, or at hand."""
+    """Compute capability x 10 of the GPU that is compiled for: the assumed one, or that of this machine."""
     return capability_at_hand() if _assumed.value is None else int(_assumed.value[2:])
 
 
@@ -44,7 +44,7 @@ def capability_at_hand() -> int | None:
 
 
 def nearest_architecture(capability: int) -> str:
-    """The newest in the table that is no newer and has no more memory: RTX 30 (8.6) and RTX 50 (12.0) have sm89's."""
+    """The newest in the table that is not newer and has no more shared memory: RTX 30 (8.6), RTX 50 (12.0) use sm89."""
     if capability == 86 or capability >= 120:
         return "sm89"
     return [name for name in ARCHITECTURES if int(name[2:]) <= capability][-1]

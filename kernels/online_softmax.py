@@ -1,8 +1,8 @@
 """The running softmax of FlashAttention (Milakov & Gimelshein 2018; FlashAttention-2, arXiv 2307.08691, section 3.1).
 
-A state covers the keys seen so far: `highest` score, `total` of exp(score - highest), and `weighted`, the sum of
-exp(score - highest) * value. A state that saw nothing has highest = -inf and the other two 0. All float32. Scores stay
-in base e: multiplying them by log2(e) would turn a bias of finfo.min, which users pass as a mask, into -inf.
+A state covers the keys processed so far: `highest` score, `total` of exp(score - highest), and `weighted`, the sum of
+exp(score - highest) * value. A state of no keys has highest = -inf and the other two 0. All are float32. Scores stay in
+base e: multiplying them by log2(e) would turn a bias of finfo.min, which users pass as a mask, into -inf.
 """
 
 from typing import NamedTuple
@@ -26,10 +26,11 @@ class State(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """What the weights of a row are divided by, exp(highest) * exp(log_total), as two numbers; (-inf, 0) of nothing.
+    """The denominator of a row's softmax, exp(highest) * exp(log_total), as two numbers; (-inf, 0) in empty rows.
 
-    Their sum, the log-sum-exp, loses log_total where |highest| is large: a bias of finfo.min everywhere would give the
-    backward pass weights of 1 instead of 1 / S, and scores of some hundreds weights with the error of such numbers.
+    Their sum, the log-sum-exp, rounds log_total away where |highest| is large: with a bias of finfo.min everywhere the
+    backward pass would compute weights of 1 instead of 1 / S, and with scores of some hundreds the rounding error of
+    the sum would be a relative error of the weights.
     """
 
     highest: Float[Array, "..."]
@@ -40,19 +41,19 @@ class Normalizer(NamedTuple):
         return self.highest + self.log_total
 
     def weight(self, score: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The weight of a score; 0 in rows that saw nothing, whose scores are all -inf."""
+        """The weight of a score; 0 in rows that attend to no key, whose scores are all -inf."""
         return jnp.exp(score - finite(self.highest) - self.log_total)
 
 
 def finite(highest: Array) -> Array:
-    """A shift for exp that is harmless where nothing has been seen: -inf - (-inf) would be NaN."""
+    """A shift for exp that is finite also in states of no keys, where -inf - (-inf) would be NaN."""
     return jnp.where(highest == -jnp.inf, 0.0, highest)
 
 
 def finish(state: State, sink: Float[Array, "*#R 1"] | None = None) -> tuple[Float[Array, "*R V"], Normalizer]:
-    """Output, 0 where nothing was seen, and what it was divided by, `[*R, 1]`.
+    """Output, 0 in rows that attend to no key, and its normalizer, `[*R, 1]`.
 
-    A sink is one more score, with a value of 0; a sink of -inf is none.
+    A sink is an additional score with a value of 0; -inf means no sink.
     """
     highest, total, weighted = state
     if sink is not None:

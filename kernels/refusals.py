@@ -1,6 +1,6 @@
-"""What a fused kernel does not have, refused with a message that says what to do instead: derivatives, platforms.
+"""Errors for what fused kernels do not support, derivatives and platforms, each with its remedy.
 
-JAX refuses them as well, but in terms of `custom_vjp`, `while_loop` and `pallas_call`, which a user never wrote.
+JAX raises errors too, but in terms of `custom_vjp`, `while_loop` and `pallas_call`, which users did not write.
 """
 
 import jax
@@ -19,7 +19,7 @@ QUANTIZED = (
 
 
 def reverse_mode_only(x: Array) -> Array:
-    """The identity; raises where its tangent is evaluated, not where it is transposed, as reverse mode does."""
+    """The identity; raises where its tangent is evaluated (forward mode), not where it is transposed (reverse mode)."""
     return _reverse_mode_only(x)
 
 
@@ -46,7 +46,7 @@ def _reverse_mode_only_jvp(primals, tangents):
 
 
 def where_lowered(x: Array, message: str) -> Array:
-    """A linear identity that can be staged, batched and transposed, which removes it, but neither run nor lowered."""
+    """A linear identity: it can be staged, batched and transposed (which removes it); running or lowering it raises."""
     return _refused_p.bind(x, message=message)
 
 

@@ -1,4 +1,4 @@
-"""What the backward pass computes once for each row of scores, whatever the kernel: plain JAX, float32."""
+"""The terms that the backward pass of every implementation computes once for each row of scores, in plain JAX."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,7 +14,7 @@ def delta(out: Output, d_out: Output, d_log_sum_exp: LogSumExp) -> Float[Array, 
 
 
 def d_sinks(sinks: Array | None, normalizer: Normalizer, delta: Float[Array, "B T N"]) -> Array | None:
-    """A sink is a score whose value is 0: its gradient is -weight * delta. Rows that do not exist have no sink."""
+    """A sink is a score whose value is 0: its gradient is -weight * delta. Padding rows have no sink."""
     if sinks is None:
         return None
     without = normalizer.highest == -jnp.inf

@@ -1,4 +1,4 @@
-"""Which tiles each program of a kernel visits, and which of them the mask cannot touch: arrays that a kernel reads.
+"""Which tiles each program of a kernel visits, and which of them need no mask: tables that a kernel reads.
 
 A tile of queries visits the key tiles [start, stop). Of these [full_start, full_stop) need no masking at all: the mask
 hides no pair in them and they end inside the array. With 4 x 4 tiles and a causal window of two tiles:
@@ -8,7 +8,8 @@ hides no pair in them and they end inside the array. With 4 x 4 tiles and a caus
     query tile 2    m f m .    start 0  full 1:2  stop 3          f visited without it
     query tile 3    . m f m    start 1  full 2:3  stop 4
 
-The same table from the side of the keys serves the gradients of keys and values. It is plain JAX, before the kernel.
+The same table with keys and queries exchanged is for the gradients of keys and values. Plain JAX computes the tables
+before the kernel starts.
 """
 
 from dataclasses import replace
@@ -44,7 +45,7 @@ def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1)
 
 
 def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
-    """For each tile of keys, the tiles of queries. What lies beyond the last key is left to the kernel."""
+    """For each tile of keys, the tiles of queries. The kernel masks columns beyond the last key."""
     needs_mask = mask.allowed is not None or mask.ring is not None
 
     def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
@@ -74,7 +75,7 @@ def _for_each_tile(mask, of_tile, count: int) -> tuple[Array, ...]:
 
 
 def _bounds(ranges: tuple[Array, ...], tile: int, count: int, related) -> Bounds:
-    """From ranges of positions to ranges of tiles: outwards for those visited, inwards for those without mask."""
+    """From ranges of positions to ranges of tiles: rounded outwards for visited, inwards for unmasked tiles."""
     start, stop, full_start, full_stop = ranges
     start, stop = tiles.tile_range(start, stop, tile, count)
     full_start, full_stop = -(-full_start // tile), full_stop // tile
@@ -89,7 +90,7 @@ def _bounds(ranges: tuple[Array, ...], tile: int, count: int, related) -> Bounds
 
 
 def _related(own, other, own_tile: int, other_tile: int) -> tuple[Bool[Array, "B X Y"], Bool[Array, "B X Y"]] | None:
-    """Which pairs of tiles may share a segment, as the ranges of their ids overlap; and which share a single one."""
+    """Which pairs of tiles may share a segment, because their id ranges overlap; and which hold only one, the same."""
     if own is None:
         return None
     own_low, own_high = (x[:, :, None] for x in _extremes(own, own_tile))
@@ -107,7 +108,7 @@ def _extremes(segments: Integer[Array, "B X"], tile: int) -> tuple[Array, Array]
 
 
 def _hull(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
-    """First tile that is related, and the one after the last; (0, 0) if there is none."""
+    """The first related tile, and the one after the last; (0, 0) if there is none."""
     count = related.shape[-1]
     stop = jnp.where(jnp.any(related, axis=-1), count - _first(related[..., ::-1]), 0)
     return _first(related), stop
@@ -122,5 +123,5 @@ def _first_run(related: Bool[Array, "B X Y"]) -> tuple[Array, Array]:
 
 
 def _first(x: Bool[Array, "B X Y"]) -> Array:
-    """Where the first True is, in 32 bits, whatever `jax_enable_x64` says."""
+    """The index of the first True, in 32 bits, also with `jax_enable_x64`."""
     return jnp.argmax(x, axis=-1).astype(jnp.int32)

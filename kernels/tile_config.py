@@ -1,3 +1,3 @@
-"""The name that `kernels.gpu.assuming` had first."""
+"""The former import path of `kernels.gpu.assuming`."""
 
 from mqa_jax.kernels.gpu import assuming as assuming

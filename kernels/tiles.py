@@ -1,8 +1,9 @@
-"""Which tiles a mask leaves alive. Integers only: Python ints or traced int32 scalars.
+"""Which tiles the mask does not hide entirely. Integers only: Python ints or traced int32 scalars.
 
-A tile of queries [row_start, row_stop) needs the keys of one contiguous range, and the other way round, under every
-mask but the caller's boolean mask and the segments. Ranges are half open and may be empty (start >= stop).
-Offsets and windows are any that fit 32 bits: an offset is first brought within `rows` of what it is subtracted from.
+Under every mask except the caller's boolean mask and the segments, a tile of queries [row_start, row_stop) needs one
+contiguous range of keys, and a tile of keys one contiguous range of queries. Ranges are half open and may be empty
+(start >= stop). Offsets and windows may use all 32 bits: before an offset is subtracted, it is clipped to within `rows`
+of the minuend, so that the difference does not overflow.
 """
 
 from dataclasses import replace
@@ -35,7 +36,7 @@ def key_range(mask: Mask, row_start: Index, row_stop: Index, columns: Length) ->
 
 
 def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: Length) -> tuple[Index, Index]:
-    """Queries that may attend to some key of the tile: `key_range` seen from the other side."""
+    """Queries that may attend to some key of the tile: the inverse of `key_range`."""
     mask = _by_index(mask)
     offset = 0 if mask.query_offset is None else mask.query_offset[0]
     left, right = mask.reach
@@ -55,24 +56,24 @@ def row_range(mask: Mask, column_start: Index, column_stop: Index, rows: Length)
 
 
 def full_key_range(mask: Mask, row_start: Index, row_stop: Index, columns: Length) -> tuple[Index, Index]:
-    """Keys that every query of the tile may attend to, if the queries are not padding and the keys in no ring.
+    """Keys that every query of the tile may attend to, if no query is padding and the keys are not in a ring.
 
-    They begin with the first key of the last query and end with the last key of the first: `key_range` inside out.
+    From the first key of the last query to the last key of the first query: `key_range` with both ends exchanged.
     """
     return key_range(replace(mask, query_lengths=None), row_stop - 1, row_start + 1, columns)
 
 
 def full_row_range(mask: Mask, column_start: Index, column_stop: Index, rows: Length) -> tuple[Index, Index]:
-    """Queries that may attend to every key of the tile, if they are neither padding nor in a ring: inside out."""
+    """Queries that may attend to every key of the tile, if no key is padding or in a ring: as `full_key_range`."""
     return row_range(replace(mask, key_lengths=None), column_stop - 1, column_start + 1, rows)
 
 
 def _by_index(mask: Mask) -> Mask:
-    """What a mask says of the indices of keys. A ring has them in no order, but is hardly longer than a window."""
+    """A mask of indices: without causality and window in a ring, which is not in order and hardly exceeds a window."""
     return mask if mask.ring is None else replace(mask, is_causal=False, window=None)
 
 
 def tile_range(start: Index, stop: Index, tile: Length, tiles: Length) -> tuple[Array, Array]:
-    """Numbers of the tiles that a range of positions touches: none, if it is empty."""
+    """Numbers of the tiles that overlap a range of positions: an empty range for an empty one."""
     first = jnp.clip(start // tile, 0, tiles)
     return first, jnp.where(start < stop, jnp.clip(-(-stop // tile), 0, tiles), first)

@@ -1,5 +1,8 @@
 """Multi-query and grouped-query attention for JAX and Flax. Everything public is listed here."""
 
+import importlib
+import typing
+
 from mqa_jax.attention import dot_product_attention as dot_product_attention
 from mqa_jax.cache.rows import cache_bytes as cache_bytes
 from mqa_jax.cache.rows import check_cache as check_cache
@@ -25,3 +28,10 @@ from mqa_jax.quantization import dequantize as dequantize
 from mqa_jax.quantization import quantize as quantize
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> "typing.Any":
+    """`mqa_jax.nnx`, which loads `flax.nnx`, not before it is used."""
+    if name == "nnx":
+        return importlib.import_module("mqa_jax.nnx")
+    raise AttributeError(f"module 'mqa_jax' has no attribute {name!r}")

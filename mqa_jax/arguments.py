@@ -1,4 +1,4 @@
-"""Arguments as callers give them, each looked at alone: arrays, integers that have to fit 32 bits, numbers, flags."""
+"""Checks of single arguments: arrays, integers that must fit 32 bits, numbers, flags."""
 
 import math
 import operator
@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from mqa_jax.masks import LEAST, MOST
+from mqa_jax.masks import MAX_INT32, MIN_INT32
 from mqa_jax.shapes import Length
 
 STATIC = "known when the call is traced (under jax.jit, one of the static_argnames)"
@@ -26,14 +26,14 @@ def array(name: str, x: ArrayLike) -> Array:
 
 
 def shown(x: Any) -> str:
-    """The value and its type; of an array dtype and shape."""
+    """The value and its type; for an array, its dtype and shape."""
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype!s}{list(x.shape)}"
     return f"{x!r:.80} ({type(x).__name__})"
 
 
 def integers(name: str, x: ArrayLike, *shapes: tuple[int, ...]) -> Array | np.ndarray:
-    """Integers of any dtype. What the caller has outside JAX stays outside, where it has 64 bits."""
+    """Integers of any dtype. numpy arrays stay numpy arrays: JAX would narrow them to 32 bits."""
     try:
         numbers = x if isinstance(x, jax.Array) else np.asarray(x)
     except (TypeError, ValueError):  # traced numbers in a list
@@ -49,28 +49,28 @@ def integers(name: str, x: ArrayLike, *shapes: tuple[int, ...]) -> Array | np.nd
 
 
 def may_exceed_32_bits(x: Array | np.ndarray) -> bool:
-    return jnp.iinfo(x.dtype).max > MOST
+    return jnp.iinfo(x.dtype).max > MAX_INT32
 
 
 def in_32_bits(
-    name: str, x: Array | np.ndarray, rule: str, remedy: str, least: int = LEAST, most: Length = MOST
+    name: str, x: Array | np.ndarray, rule: str, remedy: str, lowest: int = MIN_INT32, highest: Length = MAX_INT32
 ) -> Array:
-    """int32 from `least` to `most`. Any other number is an error; the nearer end where it or `most` is not known."""
+    """int32 from `lowest` to `highest`. Others are errors; they are clipped where they or `highest` are unknown."""
     kind = jnp.iinfo(x.dtype)
-    if not isinstance(most, int):
-        return jnp.clip(jnp.asarray(x), least, jnp.asarray(most).astype(x.dtype)).astype(jnp.int32)
-    if not isinstance(x, jax.core.Tracer) and (kind.min < least or kind.max > most):
+    if not isinstance(highest, int):
+        return jnp.clip(jnp.asarray(x), lowest, jnp.asarray(highest).astype(x.dtype)).astype(jnp.int32)
+    if not isinstance(x, jax.core.Tracer) and (kind.min < lowest or kind.max > highest):
         values = np.asarray(x)
-        if np.any((values < least) | (values > most)):
+        if np.any((values < lowest) | (values > highest)):
             raise ValueError(f"{name} must {rule}: {name}={values}, {remedy}.")
     elif isinstance(x, jax.core.Tracer):
-        x = jnp.minimum(x, most) if kind.max > most else x
-        x = jnp.maximum(x, least) if kind.min < least else x
+        x = jnp.minimum(x, highest) if kind.max > highest else x
+        x = jnp.maximum(x, lowest) if kind.min < lowest else x
     return jnp.asarray(x.astype(jnp.int32))
 
 
 def whole_number(x: Any) -> int | None:
-    """An integer of whatever type; None for anything else, which a bool and a traced integer are."""
+    """An integer of any type as an int; None for anything else, including bools and traced integers."""
     try:
         return None if _has_bools(x) or isinstance(x, bool) else operator.index(x)
     except TypeError:
@@ -88,7 +88,7 @@ def number(name: str, x: Any, remedy: str) -> float:
 
 
 def flag(name: str, x: Any) -> bool:
-    """A bool that is known when the call is traced; 0 and 1 will do."""
+    """A bool that is known when the call is traced; 0 and 1 are accepted."""
     is_scalar = _has_bools(x) and x.ndim == 0 and not isinstance(x, jax.core.Tracer)
     if not is_scalar and not (isinstance(x, int) and x in (0, 1)):
         raise ValueError(f"{name} must be True or False, {STATIC}: {name}={shown(x)}.")

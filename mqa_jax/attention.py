@@ -22,14 +22,14 @@ from mqa_jax.kernels.xla import implementation as xla
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute attention.
+    """One implementation of attention.
 
     Attributes:
-      compute: output and log-sum-exp (None if it has none) of inputs with one batch axis. Kernels may be taken by
-        `implementation=None`; a plain function, which JAX differentiates, only runs where it is asked for.
-      cannot: why it cannot compute this call, or None if it can.
-      platform: the only one that it runs on, as in `jax.lax.platform_dependent`; None is all.
-      in_reach: whether a program traced now may run there; if not, `implementation=None` does not even trace it.
+      compute: returns output and log-sum-exp (None if it has none) for inputs with one batch axis. Kernels may be
+        selected by `implementation=None`; a plain function, which JAX differentiates, runs only if the caller names it.
+      cannot: returns the reason why this implementation cannot compute a call, or None if it can.
+      platform: the only platform it runs on, as in `jax.lax.platform_dependent`; None means all.
+      in_reach: whether a program traced now may run on that platform; if not, `implementation=None` does not trace it.
     """
 
     compute: flash.Kernels | Callable[[Inputs], tuple[Array, Array | None]]
@@ -40,15 +40,15 @@ class Implementation:
 
 # In the order in which `implementation=None` tries them.
 IMPLEMENTATIONS = {
-    # Hand-written for NVIDIA GPUs. JAX has deprecated what it is written in; Mosaic GPU kernels would go above it.
+    # Hand-written for NVIDIA GPUs. JAX has deprecated Pallas-Triton; Mosaic GPU kernels would go above this entry.
     "triton": Implementation(
         flash.Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda", in_reach=triton.in_reach
     ),
-    # Runs everywhere and does everything, in linear memory; which tiles it uses is settled per platform at lowering.
+    # Runs on every platform, supports every option, uses linear memory; the platform selects its tiles at lowering.
     "xla": Implementation(flash.Kernels(xla.forward, xla.backward)),
-    # The oracle, and the way to second derivatives and forward mode. It builds [B, N, T, S].
+    # The oracle; also for second derivatives and forward mode. It builds [B, N, T, S].
     "reference": Implementation(jax.jit(reference.forward)),
-    # NVIDIA's, through jax.nn. It wants the GPU when the call is traced, so it cannot be chosen when it is lowered.
+    # NVIDIA's kernel, through jax.nn. It needs the GPU at tracing time, so it cannot be selected at lowering.
     "cudnn": Implementation(cudnn.forward, cudnn.cannot),
 }
 
@@ -88,39 +88,38 @@ def dot_product_attention(
         output = sum over the keys it may attend to of dropout(softmax(score)) * v
 
     A query that may attend to no key gets output 0, and gradient 0 in query, keys, values and what is added to its
-    scores. Its log-sum-exp is that of what its softmax is over: its head's sink, to which it is differentiable, or -inf
-    without one. A query beyond `query_seq_lengths` does not exist: output 0, log-sum-exp -inf, no gradient at all.
-    `mqa_jax.masks` draws what each masking option leaves; they combine by AND. All options combine, with any number of
-    leading axes.
+    scores. Its log-sum-exp is the sink of its head, with respect to which it is differentiable, or -inf without a sink.
+    A query beyond `query_seq_lengths` is padding: output 0, log-sum-exp -inf, no gradient. `mqa_jax.masks` draws the
+    pairs that each masking option leaves; they combine by AND. All options combine, with any number of leading axes.
 
     Args:
       query: float32, bfloat16, float16 or float64 `[..., T, N, H]`.
-      key: same dtype, or int8 or float8_e4m3fn with scales, `[..., S, K, H]`; K divides N. K = N is MHA, K = 1 MQA, in
-        between GQA. Never repeated.
+      key: same dtype, or int8 or float8_e4m3fn with scales, `[..., S, K, H]`; K divides N. K = N is MHA, K = 1 is MQA,
+        anything between is GQA. Keys and values are never repeated for the query heads.
       value: same dtype as the key, `[..., S, K, V]`.
       bias: added to the scores; any float dtype, broadcasts to `[..., N, T, S]`. Its gradient has its own shape.
       mask: bool, broadcasts to `[..., N, T, S]`; True = may attend.
       scale: multiplies q . k. Default 1 / sqrt(H).
       is_causal: key position <= query position.
-      query_seq_lengths: int `[...]`, 0 to T; queries from there on are padding, and get output 0.
-      key_value_seq_lengths: int `[...]`, 0 to S; keys from there on are padding, whatever they hold, NaN included.
-      local_window_size: how far a query sees, `(left, right)` or one int for both: positions p - left to p + right. -1,
-        and any number from 2**31 - 1 on, is no limit on that side.
+      query_seq_lengths: int `[...]`, 0 to T; queries from this index on are padding and get output 0.
+      key_value_seq_lengths: int `[...]`, 0 to S; keys from this index on are padding and may hold anything, also NaN.
+      local_window_size: `(left, right)` or one int for both: a query at position p attends to p - left to p + right.
+        -1, and any number from 2**31 - 1 on, means no limit on that side.
       implementation: None, or a name from the table below.
       return_residual: also return the log-sum-exp of the scores.
       query_offset: position of the first query, an int or int `[...]`; keys count from 0. Positions have 32 bits.
       query_segment_ids, key_value_segment_ids: int `[..., T]` and `[..., S]`; only equal ids attend to each other.
       logits_soft_cap: c in c * tanh(score / c), applied to scale * q . k before anything is added (Gemma 2).
       alibi_slopes: float `[N]`, differentiable (Press et al. 2021, arXiv 2108.12409).
-      sinks: float `[N]`, differentiable: one more score per head, that takes probability and gives no value (gpt-oss).
-        -inf is no sink in that head.
-      key_value_ring_lengths: int `[...]`: keys and values are ring buffers of S slots, through which that many tokens
-        went, at most 2**31 - 1; slot s holds the newest position that is s modulo S (`mqa_jax.masks`). Instead of
+      sinks: float `[N]`, differentiable: one additional score per head in the denominator of the softmax, with value 0
+        (gpt-oss). -inf means no sink in that head.
+      key_value_ring_lengths: int `[...]`: keys and values are ring buffers of S slots to which that many tokens have
+        been written, at most 2**31 - 1; slot s holds the newest position that is s modulo S (`mqa_jax.masks`). Replaces
         key_value_seq_lengths.
       key_scale, value_scale: float32 `[..., S, K]`, for keys and values in 8 bits (`mqa_jax.quantization`): k is
-        key * key_scale, v is value * value_scale, and neither is ever stored. No derivative but by 'reference'.
-      dropout_rate: static; rounded to 1/65536. Which weights are dropped depends on the key, batch row, head, row and
-        column alone (`mqa_jax.dropout`), so every implementation drops the same.
+        key * key_scale, v is value * value_scale, and neither is stored. Only 'reference' has a derivative.
+      dropout_rate: static; rounded to 1/65536. The dropped weights depend only on the key, batch row, head, row and
+        column (`mqa_jax.dropout`), so every implementation drops the same ones.
       dropout_rng: a JAX random key, may be traced; needed when dropout_rate > 0.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
@@ -129,19 +128,19 @@ def dot_product_attention(
       (float64 for float64) `[..., T, N]`. Both are differentiable.
 
     Raises:
-      ValueError: the call is wrong; the message has the rule, the values and the remedy. Integers are judged where
-        their values are known. Under a transformation, lengths and offsets beyond their range become its nearer end.
+      ValueError: the call is wrong; the message has the rule, the values and the remedy. Integers are checked where
+        their values are known. Under a transformation, lengths and offsets are clipped to their range.
       NotImplementedError: the named implementation cannot compute this call.
 
     Implementations:
       None: the first of these that can compute the call and runs on the platform that the program is lowered for:
-        'triton' on an NVIDIA GPU, else 'xla', which always can. (A machine without such a GPU traces 'triton' only
-        inside `mqa_jax.kernels.gpu.assuming`, to compile for another one.)
+        'triton' on an NVIDIA GPU, else 'xla', which supports every call. (A machine without such a GPU traces 'triton'
+        only inside `mqa_jax.kernels.gpu.assuming`, to compile for another machine.)
       'triton': FlashAttention-2 as Pallas-Triton kernels, for NVIDIA GPUs from compute capability 8.0; one derivative,
         in reverse mode. K/V, dK and dV exist at the size of the key/value heads only.
-      'xla': FlashAttention-2 in plain XLA, on every platform. Memory linear in T and S; tiles that the mask empties
-        are not computed; one derivative, in reverse mode.
-      'reference': a textbook, memory N * T * S; derivatives of any order and mode.
+      'xla': FlashAttention-2 in plain XLA, on every platform. Memory linear in T and S; tiles that the mask hides
+        entirely are not computed; one derivative, in reverse mode.
+      'reference': textbook attention, memory N * T * S; derivatives of any order and mode.
       'cudnn': `jax.nn`'s cuDNN kernel, where it supports the call.
 
     Example:
@@ -180,17 +179,17 @@ def attention_with_weights(*arguments: Any, **options: Any) -> tuple[Array, Arra
 
 
 def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tuple[Array, Array | None]]:
-    """What computes these inputs."""
+    """The function that computes these inputs."""
     if implementation is None:
-        able = [way for way in IMPLEMENTATIONS.values() if way.in_reach() and way.cannot(inputs) is None]
-        kernels = tuple((way.platform, way.compute) for way in able if isinstance(way.compute, flash.Kernels))
+        able = [entry for entry in IMPLEMENTATIONS.values() if entry.in_reach() and entry.cannot(inputs) is None]
+        kernels = tuple((entry.platform, entry.compute) for entry in able if isinstance(entry.compute, flash.Kernels))
         return functools.partial(flash.attend, flash.by_platform(None, *kernels))
     if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}.")
-    way = IMPLEMENTATIONS[implementation]
-    reason = way.cannot(inputs)
+    entry = IMPLEMENTATIONS[implementation]
+    reason = entry.cannot(inputs)
     if reason is not None:
         raise NotImplementedError(f"implementation={implementation!r} cannot compute this call: {reason}.")
-    if not isinstance(way.compute, flash.Kernels):
-        return way.compute
-    return functools.partial(flash.attend, flash.by_platform(implementation, (way.platform, way.compute)))
+    if not isinstance(entry.compute, flash.Kernels):
+        return entry.compute
+    return functools.partial(flash.attend, flash.by_platform(implementation, (entry.platform, entry.compute)))

@@ -1,4 +1,4 @@
-"""Leading batch axes: any number outside, exactly one inside."""
+"""Leading batch axes: callers may pass any number of them, the implementations get exactly one."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,8 @@ Results = TypeVar("Results")  # a tuple of arrays, each with the batch axis firs
 def over_flat_batch(run: Callable[[Inputs], Results], inputs: Inputs) -> Results:
     """Calls `run` on inputs with one batch axis; its results get the leading axes of the query.
 
-    A bias or mask that is shared along some leading axes but not along others cannot be flattened without copying it:
-    then the first axis is mapped over, and the same rule applied to the rest.
+    A bias or mask that is shared along some leading axes but not along others cannot be flattened without copying it.
+    In that case the first axis is mapped over with `jax.vmap`, and the same rule applies to the remaining axes.
     """
     batch = inputs.operands.query.shape[:-3]
     pairs = [x for x in (inputs.operands.bias, inputs.mask.allowed) if x is not None]
@@ -32,7 +32,7 @@ def over_flat_batch(run: Callable[[Inputs], Results], inputs: Inputs) -> Results
 
 
 def _map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Callable[[Array], Any]) -> Any:
-    """Changes the arrays of a dataclass: those that lead with batch axes, and the others, as its fields say."""
+    """Changes the arrays of a dataclass: `with_batch` those with leading batch axes, `for_all_rows` the others."""
     changes = {}
     for each in fields(node):
         x = getattr(node, each.name)

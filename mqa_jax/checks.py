@@ -1,11 +1,12 @@
-"""The one checker: every argument of an attention call is judged here, and nowhere else.
+"""The checker: every argument of an attention call is checked here, and nowhere else.
 
-A message says the rule, the values and the remedy. `ValueError`: the call is wrong. What an implementation cannot do is
-a `NotImplementedError` and lives with the implementation.
+A message has the rule, the values and the remedy. `ValueError`: the call is wrong. A call that an implementation does
+not support is a `NotImplementedError`, which that implementation raises.
 """
 
 import math
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,12 @@ from mqa_jax import quantization
 from mqa_jax.arguments import STATIC, array, flag, in_32_bits, integers, may_exceed_32_bits, number, shown, whole_number
 from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.masks import LEAST, MOST, Mask, Ring
+from mqa_jax.masks import MAX_INT32, MIN_INT32, Mask, Ring
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
-class Call(Protocol):
-    """The arguments of `mqa_jax.dot_product_attention` by their names, as the caller gave them."""
-
-    def __getattr__(self, name: str) -> Any: ...
+Call = SimpleNamespace  # the arguments of `mqa_jax.dot_product_attention` by name, as the caller passed them
 
 
 def checked_inputs(call: Call) -> Inputs:
@@ -59,16 +57,16 @@ def checked_inputs(call: Call) -> Inputs:
     )
 
 
-def of_batch(x: ArrayLike | None, batch: tuple, axes: int) -> ArrayLike | None:
+def of_batch(x: Any, batch: tuple, axes: int) -> Any:
     """One sequence `[T, N, H]` may come with other arrays that are a batch of one, `[1, S, K, H]`, as in `jax.nn`.
 
-    `axes`: how many axes the array has behind those of the batch.
+    `axes`: the number of axes that follow the batch axes.
     """
     if isinstance(x, list | tuple):
         return of_batch(x[0], batch, axes) if not batch and len(x) == 1 and _depth(x) == axes + 1 else x
     if batch or not hasattr(x, "shape") or len(x.shape) != axes + 1 or x.shape[0] != 1:
         return x
-    return x.reshape(x.shape[1:])  # not by JAX, which would cut 64 bits of numpy's down to 32
+    return x.reshape(x.shape[1:])  # a numpy array by numpy: JAX would narrow 64 bits to 32
 
 
 def _depth(x: Any) -> int:
@@ -133,7 +131,7 @@ def _scale(name: str, scale: ArrayLike | None, key: Array) -> Array | None:
     return numbers
 
 
-OTHER_KINDS = {  # what else may have been meant
+OTHER_KINDS = {  # what the caller may have meant instead, by dtype
     "mask": {
         jnp.integer: "A mask of 0 and 1, as tokenizers make it, is mask.astype(bool), True = may attend.",
         jnp.floating: "A mask of 0 and 1 is mask.astype(bool), True = may attend; one that is added to the scores, "
@@ -200,13 +198,13 @@ def _lengths(name: str, x: ArrayLike | None, batch: tuple, longest: int) -> Arra
 
 
 def _key_lengths(call: Call, batch: tuple, columns: int) -> tuple[Array | None, Ring | None]:
-    """How many keys of the array are there, and whether they are in a ring."""
+    """The number of keys that are not padding, and the ring buffer, if they are in one."""
     name, lengths = "key_value_ring_lengths", call.key_value_ring_lengths
     if lengths is None:
         return _lengths("key_value_seq_lengths", call.key_value_seq_lengths, batch, columns), None
     if call.key_value_seq_lengths is not None:
         raise ValueError(
-            "key_value_ring_lengths says how many keys there are, so key_value_seq_lengths must be None: "
+            "key_value_ring_lengths already determines the number of keys, so key_value_seq_lengths must be None: "
             f"key_value_ring_lengths={lengths}, key_value_seq_lengths={call.key_value_seq_lengths}."
         )
     rule, remedy = "not be negative, and fit 32 bits", "which counts all tokens so far"
@@ -215,7 +213,7 @@ def _key_lengths(call: Call, batch: tuple, columns: int) -> tuple[Array | None, 
 
 
 def _segments(call: Call, batch: tuple, *lengths: int) -> tuple[Array | None, Array | None]:
-    """int32; ids that are traced, so that nothing says whether they fit 32 bits, are compared as they are."""
+    """int32; traced ids of a wider dtype, whose values are not known, are compared in their own dtype."""
     names = "query_segment_ids", "key_value_segment_ids"
     query, key = (of_batch(getattr(call, name), batch, 1) for name in names)
     if query is None and key is None:
@@ -240,18 +238,18 @@ def _segments(call: Call, batch: tuple, *lengths: int) -> tuple[Array | None, Ar
 
 
 def _query_offset(x: ArrayLike, batch: tuple, rows: int) -> Array | None:
-    """int32 with the batch axes, or as many of size 1; None for a plain 0."""
+    """int32 with the batch axes, or as many axes of size 1; None for a Python 0."""
     if type(x) is int and x == 0:
         return None
     offset = integers("query_offset", of_batch(x, batch, 0), (), batch)
-    most = MOST + 1 - max(rows, 1) if isinstance(rows, int) else MOST  # a symbol, of `jax.export`
-    rule = f"leave the positions of all queries in 32 bits, from {LEAST} to {most}"
-    offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", most=most)
+    highest = MAX_INT32 + 1 - max(rows, 1) if isinstance(rows, int) else MAX_INT32  # else a symbol of `jax.export`
+    rule = f"leave the positions of all queries in 32 bits, from {MIN_INT32} to {highest}"
+    offset = in_32_bits("query_offset", offset, rule, "where the first key is at 0", highest=highest)
     return offset.reshape(offset.shape or (1,) * len(batch))
 
 
 def checked_window(size: int | tuple[int, int] | None) -> tuple[int | None, int | None] | None:
-    """(left, right), in which None is no limit: -1, or any number from MOST on."""
+    """(left, right), where None means no limit: -1, or any number from MAX_INT32 on."""
     if size is None:
         return None
     numbers = [whole_number(n) for n in (size if isinstance(size, tuple | list) else (size, size))]
@@ -260,7 +258,7 @@ def checked_window(size: int | tuple[int, int] | None) -> tuple[int | None, int 
             f"local_window_size must be an int or (left, right), not negative, {STATIC}: local_window_size={size!r}. "
             "It counts neighbours on each side; -1 is no limit there, None is no window."
         )
-    left, right = (None if n == -1 or n >= MOST else n for n in numbers)  # type: ignore[operator]
+    left, right = (None if n == -1 or n >= MAX_INT32 else n for n in numbers)  # type: ignore[operator]
     return None if left is None and right is None else (left, right)
 
 
@@ -286,7 +284,7 @@ def _checked_dropout(call: Call, batch: tuple) -> Dropout | None:
         return None
     numbers = jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch)
     try:
-        return Dropout.make(call.dropout_rng, rate, numbers)  # type: ignore[arg-type]
+        return Dropout.make(call.dropout_rng, rate, numbers)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"dropout_rate={rate} needs a key: pass dropout_rng=jax.random.key(...), one key; "

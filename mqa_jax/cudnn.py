@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, through `jax.nn`, for the calls in which it means what this library means."""
+"""cuDNN's fused attention, through `jax.nn`, for the calls whose meaning in `jax.nn` is that of this library."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ _REMEDY = "use implementation=None"
 
 
 def cannot(inputs: Inputs) -> str | None:
-    """Why not, or None if it can."""
+    """The reason why cuDNN cannot compute these inputs, or None if it can."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     unsupported = {
         f"dtype {inputs.dtype}": inputs.dtype in (jnp.float32, jnp.float64),
@@ -25,7 +25,8 @@ def cannot(inputs: Inputs) -> str | None:
         "keys in a ring buffer": mask.ring is not None,
         "keys and values in 8 bits": operands.key_scale is not None,
         "segment ids": mask.query_segments is not None,
-        "local_window_size without is_causal (it would see the future)": mask.window is not None and not mask.is_causal,
+        "local_window_size without is_causal (its right limit is not supported)": mask.window is not None
+        and not mask.is_causal,
         "no queries or keys": 0 in (size.T, size.S),
     }
     reasons = [reason for reason, applies in unsupported.items() if applies]
@@ -33,7 +34,7 @@ def cannot(inputs: Inputs) -> str | None:
 
 
 def forward(inputs: Inputs) -> tuple[Output, None]:
-    """The output alone: cuDNN's log-sum-exp comes rounded to the dtype of the query."""
+    """Only the output: cuDNN rounds its log-sum-exp to the dtype of the query."""
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     try:
         out = jax.nn.dot_product_attention(

@@ -1,9 +1,9 @@
 """Which attention weights dropout keeps: a pure function of (key, batch row, head, query row, key column).
 
-A counter-based generator, so every implementation, tile size and pass drops the same entries and nothing has to be
-stored for the backward pass. The mixer is `lowbias32` (Chris Wellons, "Prospecting for Hash Functions", 2018), two
-32-bit multiplications: it runs alike in XLA, in a GPU kernel and in numpy. One 32-bit word serves two neighbouring
-columns, 16 bits each, so a kernel that handles both pays for one hash; the rate is therefore rounded to 1/65536.
+The generator is counter-based, so every implementation, tile size and pass drops the same entries and nothing is stored
+for the backward pass. The mixer is `lowbias32` (Chris Wellons, "Prospecting for Hash Functions", 2018), two 32-bit
+multiplications, which give the same bits in XLA, in a GPU kernel and in numpy. One 32-bit word serves two neighbouring
+columns, 16 bits each, so a kernel that handles both computes one hash; the rate is therefore rounded to 1/65536.
 """
 
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt32
 
-LEVELS = 1 << 16  # values of the 16 bits that decide about one weight
+LEVELS = 1 << 16  # number of values of the 16 random bits of one weight
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dropout:
-    """What `keep` needs to know.
+    """The parameters of `keep`.
 
     Attributes:
       seed: uint32 `[2]`.
       batch: int32 `[B]`, the number of each batch row.
-      threshold: how many of LEVELS are dropped; static.
+      threshold: how many of LEVELS mean that the weight is dropped; static.
     """
 
     seed: UInt32[Array, "2"] = field(metadata={"for_all_rows": True})
@@ -37,7 +37,7 @@ class Dropout:
 
     @property
     def scale(self) -> float:
-        """What kept weights are multiplied by, so that the mean stays; 0 where nothing is kept."""
+        """The factor of kept weights, which preserves the mean; 0 where nothing is kept."""
         return LEVELS / (LEVELS - self.threshold) if self.threshold < LEVELS else 0.0
 
 
@@ -54,7 +54,7 @@ def keep(dropout: Dropout, batch: Array, head: Array, row: Array, column: Array)
     return half >= np.uint32(dropout.threshold) if dropout.threshold < LEVELS else jnp.zeros(half.shape, bool)
 
 
-_GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: consecutive multiples lie far apart
+_GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: consecutive multiples differ in many bits
 
 
 def _mix(x: Array) -> Array:

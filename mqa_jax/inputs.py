@@ -1,4 +1,4 @@
-"""One attention problem in normal form: what the checker makes and every implementation takes."""
+"""One attention problem in normal form: the checker returns it and every implementation takes it."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,17 +19,17 @@ def static(default=None):
 
 
 def for_all_rows(default=None):
-    """A field with an array that has no batch axis; all others lead with one (`batch_axes`)."""
+    """A field whose array has no batch axis; the arrays of all other fields start with one (`batch_axes`)."""
     return field(default=default, metadata={"for_all_rows": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Operands:
-    """The arrays that have gradients.
+    """The arrays with respect to which attention is differentiable.
 
     The score of a pair is `soft_cap(scale * q.k) + bias - alibi_slope * |query position - key position|`.
-    Keys and values in 8 bits (`mqa_jax.quantization`) have scales, that belong to k and v in this.
+    Keys and values in 8 bits (`mqa_jax.quantization`) have scales: k is key * key_scale, v is value * value_scale.
     """
 
     query: Query
@@ -45,11 +45,11 @@ class Operands:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """Operands, and all that shapes the softmax without having a gradient.
+    """Operands, and everything else that the softmax depends on, which has no gradient.
 
     Attributes:
-      residual: whether the caller wants the log-sum-exp.
-      constant: in a backward pass, the names of the operands that nobody differentiates.
+      residual: whether the log-sum-exp is returned.
+      constant: in a backward pass, the names of the operands whose gradients are not needed.
     """
 
     operands: Operands
@@ -77,14 +77,14 @@ class Inputs:
 
     @property
     def score_dtype(self) -> DTypeLike:
-        """Of scores, their softmax and every sum: float32, or float64 where the query is."""
+        """The dtype of scores, their softmax and every sum: float32, or float64 for a float64 query."""
         return jnp.float64 if self.dtype == jnp.float64 else jnp.float32
 
     @property
     def weight_dtype(self) -> DTypeLike:
-        """Of the weights where they meet the values.
+        """The dtype of the weights in the product with the values.
 
-        With scales in them weights are as small as the values' last bit, which float16 would round to 0.
+        Weights that include the scales of 8-bit values may be too small for float16, which would round them to 0.
         """
         scaled_halves = self.operands.value_scale is not None and self.dtype == jnp.float16
         return jnp.bfloat16 if scaled_halves else self.dtype
@@ -92,7 +92,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Axis lengths under their letters (see `mqa_jax.shapes`)."""
+    """Axis lengths, named by the letters of `mqa_jax.shapes`."""
 
     B: int
     T: int

@@ -1,15 +1,15 @@
-"""Who may attend to whom: the one meaning of every masking option, for every implementation.
+"""Which query may attend to which key: the definition of every masking option, for every implementation.
 
 A query has a *position*, `query_offset + t`; a key's position is its index s. All conditions below combine by AND.
 
 is_causal: key position <= query position. With T = 3 queries on S = 5 keys (1 = may attend):
 
-    query_offset=0     query_offset=2 (the last query meets the last key)
+    query_offset=0     query_offset=2 (the last query is at the position of the last key)
       1 0 0 0 0          1 1 1 0 0
       1 1 0 0 0          1 1 1 1 0
       1 1 1 0 0          1 1 1 1 1
 
-and with T = 5 on S = 3, where query_offset=-2 leaves two queries with nothing to attend to (their output is 0):
+and with T = 5 on S = 3, where with query_offset=-2 two queries may attend to no key (their output is 0):
 
     query_offset=0     query_offset=-2
       1 0 0              0 0 0
@@ -26,7 +26,7 @@ local_window_size=(2, 1): position - 2 <= key position <= position + 1:
       0 1 1 1 1
       0 0 1 1 1
 
--1 is no limit on that side; local_window_size=(-1, 1) with query_offset=1:
+-1 means no limit on that side; local_window_size=(-1, 1) with query_offset=1:
 
       1 1 1 0 0
       1 1 1 1 0
@@ -38,14 +38,16 @@ query_seq_lengths=2, key_value_seq_lengths=3 (T = 3, S = 5):   query segments 0 
       1 1 1 0 0                                                  1 1 0 0 0
       0 0 0 0 0                                                  0 0 1 1 1
 
-key_value_ring_lengths=6: the keys are a ring buffer of S = 4 slots, through which 6 tokens went. A key's position is
-not its index: slot s holds the newest position that is s modulo S, here 4 5 2 3. Causal, with query_offset=4 and T = 2:
+key_value_ring_lengths=6: the keys are a ring buffer of S = 4 slots to which 6 tokens have been written. The position of
+a key is not its index: slot s holds the newest position that is s modulo S, here 4 5 2 3. With is_causal,
+query_offset=4 and T = 2:
 
       1 0 1 1
       1 1 1 1
 
-Positions fill 32 bits, so a difference of two, or a position and a window, may not fit. Hence positions are compared,
-never subtracted, and sums with a window end at the largest number (`plus`, `minus`), which is the same to a comparison.
+Positions may use all 32 bits, so the difference of two positions, or the sum of a position and a window, may overflow.
+Hence positions are compared, never subtracted, and sums with a window saturate (`plus`, `minus`), which does not change
+the result of a comparison.
 """
 
 from dataclasses import dataclass, field
@@ -57,7 +59,7 @@ from jaxtyping import Array, Bool, Int, Integer, UInt32
 
 from mqa_jax.shapes import BoolMask, Length, Positions
 
-LEAST, MOST = -(2**31), 2**31 - 1  # of 32 bits
+MIN_INT32, MAX_INT32 = -(2**31), 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +68,7 @@ class Ring:
     """Keys in a ring buffer.
 
     Attributes:
-      lengths: int32 `[B]`, how many tokens went through it, the latest of which it holds.
+      lengths: int32 `[B]`, the number of tokens written to it so far; it holds the latest of them.
       slots: static; S.
     """
 
@@ -82,11 +84,11 @@ class Mask:
     Attributes:
       query_offset: position of the first query, int32 `[#B]`; None is 0 in every row.
       allowed: the caller's boolean mask `[#B, #N, #T, #S]`, True = may attend.
-      query_lengths, key_lengths: int32 `[B]`; positions of the array from there on are padding.
+      query_lengths, key_lengths: int32 `[B]`; entries of the array from this index on are padding.
       query_segments, key_segments: integers of one dtype `[B, T]`, `[B, S]`; only equal ids attend to each other.
       ring: None where a key's position is its index. With a ring, `key_lengths` are the slots that were written.
       is_causal: static.
-      window: static `(left, right)`, each less than MOST, or None where there is no limit.
+      window: static `(left, right)`, each less than MAX_INT32, or None where there is no limit.
     """
 
     query_offset: Int[Array, "#B"] | None = None
@@ -101,13 +103,13 @@ class Mask:
 
     @property
     def hides_pairs(self) -> bool:
-        """Whether it may hide a key from a query although neither is padding."""
+        """Whether it may hide a pair of which neither the query nor the key is padding."""
         parts = self.window, self.allowed, self.query_segments
         return self.is_causal or any(x is not None for x in parts)
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """How far a query sees to the left and to the right; None is no limit, a causal mask 0."""
+        """How many positions to the left and to the right a query may attend to; None is no limit, causal is 0."""
         left, right = self.window or (None, None)
         return left, 0 if self.is_causal else right
 
@@ -136,7 +138,7 @@ def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B 
 
 
 def in_reach(mask: Mask, query: Array, key: Array) -> list[Bool[Array, "..."]]:
-    """What a causal mask and a window say about positions, which broadcast against each other."""
+    """The conditions of a causal mask and a window on positions, which broadcast against each other."""
     left, right = mask.reach
     conditions = []
     if right is not None:
@@ -162,19 +164,19 @@ def apart(query: Array, key: Array) -> UInt32[Array, "..."]:
 
 
 def plus(x: int | Array, n: Length) -> Array:
-    """The sum, or MOST where that is less; n >= 0."""
+    """The sum, or MAX_INT32 where the sum exceeds it; n >= 0."""
     n = _number(n)
-    return jnp.minimum(x, MOST - n) + n
+    return jnp.minimum(x, MAX_INT32 - n) + n
 
 
 def minus(x: int | Array, n: Length) -> Array:
-    """The difference, or LEAST where that is more; n >= 0."""
+    """The difference, or MIN_INT32 where the difference is less; n >= 0."""
     n = _number(n)
-    return jnp.maximum(x, LEAST + n) - n
+    return jnp.maximum(x, MIN_INT32 + n) - n
 
 
 def _number(n: Length) -> int | Array:
-    """A symbol of `jax.export` as an array: JAX would add LEAST to its constant, which then has more than 32 bits."""
+    """A symbol of `jax.export` as an array: JAX would add MIN_INT32 to its constant, which would exceed 32 bits."""
     return n if isinstance(n, int) else jnp.asarray(n).astype(jnp.int32)
 
 
@@ -194,7 +196,7 @@ def key_positions(mask: Mask, columns: Positions) -> Int[Array, "#B X"]:
 
 
 def ring_positions(slot: Array, length: Array, slots: int) -> Array:
-    """What position a slot holds after `length` tokens: the newest that is equal to it modulo `slots`."""
+    """The position that a slot holds after `length` tokens: the newest that is equal to it modulo `slots`."""
     newest = length - 1
     of_newest = lax.rem(newest, jnp.asarray(slots, newest.dtype))
     return slot + ((newest - of_newest) - jnp.where(slot > of_newest, slots, 0))

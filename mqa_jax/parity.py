@@ -1,4 +1,4 @@
-"""`python -m mqa_jax.parity` and the names of `mqa_jax.torch_interop.parity` under a short path."""
+"""`python -m mqa_jax.parity`, and a shorter import path for the names of `mqa_jax.torch_interop.parity`."""
 
 from mqa_jax.torch_interop.parity import Difference as Difference
 from mqa_jax.torch_interop.parity import Report as Report

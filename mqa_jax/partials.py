@@ -1,4 +1,4 @@
-"""Attention over several sets of keys, put together from the results over each."""
+"""Merges the results of attention over several sets of keys into attention over all of them."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,13 +9,13 @@ from mqa_jax.arguments import array
 def merge_partials(
     outs: Float[Array, "P *B T N V"], log_sum_exps: Float[Array, "P *B T N"]
 ) -> tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
-    """Output and log-sum-exp over all keys, from those over P parts of them (Dao et al. 2023, "Flash-Decoding").
+    """Output and log-sum-exp over all keys, from those over P parts of the keys (Dao et al. 2023, "Flash-Decoding").
 
-    Exact for parts in which a row saw no key, whose log-sum-exp is -inf, and for rows that saw none in any: 0 and -inf.
+    Exact also where a row attends to no key of a part (log-sum-exp -inf) or of any part (output 0, log-sum-exp -inf).
 
-    Sinks are one more score, and belong to exactly one part: pass `sinks=` with the keys of one part, whichever, and
-    not with the others. In a row that sees no key of that part its output is 0 and its log-sum-exp that of the sink,
-    so that nothing is lost; a row that sees no key in any has 0 and the sink.
+    A sink is an additional score and must be in exactly one part: pass `sinks=` in the call for one of the parts, and
+    not in the other calls. Where a row attends to no key of that part, the output of the part is 0 and its log-sum-exp
+    is the sink, so the merged result is still exact; a row that attends to no key of any part gets 0 and the sink.
 
     Args:
       outs: output of each part, `[P, ..., T, N, V]`; any float dtype.

@@ -1,7 +1,7 @@
-"""Positions: rotary embeddings (RoPE), ALiBi slopes, and the temperature of queries far into a text.
+"""Positions: rotary embeddings (RoPE), ALiBi slopes, and position-dependent temperatures of queries.
 
-How RoPE is scaled for longer contexts is a dataclass: called with the frequencies it returns the new ones, and its
-`magnitude` multiplies the rotated queries and keys.
+A scaling of RoPE for longer contexts is a dataclass: it maps frequencies to new frequencies, and its `magnitude`
+multiplies the rotated queries and keys.
 """
 
 import functools
@@ -33,7 +33,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class TableScaling:
-    """Each frequency divided by its own one of `factors`, as the tensor `rope_freqs.weight` of a GGUF file says."""
+    """Frequency i divided by `factors[i]`; GGUF files store these in the tensor `rope_freqs.weight`."""
 
     factors: tuple[float, ...]
 
@@ -50,9 +50,9 @@ class TableScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's (`rope_type="llama3"`): slow rotations divided by `factor`, fast ones kept, a ramp between.
+    """Llama 3.1's (`rope_type="llama3"`): low frequencies divided by `factor`, high ones kept, a ramp between them.
 
-    Slow: fewer than `low_freq_factor` turns in `original_max_position_embeddings`; fast: more than `high_freq_factor`.
+    Low: fewer than `low_freq_factor` turns in `original_max_position_embeddings`; high: more than `high_freq_factor`.
     """
 
     factor: float = 8.0
@@ -66,7 +66,7 @@ class Llama3Scaling:
         check_types(self)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
-                "Slow rotations come before fast ones: "
+                "low_freq_factor must be less than high_freq_factor: "
                 f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}."
             )
 
@@ -78,16 +78,17 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN's (Peng et al. 2023, arXiv 2309.00071, `rope_type="yarn"`), with the names and defaults of transformers.
+    """YaRN (Peng et al. 2023, arXiv 2309.00071, `rope_type="yarn"`), with the names and defaults of transformers.
 
-    Frequencies that turn less than `beta_slow` times in `original_max_position_embeddings` are divided by `factor`,
-    those that turn more than `beta_fast` times are kept, and a ramp over the feature pairs lies between.
+    Frequencies with fewer than `beta_slow` turns in `original_max_position_embeddings` are divided by `factor`, those
+    with more than `beta_fast` turns are kept, and the factor changes linearly over the feature pairs between them.
 
     Attributes:
-      factor, original_max_position_embeddings: how many times longer the context is than which one.
+      factor: the new context length over the original one.
+      original_max_position_embeddings: the original context length.
       attention_factor: `magnitude`. Default: 0.1 * log(factor) + 1 (section 3.4), or the quotient of two such numbers
         where `mscale` and `mscale_all_dim`, DeepSeek's factors of the logarithm, are both given.
-      truncate: whether the ramp starts and ends at whole pairs.
+      truncate: whether the ramp starts and ends at integer pair numbers.
     """
 
     factor: float
@@ -119,11 +120,11 @@ class YarnScaling:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
-        slow = np.clip((pairs - low) / (high - low if high != low else 0.001), 0, 1)  # as transformers divides
+        slow = np.clip((pairs - low) / (high - low if high != low else 0.001), 0, 1)  # 0.001 as in transformers
         return frequencies * (1 - slow + slow / self.factor)
 
     def _pair(self, frequencies: np.ndarray, turns: float) -> float:
-        """Which feature pair turns so often in the original context; pairs between two have a frequency too."""
+        """The number, a float, of the feature pair with this many turns in the original context."""
         step = math.log(frequencies[0] / frequencies[1]) if len(frequencies) > 1 else math.inf
         return math.log(self.original_max_position_embeddings / (2 * math.pi * turns)) / step
 
@@ -140,7 +141,7 @@ class Rope:
     Attributes:
       theta: base of the frequencies.
       interleaved: pair features (2i, 2i + 1), as GPT-J and GGUF files do, instead of (i, i + H / 2), as Hugging Face.
-      scaling: how the frequencies of a longer context differ, or None. YaRN's also has a magnitude.
+      scaling: of the frequencies for a longer context, or None. YaRN also multiplies by a magnitude.
     """
 
     theta: float = 10_000.0
@@ -191,13 +192,12 @@ class TemperatureTuning:
 def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:
     """The slope of each head, float32 `[N]` (Press et al. 2021, arXiv 2108.12409; the values of MPT and mqa).
 
-    2 ** (-alibi_bias_max * i / n) for i = 1 .. n, where n is `heads` rounded up to a power of two; if that is more than
-    `heads`, every second slope comes first and the rest is cut off.
+    2 ** (-alibi_bias_max * i / n) for i = 1 .. n, where n is `heads` rounded up to a power of two. If n > `heads`, the
+    slopes of even i come first, then those of odd i, and the first `heads` of these are used.
     """
     if not (is_integer(heads) and heads >= 1 and is_number(alibi_bias_max) and alibi_bias_max > 0):
         raise ValueError(
-            "alibi_slopes needs at least one head and slopes that fall: "
-            f"heads={heads!r}, alibi_bias_max={alibi_bias_max!r}."
+            f"alibi_slopes needs heads >= 1 and alibi_bias_max > 0: heads={heads!r}, alibi_bias_max={alibi_bias_max!r}."
         )
     count = 2 ** math.ceil(math.log2(heads))
     slopes = 2.0 ** (-alibi_bias_max * np.arange(1, count + 1) / count)
@@ -207,11 +207,14 @@ def alibi_slopes(heads: int, alibi_bias_max: float = 8) -> Float[Array, " N"]:
 
 
 def falcon_alibi(heads: int, head_dim: int, length: int) -> Float[Array, "N 1 S"]:
-    """What Falcon adds to the scores of each key instead of ALiBi: slope * position / sqrt(H), float32.
+    """Falcon's variant of ALiBi, a bias for each key: slope * position / sqrt(H), float32.
 
-    It differs from ALiBi of slopes slope / sqrt(H) by a constant for each query, which a softmax does not see, and by
-    rounding: slopes and products are bfloat16, so that far keys share a position (transformers, `build_alibi_tensor`).
+    It differs from ALiBi with slopes slope / sqrt(H) by a constant for each query, which does not change the softmax,
+    and by rounding: slopes and products are bfloat16, so distant keys share a position (transformers,
+    `build_alibi_tensor`).
     """
-    rounded = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)  # casts XLA may leave out
+    rounded = functools.partial(
+        jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7
+    )  # XLA may remove a pair of casts
     slopes = rounded(alibi_slopes(heads))[:, None, None]
     return rounded(slopes * rounded(jnp.arange(length, dtype=jnp.float32))) / math.sqrt(head_dim)

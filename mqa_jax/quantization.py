@@ -1,20 +1,19 @@
-"""Keys and values in 8 bits: one float32 scale for each token and key/value head, taken from its largest feature.
+"""Keys and values in 8 bits: one float32 scale for each token and key/value head, from its largest feature.
 
-How far attention to quantized keys and values is from attention to the numbers they were made of follows from the
-scales. Let e_k[s] and e_v[s] bound the error of a feature of key and value s (`rounding_error`). The score of a query
-then moves by at most
+The scales bound the error of attention to quantized keys and values. Let e_k[s] and e_v[s] bound the error of a feature
+of key and value s (`rounding_error`). A score of the query then changes by at most
 
     delta = |scale| * sum_h |q_h| * max_s e_k[s],
 
-as soft cap, bias, slopes and masks move it no further. If every score moves by at most delta, a subset of keys with
-probability p = sigmoid(x) has one between sigmoid(x - 2 delta) and sigmoid(x + 2 delta) afterwards, so no subset gains
-or loses more than tanh(delta / 2); and an average over keys whose weights move like that moves by no more than that
-times the distance between the largest and the smallest number averaged. Each feature v of the output moves by at most
+because soft cap, bias, slopes and masks do not increase the change. If every score changes by at most delta, a subset
+of keys with probability p = sigmoid(x) has a probability between sigmoid(x - 2 delta) and sigmoid(x + 2 delta)
+afterwards, so the probability of a subset changes by at most tanh(delta / 2). An average over keys with these weights
+changes by at most that times the range of the averaged numbers. Each feature v of the output changes by at most
 
     tanh(delta / 2) * (max_s value[s, v] - min_s value[s, v]) + max_s e_v[s],
 
-where s runs over the keys that the query may attend to (a sink counts as one with value 0). Rounding in the computation
-itself comes on top, as it does without quantization.
+where s runs over the keys that the query may attend to (a sink counts as a key with value 0). The rounding errors of
+the computation itself are added to this, as without quantization.
 """
 
 import jax.numpy as jnp
@@ -25,10 +24,10 @@ DTYPES = (jnp.int8, jnp.float8_e4m3fn)
 
 
 def quantize(x: Float[ArrayLike, "*B S K H"], dtype: DTypeLike) -> tuple[Array, Float[Array, "*B S K"]]:
-    """Keys or values in 8 bits, and their scales; see `dequantize` for the way back.
+    """Keys or values in 8 bits, and their scales; `dequantize` is the inverse.
 
     A scale is max|x| / 127 (int8) or max|x| / 448 (float8_e4m3fn) over the features of one token and head, so nothing
-    overflows. NaN and infinity make the scale NaN or infinite, and with it everything that is read with it.
+    overflows. NaN or infinity in a token and head makes its scale, and all its dequantized features, NaN or infinite.
 
     Args:
       x: any float dtype.
@@ -39,27 +38,27 @@ def quantize(x: Float[ArrayLike, "*B S K H"], dtype: DTypeLike) -> tuple[Array, 
     """
     x = jnp.asarray(x).astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / largest(dtype)
-    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)  # of zeros: dividing by it must not give NaN
+    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)  # for zeros: 0 / 0 would be NaN
     scaled = x / scale[..., None]
     return (jnp.round(scaled) if jnp.dtype(dtype) == jnp.int8 else scaled).astype(dtype), scale
 
 
 def dequantize(x: Array, scale: Float[Array, "*B S K"]) -> Float[Array, "*B S K H"]:
-    """What quantized numbers stand for, in the dtype of the scale."""
+    """The numbers that quantized numbers represent, in the dtype of the scale."""
     return x.astype(scale.dtype) * scale[..., None]
 
 
 def rounding_error(dtype: DTypeLike, scale: Float[Array, "*B S K"]) -> Float[Array, "*B S K"]:
-    """By how much quantizing moves any feature of a token at most.
+    """The largest error of quantization in any feature of a token.
 
-    int8: half a step, scale / 2. float8_e4m3fn: half a step between the largest numbers, 32 apart, 16 * scale. (Small
-    features are better off there: a feature moves by no more than a sixteenth of itself.)
+    int8: half a step, scale / 2. float8_e4m3fn: half the distance of the largest numbers, which are 32 apart:
+    16 * scale. (Its relative error is at most 1 / 16, so small features have smaller errors.)
     """
     return scale * (0.5 if jnp.dtype(dtype) == jnp.int8 else 16.0)
 
 
 def largest(dtype: DTypeLike) -> float:
-    """The largest number of a dtype in which keys and values can be stored."""
+    """The largest number of a dtype for keys and values."""
     check_dtype(dtype)
     return 127.0 if jnp.dtype(dtype) == jnp.int8 else float(jnp.finfo(dtype).max)
 

@@ -1,7 +1,7 @@
-"""Textbook attention in float32 (float64 for such queries): what every other implementation is supposed to compute.
+"""Textbook attention in float32 (float64 for float64 queries): the definition of what every implementation computes.
 
-The oracle of the tests. It builds the whole `[B, N, T, S]` array of weights. JAX differentiates it: any order, forward
-and reverse.
+It is the oracle of the tests. It builds the whole `[B, N, T, S]` array of weights. JAX differentiates it, to any order,
+in forward and reverse mode.
 """
 
 import jax
@@ -15,9 +15,9 @@ from mqa_jax.shapes import LogSumExp, Output, positions
 
 
 def forward(inputs: Inputs) -> tuple[Output, LogSumExp | None]:
-    """Returns the output, in the dtype of the query, and, if it is wanted, the log-sum-exp of the scores and the sink.
+    """The output, in the dtype of the query, and, with `inputs.residual`, the log-sum-exp of the scores and the sink.
 
-    Without any of both, as in a query that is padding, they are 0 and -inf.
+    In rows that have neither a visible key nor a sink, such as padding, they are 0 and -inf.
     """
     out, log_sum_exp, _ = forward_with_weights(inputs)
     return out, log_sum_exp if inputs.residual else None
@@ -49,7 +49,7 @@ def forward_with_weights(inputs: Inputs) -> tuple[Output, LogSumExp, Float[Array
 
 
 def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
-    """What goes into the softmax, -inf where the mask hides a pair."""
+    """The arguments of the softmax, -inf where the mask hides a pair."""
     operands, size, dtype = inputs.operands, inputs.sizes, inputs.score_dtype
     rows, columns = positions(size.T), positions(size.S)
     query = _without_padding(operands.query.astype(dtype), inputs.mask.query_lengths)
@@ -69,7 +69,7 @@ def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
 
 
 def sinks_of_rows(inputs: Inputs) -> Float[Array, "#B N #T 1"] | None:
-    """-inf, which is no sink, in queries that are padding."""
+    """The sink of each row; -inf, which means no sink, in queries that are padding."""
     if inputs.operands.sinks is None:
         return None
     sinks = inputs.operands.sinks.astype(inputs.score_dtype)[None, :, None, None]
@@ -84,7 +84,7 @@ def _scaled(
 
 
 def _without_padding(x: Float[Array, "B X Y Z"], lengths: Array | None) -> Float[Array, "B X Y Z"]:
-    """Zero beyond the length: 0 * NaN is NaN, so what lies in the padding has to go before any product."""
+    """Zero beyond the length: padding may hold NaN, and 0 * NaN is NaN, so it is cleared before any product."""
     if lengths is None:
         return x
     return jnp.where((positions(x.shape[1])[None] < lengths[:, None])[..., None, None], x, 0.0)

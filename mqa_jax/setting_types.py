@@ -1,6 +1,6 @@
-"""What a setting of a module is allowed to be by itself, by its name.
+"""The types and ranges that the settings of modules may have, by name.
 
-Without this a wrong type shows late and in JAX's terms, or not at all: `alibi=1` was not True, `causal="no"` is.
+Without this check a wrong type fails late and in JAX's terms, or not at all: `causal="no"` would be true.
 """
 
 import math
@@ -37,7 +37,7 @@ def is_floating(x: DTypeLike) -> bool:
 
 
 def is_made(x: Any) -> bool:
-    """A function, or an instance that can be called; not the class of one."""
+    """A function, or a callable instance; not a class."""
     return callable(x) and not isinstance(x, type)
 
 
@@ -79,7 +79,7 @@ OPTIONAL = {
 
 
 def check_types(settings: Any) -> None:
-    """Each setting by itself, of any dataclass that names it as `RULES` does."""
+    """Checks each field of a dataclass whose name is in `RULES`, independently of the others."""
     for name in type(settings).__dataclass_fields__:
         x = getattr(settings, name, None)
         if name not in RULES or (x is None and name in OPTIONAL):

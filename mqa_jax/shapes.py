@@ -1,4 +1,4 @@
-"""The alphabet of axis letters, used by every signature, docstring, einsum and comment of this library.
+"""The axis letters of every signature, docstring, einsum and comment of this library.
 
     B  batch: any number of leading axes, none included, written `...` or `*B`
     T  query positions ("target")
@@ -37,5 +37,5 @@ Length = Any  # an int, or a symbol of `jax.export`
 
 
 def positions(length: Length) -> Positions:
-    """0, 1, 2, ... in 32 bits, whatever `jax_enable_x64` says."""
+    """0, 1, 2, ... in 32 bits, also with `jax_enable_x64`."""
     return jnp.arange(length, dtype=jnp.int32)

@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, Change]] = {
 }
 
 
-MOST = 12  # of each kind that `judge` tries in a kernel
+MAX_FAULTS = 12  # of each kind that `judge` tries in a kernel
 CALLS: dict[str, Case] = {
     "causal": Case("causal", "bfloat16", sizes(150, 203, (2, 1), 64), causal),
     "ragged": Case("ragged", "bfloat16", sizes(150, 203, (2, 1), 80), gradients=False),
@@ -78,7 +78,7 @@ def judge(gpu: str, call: str) -> None:
     problem, run = CALLS[call].problem(), oracle.results if CALLS[call].gradients else oracle.outputs
     with emulated(gpu, keep=True) as emulation:
         jax.block_until_ready(run(problem.astype(CALLS[call].dtype), "triton"))
-    found = [one for ran in emulation.ran for one in broken(ran, MOST)]
+    found = [one for ran in emulation.ran for one in broken(ran, MAX_FAULTS)]
     for kind in dict.fromkeys(one.kind for one in found):
         mine = [one for one in found if one.kind == kind]
         unnoticed = [f"{one.kernel} line {one.line}" for one in mine if not one.noticed]

@@ -1,5 +1,6 @@
 """Settings for the whole suite. Strict where JAX is lenient; fast to compile rather than fast to run."""
 
+import collections
 import functools
 import importlib.util
 import os
@@ -42,8 +43,32 @@ NAMES = "|".join(["mqa_jax", "benchmarks", "__main__", r"test_\w+", *sorted(FILE
 OUR_MODULES = rf"({NAMES})(\.|$)"
 
 
-def pytest_terminal_summary(terminalreporter):
+LEFT_OUT = pytest.StashKey[list[str]]()  # by `-m` or `-k`
+
+
+def pytest_deselected(items):
+    if items:
+        items[0].config.stash.setdefault(LEFT_OUT, []).extend(item.nodeid for item in items)
+
+
+def pytest_sessionfinish(session):
+    """From a worker of pytest-xdist to the process that writes the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = session.config.stash.get(LEFT_OUT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", [])  # all workers collect the same
+
+
+def pytest_terminal_summary(terminalreporter, config):
     """Names every test that did not run, with its reason: a skip that nobody counts is a hole."""
+    left_out = config.stash.get(LEFT_OUT, [])
+    if left_out:
+        terminalreporter.section(f"{len(left_out)} tests not selected (`make test-all` runs all)")
+        for name, cases in collections.Counter(name.partition("[")[0] for name in left_out).items():
+            terminalreporter.write_line(f"{cases:5d} of {name}")
     skipped = terminalreporter.getreports("skipped")
     reasons: dict[str, list[str]] = {}
     for report in skipped:
@@ -75,8 +100,19 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads, waiting for work, keep a core from XLA's
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
-    """On a GPU only what tells something about kernels; elsewhere what needs one is skipped, counted and named."""
+    """Of the cases of a test that is `sampled`, all but every nth are slow.
+
+    On a GPU only what tells something about kernels; elsewhere what needs one is skipped, counted and named.
+    """
+    cases: collections.Counter[str] = collections.Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        name = item.nodeid.partition("[")[0]
+        if sampled and cases[name] % sampled.args[0]:
+            item.add_marker(pytest.mark.slow)
+        cases[name] += 1
     if config.getoption("--gpu"):
         chosen = [item for item in items if "kernels" in item.fixturenames or item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -92,7 +128,7 @@ def pytest_generate_tests(metafunc):
     if "skin" in metafunc.fixturenames:
         import skins
 
-        names = getattr(metafunc.module, "SKINS", skins.SKINS)
+        names = [name for name in getattr(metafunc.module, "SKINS", skins.SKINS) if name in skins.SKINS]
         alone = metafunc.definition.get_closest_marker("linen")
         metafunc.parametrize("skin", ["linen"] if alone else names, indirect=True)
 

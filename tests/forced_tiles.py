@@ -57,13 +57,13 @@ def triton_kernels(interpret: bool) -> flash.Kernels:
 
 
 @contextlib.contextmanager
-def triton_tiles(most_queries: int = 16, enough_programs: int = 64, **tiles: TileConfig) -> Iterator[None]:
+def triton_tiles(most_queries: int = 16, max_programs: int = 64, **tiles: TileConfig) -> Iterator[None]:
     """These instead of the table's, by direction; up to how many queries the decoding kernel takes; how work is cut."""
     choose = lambda direction, inputs, rows=None: tiles[direction]
     with (
         mock.patch.object(tile_config, "choose", choose),
         mock.patch.object(decode, "MAX_QUERIES", most_queries),
         mock.patch.object(decode, "MIN_KEYS", 8),
-        mock.patch.object(grid, "ENOUGH_PROGRAMS", enough_programs),
+        mock.patch.object(grid, "MAX_SHARED_PROGRAMS", max_programs),
     ):
         yield

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import mqa_jax
@@ -21,13 +22,18 @@ from mqa_jax.layer.flash import FlashMHASettings
 
 KINDS = "GroupedQueryAttention", "MultiQueryAttention", "MultiHeadAttention", "Attention", "FlashAttention", "FlashMHA"
 FIELDS: dict[type, type] = {mqa_nnx.FlashMHA: FlashMHASettings}
-SKINS = "linen", "nnx", "nnx, tree mode"
+HAS_MODES = hasattr(nnx, "set_graph_updates")  # from Flax 0.12.6 on; views from 0.12.4 on
+needs_modes = pytest.mark.skipif(not HAS_MODES, reason="Flax before 0.12.6 has neither nnx.view nor tree mode")
+SKINS = ("linen", "nnx", "nnx, tree mode") if HAS_MODES else ("linen", "nnx")
 
 
 @contextlib.contextmanager
 def mode(tree: bool):
     """Tree mode as Flax will have it by default."""
-    with nnx.set_graph_mode(not tree), nnx.set_graph_updates(not tree):
+    with contextlib.ExitStack() as stack:
+        if HAS_MODES:
+            stack.enter_context(nnx.set_graph_mode(not tree))
+            stack.enter_context(nnx.set_graph_updates(not tree))
         yield
 
 

@@ -11,23 +11,20 @@ import pytest
 
 from benchmarks import (
     cases,
-    demo,
     environment,
     gpu_compile,
-    gpu_memory,
-    jax_peers,
     judge,
     plots,
-    reasons,
     table,
-    torch_peers,
 )
 from benchmarks.__main__ import main
 from benchmarks.candidate import Candidate
 from benchmarks.cases import Case, Line, Peers, lines_of
 from benchmarks.compare import compare
 from benchmarks.compare import main as compare_files
+from benchmarks.gpu_compile import memory
 from benchmarks.measure import Row, measure
+from benchmarks.peers import jax_attention, text, torch_attention
 from benchmarks.problems import BOTH, FORWARD, Problem
 from benchmarks.timing import QUICK, Settings
 
@@ -44,8 +41,8 @@ MEASURED = (
     "train-step",
 )
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-SPEED: Peers = {name: jax_peers.peers_for(TINY, "cpu")[name] for name in ("ours", "jax.nn")} | {
-    "torch": torch_peers.sdpa
+SPEED: Peers = {name: jax_attention.peers_for(TINY, "cpu")[name] for name in ("ours", "jax.nn")} | {
+    "torch": torch_attention.sdpa
 }
 
 
@@ -83,7 +80,7 @@ def test_every_peer_of_every_case_has_a_row(name, results):
     ]
     assert list(rows) == expected
     for (_, peer), row in rows.items():
-        if peer in jax_peers.ON_GPU:
+        if peer in jax_attention.ON_GPU:
             assert (row["status"], row["message"]) == ("not applicable", "it runs on GPUs only")
         elif row["status"] == "absent":
             assert peer.startswith(("torch", "tokamax"))
@@ -144,15 +141,16 @@ def test_what_is_committed_agrees_with_the_results(file):
     for name in plots.DRAWINGS:
         picture = plots.FOLDER / f"{file.stem}-{name}.png"
         if picture.exists() and file.stem == "cpu":
-            assert f"results/plots/{picture.name}" in table.PAGE.read_text()
+            assert f"plots/{picture.name}" in table.README.read_text()
 
 
-def test_the_page_shows_the_results_of_the_cpu_and_why_we_lose():
+def test_the_readme_of_the_results_shows_those_of_the_cpu_and_says_why_a_peer_is_faster():
     results = json.loads((table.RESULTS / "cpu.json").read_text())
-    text = table.PAGE.read_text()
-    assert table.page_with(results, text) == text
+    text = table.README.read_text()
+    assert table.readme_with(results, text) == text
+    _, reasons = text.split(table.END)
     for row in table.losses(results["rows"]):
-        assert reasons.reason_for(row), f"benchmarks/reasons.py: no reason for {row['case']} {row['peer']}"
+        assert f"`{row['case']}`" in reasons, f"{table.README.name}: no reason for {row['case']} {row['peer']}"
 
 
 def test_every_line_of_the_table_is_named_once_and_shrinks():
@@ -175,7 +173,7 @@ CHUNK = Problem(2, 3, 12, 4, 2, 8, is_causal=True, window=5)
 @pytest.mark.parametrize("problem", [HARD, CHUNK], ids=str)
 @pytest.mark.parametrize("same_layout", [False, True])
 def test_torch_computes_the_same(problem, same_layout):
-    candidate = torch_peers.sdpa(problem, same_layout=same_layout)
+    candidate = torch_attention.sdpa(problem, same_layout=same_layout)
     np.testing.assert_allclose(candidate.outputs()[0], judge.exact(problem)[0], atol=1e-5)
 
 
@@ -188,11 +186,11 @@ def test_flex_attention_is_asked_for_the_same(problem, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outputs = torch_peers.flex(problem).outputs()
+        outputs = torch_attention.flex(problem).outputs()
     np.testing.assert_allclose(outputs[0], judge.exact(problem)[0], atol=1e-5)
     backward = replace(problem, gradients=True)
     _, row = measure(
-        Case("tiny", "ms", backward, {"ours": SPEED["ours"], "torch flex": torch_peers.flex}, judge.exact), QUICK
+        Case("tiny", "ms", backward, {"ours": SPEED["ours"], "torch flex": torch_attention.flex}, judge.exact), QUICK
     )
     assert (row.status, row.message) == ("not applicable", "it has no backward pass on CPUs")
 
@@ -201,7 +199,7 @@ def test_flex_attention_is_asked_for_the_same(problem, monkeypatch):
 @pytest.mark.parametrize("peer", ["jax.nn", "flax.linen"])
 def test_others_in_jax_are_asked_for_the_same(peer, problem):
     problem = replace(problem, gradients=True)
-    for array, right in zip(jax_peers.timed(peer, problem).outputs(), judge.exact(problem), strict=True):
+    for array, right in zip(jax_attention.timed(peer, problem).outputs(), judge.exact(problem), strict=True):
         np.testing.assert_allclose(array, right, atol=1e-4)
 
 
@@ -268,9 +266,7 @@ def test_a_peer_that_takes_long_takes_fewer_turns(monkeypatch):
 
 def test_results_are_written_only_where_asked(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.__main__.RESULTS", tmp_path)
-    monkeypatch.setattr(
-        "benchmarks.__main__.gpu_memory.main", lambda quick: {"missing": "asked for nothing", "rows": []}
-    )
+    monkeypatch.setattr("benchmarks.__main__.memory.main", lambda quick: {"missing": "asked for nothing", "rows": []})
     case = lambda line, problem, device, quick: Case(line.name, "ms", problem, {"ours": SPEED["ours"]}, judge.exact)
     line = Line("tiny", {"cpu": replace(TINY, head_dim=8)}, case, (FORWARD,))
     monkeypatch.setattr("benchmarks.__main__.lines_of", lambda device: {"tiny": line})
@@ -291,32 +287,32 @@ def test_memory_on_gpus_says_what_failed_and_who_died(monkeypatch):
             if peer == "jax.nn":
                 yield (case, peer), "the compiler ended with status 3: out of luck"
             else:
-                row = gpu_memory.row_of(target, case, peer, status="measured", temporaries=3 << 20)
+                row = memory.row_of(target, case, peer, status="measured", temporaries=3 << 20)
                 yield (case, peer), vars(row)
 
     monkeypatch.setattr(gpu_compile, "missing", lambda: None)
     monkeypatch.setattr(gpu_compile, "results_of", results_of)
-    found = gpu_memory.main()
-    assert len(found["rows"]) == len(gpu_memory.GPUS) * len(gpu_memory.pairs())
+    found = memory.main()
+    assert len(found["rows"]) == len(memory.GPUS) * len(memory.pairs())
     assert {row["status"] for row in found["rows"] if row["peer"] == "jax.nn"} == {"raised"}
-    text = gpu_memory.aligned(found)
-    assert len(text.splitlines()) == 1 + len(gpu_memory.pairs())
+    text = table.aligned_memory(found)
+    assert len(text.splitlines()) == 1 + len(memory.pairs())
     assert "3.00 MiB" in text
     assert "raised: the compiler ended with status 3" in text
 
 
 def test_absent_compiler_for_gpus_is_reported_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("MQA_JAX_CUDA_PLUGIN", str(tmp_path))
-    found = gpu_memory.main()
+    found = memory.main()
     assert found["rows"] == []
-    assert "`make cuda-compiler`" in gpu_memory.aligned(found)
+    assert "`make cuda-compiler`" in table.aligned_memory(found)
 
 
 @pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
 def test_memory_of_ours_is_linear_and_that_of_jax_nn_is_not(monkeypatch):
     wanted = [("multi-query", "ours"), ("multi-query", "jax.nn")]
-    monkeypatch.setattr(gpu_memory, "pairs", lambda: wanted)
-    ours, others = gpu_memory.compile_for("h100")
+    monkeypatch.setattr(memory, "pairs", lambda: wanted)
+    ours, others = memory.compile_for("h100")
     assert (ours.status, others.status) == ("measured", "measured"), (ours, others)
     assert (ours.temporaries or 0) < 512 << 20 < 10 << 30 < (others.temporaries or 0)
 
@@ -329,9 +325,9 @@ def test_pictures_are_drawn_from_the_file_alone(results, tmp_path):
     for length in (1024, 2048):  # as many points as a line needs
         rows += [{**row, "case": f"length-{length}", "length": length} for row in rows if row["case"] == "length-512"]
     rows += [{**row, "case": "Llama-3-8B-decode-1"} for row in rows if row["case"] == "Mistral-7B-decode"]
-    memory = [vars(gpu_memory.row_of("h100", "multi-query", "ours", status="measured", temporaries=1 << 20))]
+    on_gpus = [vars(memory.row_of("h100", "multi-query", "ours", status="measured", temporaries=1 << 20))]
     file = tmp_path / "some.json"
-    file.write_text(json.dumps({**results, "rows": rows, "gpu_memory": {"missing": None, "rows": memory}}))
+    file.write_text(json.dumps({**results, "rows": rows, "gpu_memory": {"missing": None, "rows": on_gpus}}))
     pictures = plots.draw(file, tmp_path)
     assert [path.name for path in pictures] == [f"some-{name}.png" for name in plots.DRAWINGS]
     file.write_text(json.dumps({**results, "rows": [], "gpu_memory": {"missing": None, "rows": []}}))
@@ -410,6 +406,6 @@ def test_demo_writes_what_transformers_writes(tmp_path):
     words = tokenizers.models.WordLevel({"a": 3}, unk_token="a")
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (case,) = lines_of("cpu")["demo"].cases("cpu")
-    case = replace(case, problem=demo.Text("a", new_tokens=4, model=tmp_path))
+    case = replace(case, problem=text.Text("a", new_tokens=4, model=tmp_path))
     rows = measure(case, QUICK)
     assert [(row.peer, row.status, row.error) for row in rows] == [(peer, "measured", 0) for peer in case.peers], rows

@@ -20,8 +20,6 @@ import mqa_jax
 from mqa_jax import quantization
 from mqa_jax.cache import layout
 
-pytestmark = pytest.mark.slow
-
 TOKENS = 512
 PERPLEXITY_CHANGE = 0.005
 LAYER_ERROR = cache_formats.LayerError(largest=0.09, rms=0.06)  # twice what was measured in the worst layer
@@ -66,14 +64,17 @@ def _change(measured, cache_dtype):
     return abs(measured["perplexities"][cache_dtype] / measured["perplexities"]["float32"] - 1)
 
 
+@pytest.mark.slow
 def test_perplexity_with_an_int8_cache(measured):
     assert _change(measured, "int8") <= PERPLEXITY_CHANGE
 
 
+@pytest.mark.slow
 def test_perplexity_tells_wrong_scales(measured):
     assert _change(measured, "int8, scales halved") > PERPLEXITY_CHANGE
 
 
+@pytest.mark.slow
 def test_error_of_each_layer_with_an_int8_cache(measured):
     errors = np.array(measured["errors"])
     assert errors.shape == (30, 2)
@@ -81,6 +82,7 @@ def test_error_of_each_layer_with_an_int8_cache(measured):
     assert (errors <= LAYER_ERROR).all()
 
 
+@pytest.mark.slow
 def test_every_layer_caches_in_int8(measured):
     stored = dict.fromkeys((layout.KEY, layout.VALUE), "int8")
     scales = dict.fromkeys((layout.KEY_SCALE, layout.VALUE_SCALE), "float32")
@@ -95,6 +97,7 @@ def folder(tmp_path_factory):
     return small_model.write(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_the_example_prints_what_it_measured(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cache_formats, "CHUNK", 16)
     plot = tmp_path / "errors.png"
@@ -158,17 +161,17 @@ def test_agreement_ends_at_the_first_difference():
 
 def test_a_passage_that_is_too_long(folder):
     config, _, metadata = load_checkpoint(folder)
-    with pytest.raises(ValueError, match="tokens=1 to 256 to predict: tokens=257"):
+    with pytest.raises(ValueError, match="tokens=1 to 256: tokens=257"):
         cache_formats.passage(load_text(metadata), config, 257)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "0"], "Text and model have tokens=1 to 256 to predict: tokens=0"),
-        (["--plot", "/nowhere/plot.png"], r"in a folder that is there, .*: --plot='/nowhere/plot.png'"),
-        (["--plot", "plot.docx"], r"of one of the types .*'png'.*: --plot='plot.docx'"),
-        (["--model", "/nowhere"], "path='/nowhere', and there is nothing there"),
+        (["--tokens", "0"], "Text and model allow tokens=1 to 256: tokens=0"),
+        (["--plot", "/nowhere/plot.png"], r"needs an existing folder .*: --plot='/nowhere/plot.png'"),
+        (["--plot", "plot.docx"], r"one of the file types .*'png'.*: --plot='plot.docx'"),
+        (["--model", "/nowhere"], "path='/nowhere', which does not exist"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_said_in_a_sentence(folder, capsys, arguments, message):

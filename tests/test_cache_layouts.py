@@ -66,7 +66,7 @@ def rows_of(name, start, stop):
 # -- ring buffers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_ring_computes_what_the_full_pass_does(name):
     settings = {**RING, **OPTIONS[name]}
@@ -80,7 +80,7 @@ def test_a_ring_computes_what_the_full_pass_does(name):
     np.testing.assert_array_equal(cache["ring_index"], sum(SCHEDULE))
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", PAIRS)
 def test_masks_and_biases_of_a_ring_are_by_position(name):
     module, params = make(**RING)
@@ -100,6 +100,7 @@ TABLES: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["static", "ring"])
 @pytest.mark.parametrize("name", TABLES)
 def test_one_table_of_all_pairs_serves_every_call(name, layout):
@@ -205,7 +206,7 @@ def attending_to(module, params, x, contents, **arguments):
         return module.apply({"params": params}, x, **arguments)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_stored_is_rounded_once_and_attended_to_exactly(name, dtype):
@@ -224,7 +225,7 @@ def test_what_is_stored_is_rounded_once_and_attended_to_exactly(name, dtype):
         assert error.any()
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_a_ring_in_8_bits_computes_what_a_static_cache_in_8_bits_does(dtype):
     module, params = make(cache_dtype=dtype, rope=mqa_jax.Rope(), alibi=True, sinks=True, **RING)

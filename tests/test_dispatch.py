@@ -82,7 +82,7 @@ def test_none_takes_the_first_that_can_on_this_platform(monkeypatch):
     assert (attend(HALF[0]) == 6).all()
     with pytest.raises(NotImplementedError, match="'of Tuesday' cannot compute this call: it is Wednesday"):
         attend(HALF[0], "of Tuesday")
-    with pytest.raises(NotImplementedError, match="'elsewhere' runs on tpu alone"):
+    with pytest.raises(NotImplementedError, match="'elsewhere' runs only on tpu"):
         attend(HALF[0], "elsewhere")
 
 

@@ -33,8 +33,18 @@ def name(row: covering.Row) -> str:
     return "-".join(option if choice is True else f"{option}={choice}" for option, choice in given.items())
 
 
+ONE_IN = 10  # of the rows with several options is also in the short suite
+
+
 def rows_of(way: Way) -> list[Any]:
-    return [pytest.param(row, id=name(row)) for row in [*way.table, *way.table_in_8_bits]]
+    """All rows; those with several options but for a few are for `make test-all`."""
+    nothing, rows = way.table[0], [*way.table, *way.table_in_8_bits]
+    alone = lambda row: sum(choice != nothing.get(option) for option, choice in row.items()) <= 1
+    long = lambda number: number % ONE_IN and not alone(rows[number])
+    return [
+        pytest.param(row, id=name(row), marks=[pytest.mark.slow] if long(number) else [])
+        for number, row in enumerate(rows)
+    ]
 
 
 def judge(way: Way, row: covering.Row) -> None:
@@ -46,31 +56,31 @@ def test_plain_xla(row):
     judge(WAYS["xla"], row)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("row", rows_of(WAYS["xla, few queries"]))
 def test_plain_xla_of_few_queries(row):
     judge(WAYS["xla, few queries"], row)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("row", rows_of(WAYS["xla, tiles of CPUs"]))
 def test_plain_xla_in_tiles_of_cpus(row):
     judge(WAYS["xla, tiles of CPUs"], row)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("row", rows_of(WAYS["xla, tiles of accelerators"]))
 def test_plain_xla_in_tiles_of_accelerators(row):
     judge(WAYS["xla, tiles of accelerators"], row)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("row", rows_of(WAYS["triton"]))
 def test_triton(request, row):
     judge(_on_this_machine(request, WAYS["triton"]), row)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("row", rows_of(WAYS["triton, few queries"]))
 def test_triton_of_few_queries(request, row):

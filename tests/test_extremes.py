@@ -19,7 +19,7 @@ import mqa_jax
 from mqa_jax.checks import checked_window
 from mqa_jax.kernels import tiles
 from mqa_jax.kernels.xla.tile import TileShape
-from mqa_jax.masks import LEAST, MOST, Mask
+from mqa_jax.masks import MAX_INT32, MIN_INT32, Mask
 
 COLUMNS = 21
 IMPLEMENTATIONS = [("reference", 19), ("xla", 5), ("tiled", 19), ("kernels", 5), ("kernels", 19)]  # and T
@@ -63,7 +63,7 @@ def judge(monkeypatch, implementation: str, rows: int, visible, distance, slopes
     oracle.judge_float32(actual, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)
@@ -76,7 +76,7 @@ def test_windows_and_offsets(monkeypatch, implementation, rows, name):
     judge(monkeypatch, implementation, rows, visible, distance, slopes, is_causal=is_causal, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("window", [None, (3, 0), (2**31 - 2, 0), (0, 2**31 - 2)])
 @pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)
@@ -177,8 +177,8 @@ def test_traced_integers_beyond_32_bits(implementation, dtype):
 # -- tiles ------------------------------------------------------------------------------------------------------------
 
 
-OFFSETS = (MOST + 1 - 19, MOST - 30, 4, 0, -3, LEAST + 9, LEAST)
-LIMITS = (None, 0, MOST - 18, MOST - 1)
+OFFSETS = (MAX_INT32 + 1 - 19, MAX_INT32 - 30, 4, 0, -3, MIN_INT32 + 9, MIN_INT32)
+LIMITS = (None, 0, MAX_INT32 - 18, MAX_INT32 - 1)
 TILES = ((0, 4), (6, 7), (15, 19))  # first and last + 1
 
 

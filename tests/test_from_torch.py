@@ -67,7 +67,7 @@ def test_too_short_a_text(folder, capsys):
 
     with pytest.raises(SystemExit, match="2"):
         from_torch.main(["--model", str(folder), "--text", "No."])
-    assert "More than 4 tokens are wanted: --text 'No.'" in capsys.readouterr().err
+    assert "More than 4 tokens are needed: --text 'No.'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

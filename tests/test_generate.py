@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from dataclasses import replace
 
 import generate
 import jax
@@ -13,12 +14,11 @@ import pytest
 import small_model
 from checkpoints import load_checkpoint, load_folder
 from llama import Llama, LlamaConfig, cache_bytes_per_token, next_token
+from skins import needs_modes
 from small_model import SMALL
 from tokens import Stream, load_text
 
 import mqa_jax
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +51,24 @@ def test_cached_generation_is_generation_without_a_cache(folder):
     assert shown == answer.tokens
     assert answer.prompt_tokens == len(prompt)
     assert answer.cache_bytes == cache_bytes_per_token(generator.config) * (32 + 12)
+
+
+@needs_modes
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_the_model_in_nnx_writes_the_same(folder, cache_dtype):
+    """And its logits are the same numbers, up to rounding."""
+    config, params, metadata = load_checkpoint(folder)
+    config = replace(config, cache_dtype=cache_dtype)
+    generators = [generate.Generator(config, params, api) for api in ("linen", "nnx")]
+    for prompt in ("Hello", "def f(x):", "1, 2, 3"):
+        tokens = load_text(metadata).encode(prompt)
+        linen, nnx = (generator(tokens, generate.Sampling(12)) for generator in generators)
+        assert (nnx.tokens, nnx.cache_bytes) == (linen.tokens, linen.cache_bytes)
+    logits = []
+    for generator in generators:
+        cache = generator.api.new_cache(16)
+        logits.append(generator.api.call(generator.params, cache, jnp.arange(8)[None])[0])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 
 
 def test_it_stops_at_the_end_of_the_text(folder):
@@ -97,13 +115,13 @@ def test_a_cache_in_8_bits_from_the_command_line(folder, capsys):
 WRONG = {
     "a path": (
         ["--model", "/nowhere"],
-        "A model is a .gguf file or a folder .* path='/nowhere', and there is nothing there",
+        "A model is a .gguf file or a folder .* path='/nowhere', which does not exist",
     ),
     "no tokens": (["--max-tokens", "0"], "At least one token is generated: max_tokens=0"),
     "fewer tokens": (["--max-tokens=-3"], "At least one token is generated: max_tokens=-3"),
     "a temperature": (["--temperature=-1"], r"A temperature is 0 or a positive number: temperature=-1\.0"),
     "no temperature": (["--temperature", "nan"], "A temperature is 0 or a positive number: temperature=nan"),
-    "no prompt": (["--prompt", ""], "There is nothing to answer, or to go on from: --prompt=''"),
+    "no prompt": (["--prompt", ""], "A prompt must not be empty: --prompt=''"),
     "a long prompt": (["--prompt", "x" * 300], "trained on 256 positions: prompt=300 tokens, max_tokens=64"),
     "a long answer": (["--max-tokens", "1000"], "trained on 256 positions: prompt=24 tokens, max_tokens=1000"),
     "a seed": (["--seed=-1"], "argument --seed: a seed is less than .*, and not negative: -1"),
@@ -129,7 +147,7 @@ def test_what_is_wrong_on_the_command_line_is_said_in_a_sentence(folder, capsys,
         (lambda folder: (folder / "tokenizer.json").unlink(), "error: There is no tokenizer.json in"),
         (lambda folder: (folder / "config.json").write_text("{"), "error: '.*config.json' is not JSON: Expecting"),
         (lambda folder: (folder / "model-00001-of-00002.safetensors").unlink(), "names files that are not in"),
-        (lambda folder: (folder / "tokenizer_config.json").unlink(), "no chat template: leave --chat out"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "no chat template: remove --chat"),
     ],
 )
 def test_a_model_that_is_not_right_is_said_in_a_sentence(tmp_path, capsys, break_it, message):
@@ -143,9 +161,9 @@ def test_a_model_that_is_not_right_is_said_in_a_sentence(tmp_path, capsys, break
 
 def test_a_tokenizer_of_another_model(folder):
     generator, _ = _generator(folder)
-    with pytest.raises(ValueError, match=r"not that of the model, which has 300 tokens: the text has \[300\]"):
+    with pytest.raises(ValueError, match=r"does not belong to the model, which has 300 tokens: the text has \[300\]"):
         generator([0, 300], generate.Sampling(3))
-    with pytest.raises(ValueError, match="the prompt has no tokens"):
+    with pytest.raises(ValueError, match="The prompt must have at least one token"):
         generator([], generate.Sampling(3))
 
 
@@ -224,6 +242,7 @@ def _write_answers(path: str) -> None:
     np.savez(path, prompts=np.array(prompts, object), answers=np.array(answers), long=long, logits=logits)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_the_real_model_is_that_of_transformers(tmp_path, monkeypatch):
     """64 greedy tokens of each prompt, and the logits of a text of 64 tokens."""

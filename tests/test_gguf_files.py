@@ -11,8 +11,6 @@ from small_files import PLAIN, also, logits, of_transformers, without
 
 import mqa_jax
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -69,6 +67,7 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of a GGUF
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.torch
 @pytest.mark.parametrize("name", SAME)
 def test_a_gguf_file_is_the_folder_that_says_the_same(tmp_path, small, name):
@@ -109,28 +108,36 @@ def test_biases_of_a_gguf_file_are_used(tmp_path, small, kinds):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {  # settings, change of tensors, message
-    "longrope": ({"rope.scaling.type": "longrope"}, None, "RoPE scaled so is not supported: .*'longrope'.* x.gguf|in"),
+    "longrope": (
+        {"rope.scaling.type": "longrope"},
+        None,
+        "This scaling of RoPE is not supported: .*'longrope'.* x.gguf|in",
+    ),
     "none with a factor": (
         {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
         None,
-        r"RoPE scaled so is not supported: {'rope.scaling.type': 'none', 'rope.scaling.factor': 4.0}",
+        r"This scaling of RoPE is not supported: {'rope.scaling.type': 'none', 'rope.scaling.factor': 4.0}",
     ),
     "linear with a magnitude": (
         {"rope.scaling.attn_factor": 2.0},
         None,
-        "RoPE scaled so .*'rope.scaling.attn_factor': 2",
+        "This scaling of RoPE .*'rope.scaling.attn_factor': 2",
     ),
     "half of yarn": (
         {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5},
         None,
-        "RoPE scaled so .*yarn_ext_factor': 0.5",
+        "This scaling of RoPE .*yarn_ext_factor': 0.5",
     ),
     "DeepSeek's": (
         {"rope.scaling.yarn_log_multiplier": 0.1},
         None,
-        "not so: {'llama.rope.scaling.yarn_log_multiplier'",
+        "Unsupported settings: {'llama.rope.scaling.yarn_log_multiplier'",
     ),
-    "two scalings": ({"rope.scaling.factor": 2.0}, also("rope_freqs.weight", (4,)), "RoPE scaled so .* and rope_freqs"),
+    "two scalings": (
+        {"rope.scaling.factor": 2.0},
+        also("rope_freqs.weight", (4,)),
+        "This scaling of RoPE .* and rope_freqs",
+    ),
     "a short table": (
         {},
         also("rope_freqs.weight", (3,)),
@@ -166,25 +173,25 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {  # settings, change of t
         None,
         "There is no llama.attention.layer_norm_rms_epsilon",
     ),
-    "a size that is text": ({"block_count": "2"}, None, "This is no int: llama.block_count='2'"),
+    "a size that is text": ({"block_count": "2"}, None, "The type must be int: llama.block_count='2'"),
     "another vocabulary": ({"vocab_size": 299}, None, "llama.vocab_size is not the 300 rows of token_embd.weight"),
     "too wide": (
         {"feed_forward_length": 65},
         None,
-        r"settings are not those of the tensors.*mlp/down.* is \(64, 48\), by",
+        r"shapes of tensors do not fit the settings.*mlp/down.* is \(64, 48\), by",
     ),
     "more layers": ({"block_count": 3}, None, "Tensors are missing in .*: blk.2.attn_q.weight, blk.2.attn_q.bias"),
     "fewer layers": (
         {"block_count": 1},
         None,
-        "Tensors that this model has no use for, .*: blk.1.attn_k.bias, .* and 12 m",
+        "Tensors that this model does not use, .*: blk.1.attn_k.bias, .* and 12 m",
     ),
     "no embeddings": ({}, without("token_embd"), "Tensors are missing in .*: token_embd.weight"),
     "no norm": ({}, without("output_norm"), "Tensors are missing in .*: output_norm.weight"),
     "one bias": ({}, without("blk.1.attn_k.bias"), "Tensors are missing in .*: blk.1.attn_k.bias"),
-    "a bias of one layer": ({}, without("blk.0.attn_output.bias"), "no use for, .*: blk.1.attn_output.bias"),
-    "a tensor of its own": ({}, also("blk.0.attn_q_norm.weight"), "no use for, .*: blk.0.attn_q_norm.weight"),
-    "a router": ({}, also("blk.0.ffn_gate_inp.weight"), "no use for, .*: blk.0.ffn_gate_inp.weight"),
+    "a bias of one layer": ({}, without("blk.0.attn_output.bias"), "does not use, .*: blk.1.attn_output.bias"),
+    "a tensor of its own": ({}, also("blk.0.attn_q_norm.weight"), "does not use, .*: blk.0.attn_q_norm.weight"),
+    "a router": ({}, also("blk.0.ffn_gate_inp.weight"), "does not use, .*: blk.0.ffn_gate_inp.weight"),
     "integers": (
         {},
         lambda tensors: tensors | {"output_norm.weight": np.ones(48, np.int8)},
@@ -234,7 +241,7 @@ def test_a_gguf_file_with_an_endless_array(tmp_path, small):
     data = path.read_bytes()
     where = data.index(b"general.tags") + len("general.tags") + 8  # after the types of the field and of its items
     path.write_bytes(data[:where] + (2**40).to_bytes(8, "little") + data[where + 8 :])
-    with pytest.raises(ValueError, match=r"x.gguf' \(it ends at byte .*, inside what it says that it has\)"):
+    with pytest.raises(ValueError, match=r"x.gguf' \(it ends at byte .*, before the end of its contents\)"):
         load_checkpoint(path)
 
 
@@ -248,13 +255,13 @@ def test_a_gguf_file_with_an_endless_array(tmp_path, small):
 )
 def test_something_else_in_the_place_of_a_gguf_file(tmp_path, data, what):
     (tmp_path / "x.gguf").write_bytes(data)
-    with pytest.raises(ValueError, match=f"This is no GGUF file: '.*x.gguf' is {what}"):
+    with pytest.raises(ValueError, match=f"This is not a GGUF file: '.*x.gguf' is {what}"):
         load_checkpoint(tmp_path / "x.gguf")
 
 
 def test_a_gguf_file_by_another_name(tmp_path, small):
     load_checkpoint(str(small_gguf.write(tmp_path / "sha256-1234", small)))
-    with pytest.raises(ValueError, match=r"path='.*absent', and there is nothing there"):
+    with pytest.raises(ValueError, match=r"path='.*absent', which does not exist"):
         load_checkpoint(tmp_path / "absent")
 
 

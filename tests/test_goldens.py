@@ -11,8 +11,6 @@ from golden_modules import FOLDER, Golden
 
 import mqa_jax
 
-pytestmark = pytest.mark.slow
-
 OUTPUT_TOLERANCE = 1e-5  # absolute
 GRADIENT_TOLERANCE = 1e-4  # absolute, or GRADIENT_SHARE of the largest entry
 GRADIENT_SHARE = 1e-5
@@ -72,6 +70,7 @@ def _run_with_gradients(golden: Golden):
     return outputs, gradients
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in EXCLUDED])
 def test_golden(name):
     golden = golden_modules.load(name)

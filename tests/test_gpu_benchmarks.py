@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, jax_peers, judge, table, torch_peers, tune
+from benchmarks import gpu, judge, processes, table, tile_space, tune
 from benchmarks.__main__ import main
 from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.cases import Case, Peers, lines_of
 from benchmarks.measure import Row, measure
+from benchmarks.peers import jax_attention, torch_attention
 from benchmarks.problems import BACKWARD, BOTH, FORWARD, Problem
 from benchmarks.timing import QUICK
 from mqa_jax.attention import inputs_of
@@ -123,17 +124,17 @@ def test_bytes_of_a_cache():
 
 def test_the_numbers_of_a_long_cache_repeat(monkeypatch):
     """In JAX and in PyTorch the same, with scales and without."""
-    monkeypatch.setattr(jax_peers, "LONGEST_CACHE", 8)
+    monkeypatch.setattr(jax_attention, "LONGEST_CACHE", 8)
     problem = Problem(batch=3, queries=1, keys=32, heads=4, kv_heads=2, head_dim=8)
-    arrays = jax_peers.on_device(problem)
+    arrays = jax_attention.on_device(problem)
     assert [x.shape for x in arrays] == problem.shapes()
     np.testing.assert_array_equal(arrays[1][0, :8], arrays[1][2, 24:])
-    (key, scale), (value, _) = jax_peers.on_device(replace(problem, key_dtype="int8"))[1:3]
+    (key, scale), (value, _) = jax_attention.on_device(replace(problem, key_dtype="int8"))[1:3]
     assert (key.shape, scale.shape, value.shape) == ((3, 32, 2, 8), (3, 32, 2), (3, 32, 2, 8))
-    restored = jax_peers.plain_arrays(replace(problem, key_dtype="int8"), "float32")[1]
+    restored = jax_attention.plain_arrays(replace(problem, key_dtype="int8"), "float32")[1]
     np.testing.assert_allclose(restored, arrays[1], atol=0.02)
     pytest.importorskip("torch")
-    for tensor, array in zip(torch_peers.tensors_of(problem, "cpu"), arrays):
+    for tensor, array in zip(torch_attention.tensors_of(problem, "cpu"), arrays):
         np.testing.assert_array_equal(tensor.transpose(1, 2), array)
 
 
@@ -149,7 +150,7 @@ def test_wrong_numbers_are_not_timed(dtype):
         [x + 1.01 * most for x, most in zip(right, allowed)],
     ]
     giving = lambda arrays: lambda problem: Candidate(lambda: arrays, never)
-    peers: Peers = {"ours, xla": functools.partial(jax_peers.timed, "ours, xla")}
+    peers: Peers = {"ours, xla": functools.partial(jax_attention.timed, "ours, xla")}
     peers = {**peers, **{f"wrong {number}": giving(arrays) for number, arrays in enumerate(off)}}
     case = Case("tiny", "ms", problem, peers, judge.exact, allowed=judge.allowed)
     assert [row.status for row in measure(case, QUICK)] == ["measured", "wrong", "wrong", "wrong"]
@@ -157,9 +158,9 @@ def test_wrong_numbers_are_not_timed(dtype):
 
 def test_what_a_peer_does_not_do_is_said():
     with pytest.raises(NotApplicable, match="it has no window"):
-        jax_peers.timed("pallas mha", replace(TINY, window=4))
+        jax_attention.timed("pallas mha", replace(TINY, window=4))
     with pytest.raises(NotApplicable, match="one array of all scores would be 64 GiB"):
-        jax_peers.timed("jax.nn", replace(TINY, queries=1 << 16, keys=1 << 16))
+        jax_attention.timed("jax.nn", replace(TINY, queries=1 << 16, keys=1 << 16))
 
 
 def test_the_backward_pass_is_a_difference():
@@ -195,7 +196,7 @@ NAMES = ["ceilings", "Llama-3-8B", "decode-mqa"]
 
 def work(monkeypatch, program: str, seconds: float = 60.0) -> dict:
     """What is found by processes that run this program instead."""
-    prelude = f"import json, os, sys, time; names = json.loads(sys.argv[1])['names']; mark = {gpu.MARK!r}; "
+    prelude = f"import json, os, sys, time; names = json.loads(sys.argv[2]); mark = {processes.MARK!r}; "
     monkeypatch.setattr(gpu, "WORKER", prelude + program)
     return dict(gpu.work(NAMES, True, QUICK, time.monotonic() + seconds))
 
@@ -214,9 +215,9 @@ def test_a_process_that_ends_is_the_result_of_its_case_alone(monkeypatch):
 
 def test_a_process_that_has_lost_its_gpu_is_replaced(monkeypatch):
     found = work(
-        monkeypatch, f"print('noise'); print(mark + json.dumps(names[0]), flush=True); os._exit({gpu.WORN_OUT})"
+        monkeypatch, f"print('noise'); print(mark + json.dumps([names[0]]), flush=True); os._exit({processes.WORN_OUT})"
     )
-    assert found == {name: name for name in NAMES}
+    assert found == {name: [name] for name in NAMES}
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch):
@@ -326,7 +327,9 @@ def test_the_search_starts_from_the_table_and_stays_within_the_registers():
                 entry = tune.Entry(direction, dtype, head_dim)
                 first, *others = tune.candidates(entry)
                 array = jnp.zeros((1, 4096, 1, head_dim), tune.DTYPES[dtype])
-                inputs = inputs_of(array, array, array, precision=tune.PRECISIONS.get(dtype))
+                inputs = inputs_of(array, array, array, precision=tile_space.PRECISIONS.get(dtype))
                 assert first == tile_config.choose(direction, inputs)
                 assert others
-                assert all(tune.numbers_of_a_thread(entry, config) <= tune.MOST_NUMBERS for config in others)
+                assert all(
+                    tile_space.numbers_of_a_thread(entry, config) <= tile_space.MOST_NUMBERS for config in others
+                )

@@ -16,10 +16,12 @@ from benchmarks.gpu_compile import (
     Kernel,
     Launch,
     Result,
+    compiler,
+    kernels,
     launches,
-    main,
     read_kernel,
 )
+from benchmarks.gpu_compile.__main__ import main
 from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, shape_of
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import gpu
@@ -137,6 +139,7 @@ def most_temporaries(case: Case, target: str) -> int:
     return partials + 16 * size.B * row_tiles + copies + ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_well_for(target):
@@ -164,10 +167,11 @@ for bias, of_heads in json.loads(sys.argv[2]):
     attend = lambda x, added: mqa_jax.dot_product_attention(x, x, x, **added, implementation="triton")
     gradient = jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum(), argnums=(0, 1))
     gpu_compile.compile_program(sys.argv[1], gradient, (array, added))
-    print(json.dumps({}), flush=True)
+    print('found: ' + json.dumps({}), flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
 @pytest.mark.parametrize("target", FULLY)
 def test_whatever_dtype_is_taken_compiles(target):
@@ -340,9 +344,9 @@ def test_compiler_that_dies_costs_one_case(monkeypatch):
         "    if case['dtype'] == 'float16':\n"
         "        os.write(2, b'LLVM ERROR: out of luck in /some/place/file.cc\\n')\n"
         "        os._exit(3)\n"
-        "    print(json.dumps(dict(target=sys.argv[1], case=case['dtype'], kernels=[])), flush=True)\n"
+        "    print('found: ' + json.dumps(dict(target=sys.argv[1], case=case['dtype'], kernels=[])), flush=True)\n"
     )
-    monkeypatch.setattr(gpu_compile, "WORKER", worker)
+    monkeypatch.setattr(compiler, "WORKER", worker)
     cases = [replace(BACKWARD, dtype=dtype) for dtype in ("bfloat16", "float16", "float32")]
     error = "the compiler ended with status 3: LLVM ERROR: out of luck in file.cc"
     expected = [Result("h100", "bfloat16"), Result("h100", str(cases[1]), error=error), Result("h100", "float32")]
@@ -351,9 +355,9 @@ def test_compiler_that_dies_costs_one_case(monkeypatch):
 
 def test_command_prints_and_writes_every_kernel(tmp_path, monkeypatch, capsys):
     broken = Result("h100", "broken", error="ValueError: no")
-    monkeypatch.setattr(gpu_compile, "missing", lambda: None)
-    monkeypatch.setattr(gpu_compile, "ptxas_version", lambda: "13.0.0")
-    monkeypatch.setattr(gpu_compile, "compile_cases", lambda target, cases: [RESULT, broken])
+    monkeypatch.setattr(kernels, "missing", lambda: None)
+    monkeypatch.setattr(kernels, "ptxas_version", lambda: "13.0.0")
+    monkeypatch.setattr(compiler, "compile_cases", lambda target, cases: [RESULT, broken])
     file = tmp_path / "compiled.json"
     written = main(["--targets", "h100", "--only", "Llama-3-8B bfloat16", "--out", str(file)])
     assert set(written) == {"command", "date", "versions", "rows"}

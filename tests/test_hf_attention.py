@@ -43,7 +43,7 @@ def converted(meta, arrays):
     return dataclasses.replace(module, deterministic=True), params
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_caches(name):
     """The whole text at once, and a prompt and two steps through our cache, which then holds what theirs does."""
@@ -70,6 +70,7 @@ def test_every_family_has_a_vector_or_weights():
     assert set(hf_attention.FAMILIES) - covered == {"mistral", "qwen2", "bert"}  # these are compared with live layers
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.torch
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
 def test_a_live_model_with_a_window_in_some_layers(model_type):
@@ -180,7 +181,7 @@ FIELDS: dict[str, tuple[dict[str, Any], type, str]] = {
         NotImplementedError,
         "num_key_value_heads=2",
     ),
-    "missing": (dict(model_type="llama", num_attention_heads=6), ValueError, "missing here: 'hidden_size'"),
+    "missing": (dict(model_type="llama", num_attention_heads=6), ValueError, "is missing: 'hidden_size'"),
     "two ropes": (
         LLAMA | dict(model_type="llama", rope_parameters=dict(rope_theta=3), rope_scaling=dict(rope_theta=4)),
         ValueError,
@@ -189,12 +190,12 @@ FIELDS: dict[str, tuple[dict[str, Any], type, str]] = {
     "rope of kinds of layers": (
         LLAMA | dict(model_type="llama", rope_parameters=dict(full_attention=dict(rope_theta=3))),
         NotImplementedError,
-        "has no {'full_attention'",
+        "does not support {'full_attention'",
     ),
     "rope factor": (
         LLAMA | dict(model_type="llama", rope_scaling=dict(type="linear")),
         ValueError,
-        r"rope_type='linear' wants \['factor'\]",
+        r"rope_type='linear' needs \['factor'\]",
     ),
 }
 for kind in ("dynamic", "longrope", "mrope", "proportional"):

@@ -315,7 +315,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "other frequencies": (
         lambda folder: _rotary(folder, jnp.array([1.0, 0.5])),
         NotImplementedError,
-        "model.layers.0.self_attn.rotary_emb.inv_freq has other frequencies than config.json says",
+        "model.layers.0.self_attn.rotary_emb.inv_freq has other frequencies than those of config.json",
     ),
     "empty": (_weights_of(b""), ValueError, r"Truncated or damaged: model.safetensors \(.*\), but an empty file"),
     "Git LFS": (
@@ -367,15 +367,15 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "index: what a file lacks": (
         lambda folder: _remapped(folder, lambda places: places.update({Q_PROJ: "two.safetensors"})),
         ValueError,
-        r"are not of one model: 1 tensors are not in the file that it says, such as .*q_proj.weight': 'two",
+        r"are not of one model: 1 tensors are not in the file of its weight_map, such as .*q_proj.weight': 'two",
     ),
     "index: what it does not name": (
         lambda folder: _remapped(folder, lambda places: places.pop(Q_PROJ)),
         ValueError,
-        r"are not of one model: 1 tensors it does not name, such as .*q_proj.weight': 'one.safetensors'",
+        r"are not of one model: 1 tensors are not in its weight_map, such as .*q_proj.weight': 'one.safetensors'",
     ),
     "no safetensors": (functools.partial(_without, "safetensors"), ImportError, r"pip install 'mqa-jax\[torch\]'"),
-    "no torch": (functools.partial(_without, "torch"), ImportError, r"This wants PyTorch: pip .*'mqa-jax\[torch\]'"),
+    "no torch": (functools.partial(_without, "torch"), ImportError, r"This needs PyTorch: pip .*'mqa-jax\[torch\]'"),
 }
 NEEDS_TORCH = {
     "a pickle of more": (_pickle_of_more, ValueError, r"holds more than named tensors: \['epoch'\]"),

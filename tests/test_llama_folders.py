@@ -13,8 +13,6 @@ from small_files import PLAIN, also, folder_with, logits, of_transformers, witho
 
 from mqa_jax.torch_interop.hugging_face.checkpoint import Config
 
-pytestmark = pytest.mark.slow
-
 
 def plain(tensors):
     return {name: x for name, x in tensors.items() if not name.endswith("bias")}
@@ -58,6 +56,7 @@ FOLDERS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.torch
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_is_what_transformers_reads(tmp_path, name):
@@ -77,7 +76,7 @@ def test_a_model_without_its_head(tmp_path):
     np.testing.assert_array_equal(got, logits(folder_with(tmp_path, without("lm_head"), tie_word_embeddings=True)))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"missing in .*: lm_head.weight. .* Without lm_head.weight embeddings have to be"
+        ValueError, match=r"missing in .*: lm_head.weight. .* Without lm_head.weight the embeddings must be"
     ):
         load_checkpoint(folder_with(tmp_path, headless))
 
@@ -114,19 +113,19 @@ NOT_UNDERSTOOD: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "no epsilon": (dict(rms_norm_eps=None), None, "rms_norm_eps"),
     "sizes": (dict(intermediate_size=64.0), None, "A size is a positive integer: intermediate_size=64.0"),
-    "another width": (dict(intermediate_size=65), None, r"settings are not those of the tensors, .*\(64, 48\)"),
+    "another width": (dict(intermediate_size=65), None, r"shapes of tensors do not fit the settings, .*\(64, 48\)"),
     "another vocabulary": (dict(vocab_size=299), None, r"embed/embedding, lm_head/kernel; the first is \(300, 48\)"),
     "a head of its own": (
         dict(tie_word_embeddings=True),
         None,
-        "One of two is right: tie_word_embeddings=True, and lm_",
+        "Tied embeddings must be equal: tie_word_embeddings=True, and lm_",
     ),
     "no biases": ({}, plain, "missing in .*: model.layers.0.self_attn.q_proj.bias"),
-    "biases unsaid": (dict(attention_bias=False), None, "no use for, in .*: model.layers.0.self_attn.k_proj.bias"),
+    "biases unsaid": (dict(attention_bias=False), None, "does not use, in .*: model.layers.0.self_attn.k_proj.bias"),
     "a tensor of its own": (
         {},
         also("model.layers.0.self_attn.q_norm.weight"),
-        "no use for, .*: model.layers.0.self_attn.q",
+        "does not use, .*: model.layers.0.self_attn.q",
     ),
     "a classifier": (
         {},

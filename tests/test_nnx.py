@@ -39,6 +39,7 @@ import mqa_jax
 from mqa_jax import linen as mqa_linen
 from mqa_jax import nnx as mqa_nnx
 
+pytestmark = skins.needs_modes
 X = jax.random.normal(jax.random.key(1), (2, 7, 24))
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -71,6 +72,7 @@ def mode(request):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@jax.numpy_dtype_promotion("standard")  # which norms of linen in bfloat16 need
 def test_the_same_bits(name, mode):
     """Outputs, weights, gradients and caches, eager and compiled."""
     module = randomised(mqa_nnx.GroupedQueryAttention(24, 6, **SETTINGS[name], rngs=nnx.Rngs(0)))
@@ -161,6 +163,8 @@ def test_lists_of_layers_have_the_names_of_linen():
     changed = jax.tree.map(lambda x: x + 1, params)
     mqa_nnx.to_nnx(other, changed)
     same(mqa_nnx.to_linen(other), changed)
+    abstract = nnx.eval_shape(Model)
+    same(mqa_nnx.to_linen(jax.jit(lambda params: mqa_nnx.with_params(abstract, params))(changed)), changed)
 
 
 def test_orbax_keeps_a_model_with_its_cache(tmp_path):
@@ -325,7 +329,7 @@ def test_training_with_dropout(mode):
 
     @nnx.jit
     def step(module, optimizer):
-        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
 
         def loss(params):
             merged = nnx.merge(graphdef, params, rest)
@@ -365,16 +369,17 @@ def test_dropout_has_the_stored_stream_or_that_of_the_call(mode):
     assert int(module.rngs.count[...]) == 2  # a stream of the call leaves the stored one where it is
     same(nnx.view(module, deterministic=True)(X)[0], make()(X)[0])
     same(module(X, deterministic=True)[0], make()(X)[0])  # the call comes before the module
-    linen = mqa_linen.GroupedQueryAttention(24, 6, kv_heads=2, rope=mqa_jax.Rope(), attn_pdrop=0.5)
-    key_of_linen = jax.random.key(3)
+
+
+def test_the_same_key_drops_the_same_weights_as_in_linen():
+    module, key = make(attn_pdrop=0.5, deterministic=False), jax.random.key(3)
 
     class Fixed(mqa_linen.GroupedQueryAttention):
         def make_rng(self, name="params"):
-            return key_of_linen if name == "dropout" else super().make_rng(name)
+            return key if name == "dropout" else super().make_rng(name)
 
-    settings = dict(kv_heads=2, rope=mqa_jax.Rope(), attn_pdrop=0.5, deterministic=False)
-    same(Fixed(24, 6, **settings).apply({"params": mqa_nnx.to_linen(module)}, X)[0], given(key_of_linen))
-    assert linen.attn_pdrop == module.attn_pdrop
+    linen = Fixed(24, 6, kv_heads=2, rope=mqa_jax.Rope(), attn_pdrop=0.5, deterministic=False)
+    same(linen.apply({"params": mqa_nnx.to_linen(module)}, X)[0], module(X, rngs=key)[0])
 
 
 def test_dropout_without_a_stored_stream():
@@ -384,6 +389,19 @@ def test_dropout_without_a_stored_stream():
     flash = mqa_nnx.FlashAttention(dropout=0.5, deterministic=False, rngs=nnx.Rngs(0))
     q = X.reshape(2, 7, 6, 4).swapaxes(1, 2)
     assert np.abs(flash(q, q, q) - nnx.view(flash, deterministic=True)(q, q, q)).max() > 1e-3
+
+
+def test_keys_for_parameters_alone():
+    module = mqa_nnx.GroupedQueryAttention(24, 6, attn_pdrop=0.5, rngs=nnx.Rngs(params=0))
+    assert module(X, deterministic=True)[0].shape == X.shape
+    assert module(X, deterministic=False, rngs=nnx.Rngs(1))[0].shape == X.shape
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.3), np.array(0.3), jnp.float32(0.3)], ids=["number", "numpy", "jax"])
+def test_a_setting_that_is_an_array_is_a_number(scale, mode):
+    """Else it would be part of the state, and traced."""
+    module = make(softmax_scale=scale)
+    np.testing.assert_allclose(nnx.jit(lambda m: m(X)[0])(module), make(softmax_scale=0.3)(X)[0], atol=1e-6)
 
 
 def test_a_causal_mask_is_what_causal_is():

@@ -8,12 +8,15 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+import setuptools
+from skins import needs_modes
 
 import mqa_jax
 
@@ -66,6 +69,7 @@ def test_the_test_above_can_fail():
 
 CALLS = """
 import sys
+import tomllib
 import jax
 import jax.numpy as jnp
 import mqa_jax
@@ -146,6 +150,9 @@ def test_only_the_table_knows_the_kernels():
 MODULES = ["mqa_jax", *(m.name for m in pkgutil.walk_packages(mqa_jax.__path__, "mqa_jax."))]
 
 
+NEEDS: dict[str, Any] = {"torch_interop.calls": pytest.mark.torch, "mqa_jax.nnx": needs_modes}
+
+
 def test_every_module_is_found():
     kernels = [Path("mqa_jax", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")]
     files = [*(path.relative_to(ROOT) for path in FILES), *kernels]
@@ -154,7 +161,7 @@ def test_every_module_is_found():
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.torch if name.endswith("torch_interop.calls") else ()) for name in MODULES],
+    [pytest.param(name, marks=next((NEEDS[x] for x in NEEDS if f"{x}." in f"{name}."), ())) for name in MODULES],
 )
 def test_examples_in_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -183,8 +190,22 @@ def test_shapes_of_the_kernels_are_checked_while_tests_run():
         decode.plain_scores(inputs, jnp.ones((1, 2, 1, 3, 4)), jnp.ones((1, 7, 2, 5)))
 
 
+def test_linen_alone_does_not_load_nnx():
+    code = "import sys, mqa_jax; print('flax.nnx' in sys.modules, mqa_jax.nnx.init_cache.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "init_cache"]
+    with pytest.raises(AttributeError, match="module 'mqa_jax' has no attribute 'linnen'"):
+        mqa_jax.linnen  # noqa: B018
+
+
 def test_versions_agree():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version is not None
     assert version[1] == mqa_jax.__version__
     assert f"## {mqa_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_package_is_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = setuptools.find_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    assert set(found) == {name for name in MODULES if hasattr(importlib.import_module(name), "__path__")}

@@ -24,7 +24,7 @@ def compare(layer: Any, module: Any, variables: Any, **options: Any) -> parity.R
     return parity.compare(module, variables, layer, X, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_of_transformers(name):
     """Outputs within 1e-5, gradients within 1e-4 or 1e-5 of the largest, and decoding from torch's own cache."""
@@ -96,7 +96,7 @@ WRONG: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [*CONFIGS, *upstream_layers.LAYERS])
 def test_wrong_conversions_are_caught(name):
     layer = hf_layer(name) if name in CONFIGS else upstream_layers.LAYERS[name]()
@@ -218,7 +218,7 @@ def test_the_command_without_torch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit, match=r"2"):
         parity.main(["nowhere"])
-    assert "This command wants PyTorch: pip install 'mqa-jax[torch]'" in capsys.readouterr().err
+    assert "This command needs PyTorch: pip install 'mqa-jax[torch]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -66,8 +66,8 @@ WRONG_TOKENS: dict[str, tuple[dict[str, Any], str]] = {
     "new": (dict(something=False), "something=False"),
     "an end that is no token": (dict(eos_token_id=8), "A token is one of 8: eos_token_id=8"),
     "an end that is text": (dict(eot_token_id="</s>"), "A token is one of 8: eot_token_id='</s>'"),
-    "no beginning": (dict(add_bos_token=True, bos_token_id=None), "add_bos_token, bos_token_id"),
-    "a token twice": (dict(tokens=[*LETTERS[:-1], "a"]), "Two tokens are the same"),
+    "no beginning": (dict(add_bos_token=True, bos_token_id=None), "add_bos_token without bos_token_id"),
+    "a token twice": (dict(tokens=[*LETTERS[:-1], "a"]), "Two tokens are equal"),
     "a merge of nothing": (dict(merges=["a x"]), "No byte-level BPE: tokenizer.ggml.merges"),
     "a merge of three": (dict(merges=["a b a"]), "No byte-level BPE: tokenizer.ggml.merges"),
 }
@@ -121,7 +121,7 @@ def test_the_first_token_in_a_folder(tmp_path):
         0,
         *tokens_with(tmp_path).encode("a"),
     ]
-    with pytest.raises(ValueError, match="a token that is not named: add_bos_token"):
+    with pytest.raises(ValueError, match="first token of texts is missing: add_bos_token"):
         tokens_with(tmp_path, add_bos_token=True)
     with pytest.raises(NotImplementedError, match="add_eos_token=True"):
         tokens_with(tmp_path, add_eos_token=True)

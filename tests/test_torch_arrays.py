@@ -66,7 +66,7 @@ def test_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     compare: Any = parity.compare
     for wants in (lambda: torch_arrays.to_tensor(jnp.ones(2)), lambda: compare(None, {}, None, None)):
-        with pytest.raises(ImportError, match=r"This wants PyTorch: pip install 'mqa-jax\[torch\]'"):
+        with pytest.raises(ImportError, match=r"This needs PyTorch: pip install 'mqa-jax\[torch\]'"):
             wants()
 
 

@@ -19,6 +19,7 @@ def equal(layer, other) -> bool:
     return all(name == name_ and (x == x_).all() and x.dtype == x_.dtype for (name, x), (name_, x_) in pairs)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_layer_of_transformers_there_and_back(name):
     layer = hf_layer(name)
@@ -143,19 +144,19 @@ def test_dtypes_are_kept(dtype):
 def test_heads_that_nobody_tells():
     layer = llm_foundry()
     del layer.n_heads
-    with pytest.raises(ValueError, match=r"Module does not tell its number of heads: heads=None. Pass heads="):
+    with pytest.raises(ValueError, match=r"Module does not declare its number of heads: heads=None. Pass heads="):
         from_torch(layer)
     assert from_torch(layer, heads=6)[0].heads == 6
 
 
 def test_parameters_of_another_layer():
     module, variables = from_torch(llm_foundry(bias=False))
-    with pytest.raises(ValueError, match=r"do not fit Module; ours and its shapes: \{'Wqkv.bias': \(\(40,\), None\)"):
+    with pytest.raises(ValueError, match=r"do not fit Module; Flax and torch shapes: \{'Wqkv.bias': \(\(40,\), None\)"):
         to_torch(*from_torch(llm_foundry()), like=llm_foundry(bias=False))
     other = llm_foundry()
     other.kv_n_heads = 3
     with pytest.raises(
-        ValueError, match=r"Module has other heads than our module: its \{'kv_heads': 3\}, ours \{'heads': 6"
+        ValueError, match=r"Module has other heads than the Flax module: \{'kv_heads': 3\} instead of \{'heads': 6"
     ):
         to_torch(module, variables, like=other)
     with pytest.raises(ValueError, match="No known attention layout"):
@@ -212,9 +213,9 @@ def on_no_device(layer):
 ODD = {
     weight_normed: (
         NotImplementedError,
-        r"LlamaAttention are not its tensors alone.*original0.*remove_parametrizations",
+        r"LlamaAttention are not only its tensors.*original0.*remove_parametrizations",
     ),
-    pruned: (NotImplementedError, r"'q_proj.weight_orig', 'q_proj.weight_mask'\]. Take torch.nn.utils.prune.remove"),
+    pruned: (NotImplementedError, r"'q_proj.weight_orig', 'q_proj.weight_mask'\]. Use torch.nn.utils.prune.remove"),
     with_lora: (NotImplementedError, r"'q_proj.lora_A.default.weight'.*merge_and_unload"),
     of_another_type: (NotImplementedError, r"Only plain tensors.*\{'q_proj.weight': 'Params4bit'\}"),
     in_8_bits: (NotImplementedError, r"Quantised weights are not read.*\{'q_proj.weight': 'int8'\}"),
@@ -287,9 +288,9 @@ REFUSED: dict[Any, tuple[type, str]] = {
     of_a_subclass: (NotImplementedError, rf"MyAttention is not the attention of llama{WAY_OUT}'q_proj.weight'"),
     of_cross_attention: (NotImplementedError, rf"is_cross_attention=True{WAY_OUT}'c_attn.weight'"),
     with_other_heads: (ValueError, r"other numbers of heads: its \{'kv_heads': 2\}, given \{'kv_heads': 3\}"),
-    with_rotary_positions: (ValueError, r"rotary positions in \['rotary_emb'\], and does not tell which: pass rope="),
-    without_a_counterpart: (ValueError, r"Module have no counterpart among ours: \['q_ln.weight'"),
-    tied: (ValueError, r"one tensor where ours are several and differ: \['k_proj.weight'"),
+    with_rotary_positions: (ValueError, r"rotary positions in \['rotary_emb'\], but does not declare them: pass rope="),
+    without_a_counterpart: (ValueError, r"Module have no Flax counterpart: \['q_ln.weight'"),
+    tied: (ValueError, r"one tensor for several Flax parameters that differ: \['k_proj.weight'"),
 }
 
 

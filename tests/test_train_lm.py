@@ -19,8 +19,6 @@ import train_lm
 from command_line import exit_with_a_sentence
 from train_report import read, smooth, write, write_text
 
-pytestmark = pytest.mark.slow
-
 SMALL = train_lm.Settings(
     kv_heads=2, heads=4, layers=1, dim=32, hidden=64, length=32, batch=16, steps=100, learning_rate=0.02, dropout=0.1
 )
@@ -96,6 +94,7 @@ def _entropy(text: np.ndarray) -> float:
     return -float(shares[shares > 0] @ np.log(shares[shares > 0]))
 
 
+@pytest.mark.slow
 def test_every_model_learns_from_the_text(finished, text):
     for result in finished[1]:
         assert result.losses.shape == (SMALL.steps,)
@@ -109,11 +108,13 @@ def test_the_text_held_out_is_no_training_text(text):
     assert bytes(np.asarray(text.held_out[-200:])) not in bytes(np.asarray(text.train))
 
 
+@pytest.mark.slow
 def test_a_smaller_cache_for_fewer_key_value_heads(finished):
     assert [result.cache_bytes_per_token for result in finished[1]] == [4 * 64, 2 * 64, 64]  # K * 2 * H * 4 bytes
     assert [result.name for result in finished[1]] == ["MHA", "GQA", "MQA"]
 
 
+@pytest.mark.slow
 def test_table(finished):
     _, results, printed = finished
     header, *rows = [
@@ -128,12 +129,14 @@ def test_table(finished):
         assert f"{name} writes: {result.sample}" in printed
 
 
+@pytest.mark.slow
 def test_plot(finished):
     picture = (finished[0] / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(picture) > 20_000
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_losses(finished, tmp_path):
     arguments = _arguments(SMALL, tmp_path, "--checkpoint-every=5")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), str(ROOT)])}
@@ -147,6 +150,7 @@ def test_a_killed_run_continues_to_the_same_losses(finished, tmp_path):
     assert not np.isnan(resumed.losses).any()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_loaded(finished, text, monkeypatch):
     out, results, _ = finished
     monkeypatch.setattr(train_lm, "save", None)
@@ -154,12 +158,14 @@ def test_a_finished_run_is_only_loaded(finished, text, monkeypatch):
     np.testing.assert_array_equal(state.losses, results[1].losses)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_never_overwritten(finished):
     out = finished[0]
     with pytest.raises(FileExistsError, match=r"kv_heads_2 holds step=100\. Continue it with --resume, or .* --out"):
         train_lm.main(_arguments(SMALL, out))
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_settings(finished, text):
     other = replace(SMALL, batch=4, dropout=0.0)
     with pytest.raises(ValueError, match=r"batch=4 \(was 16\), dropout=0\.0 \(was 0\.1\), step=100 in .*kv_heads_2"):
@@ -212,6 +218,7 @@ def test_a_second_compilation_is_an_error(text):
         step.trace(state, text.train[:-1])
 
 
+@pytest.mark.slow
 def test_remat_changes_no_loss(finished, text):
     step, state = train_lm.make_step(REMAT), train_lm.first_state(REMAT)
     for _ in range(5):
@@ -219,6 +226,7 @@ def test_remat_changes_no_loss(finished, text):
     np.testing.assert_allclose(state.losses[:5], finished[1][1].losses[:5], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_follows_its_key(params, text):
     texts = text.train[:66].reshape(2, 33).astype(jnp.int32)
 
@@ -229,6 +237,7 @@ def test_dropout_follows_its_key(params, text):
     assert loss(jax.random.key(0)) == loss(jax.random.key(0)) != loss(jax.random.key(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [SMALL, REMAT], ids=["", "remat"])
 def test_the_cache_continues_as_the_whole_text_does(params, prompt, settings):
     model: Any = settings.model
@@ -239,6 +248,7 @@ def test_the_cache_continues_as_the_whole_text_does(params, prompt, settings):
     np.testing.assert_array_equal(write_text(model, params, prompt, 24, 0.0, seed=0), tokens[:, 8:])
 
 
+@pytest.mark.slow
 def test_writing_goes_on_where_it_stopped(params, prompt):
     key = jax.random.key(0)
     whole = write_text(SMALL.model, params, prompt, 24, 0.0, seed=0)
@@ -250,7 +260,23 @@ def test_writing_goes_on_where_it_stopped(params, prompt):
     np.testing.assert_array_equal(jnp.concatenate(parts, axis=1), whole)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed_with_a_temperature(params, prompt):
     one, same, other = (np.asarray(write_text(SMALL.model, params, prompt, 24, 1.0, seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
+
+
+def test_a_step_of_the_nnx_model_is_that_of_the_linen_model():
+    """From the same parameters to the same, without dropout; with it the loss falls."""
+    linen, nnx = (replace(SMALL, dropout=0.0, api=api) for api in ("linen", "nnx"))
+    text, state = train_lm.load_text(), train_lm.first_state(nnx)
+    copy = jax.tree.map(jnp.copy, state)
+    expected, after = train_lm.make_step(linen)(state, text.train), train_lm.make_step(nnx)(copy, text.train)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), after.params, expected.params)
+    np.testing.assert_allclose(after.losses[0], expected.losses[0], rtol=1e-6)
+    dropping = replace(SMALL, api="nnx", remat=True, steps=20)
+    state, step = train_lm.first_state(dropping), train_lm.make_step(dropping)
+    for _ in range(20):
+        state = step(state, text.train)
+    assert state.losses[-1] < state.losses[0] - 1

@@ -290,6 +290,7 @@ def test_a_batch_of_one_as_in_jax_nn(name, axes):
     close(mqa_jax.dot_product_attention(*arrays, **JAX_NN[name]), expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", [1, 13])
 @pytest.mark.parametrize("implementation", [None, "xla", "reference"])
 def test_float64_is_computed_in_float64(implementation, rows):
@@ -333,6 +334,7 @@ def test_float64_is_computed_in_float64(implementation, rows):
                 attend(**arrays, implementation=name)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("rows", [1, 13])
 def test_rank_promotion_may_raise(rows, implementation):
@@ -367,6 +369,7 @@ def test_rank_promotion_may_raise(rows, implementation):
     oracle.judge_float32(actual, oracle.results(problem, "reference"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["static", "ring"])
 @pytest.mark.parametrize("tokens", [1, 5, 29])
 def test_rank_promotion_may_raise_in_modules_with_a_cache(layout, tokens):
@@ -389,6 +392,7 @@ def _checkified(function, *arguments):
     return results
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_all_checks_of_checkify_find_nothing_where_nothing_is_wrong(implementation, rows):
@@ -413,6 +417,7 @@ def test_all_checks_of_checkify_find_nothing_where_nothing_is_wrong(implementati
     chex.assert_trees_all_close(gradients, jax.grad(lambda arrays: attend(**arrays).sum())(problem.arrays), atol=1e-5)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "settings",
     [{}, dict(cache_layout="ring", local_window_size=(3, 0)), dict(cache_dtype="int8"), dict(rope=mqa_jax.Rope())],

@@ -48,7 +48,7 @@ SMALL = dict(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "sizes"), problems.FOR_PRECISION_IN_DTYPES, ids=str)
 def test_precision(dtype, sizes):
     """With the tiles of the table, at most twice the error of a plain computation in the same dtype."""
@@ -57,13 +57,13 @@ def test_precision(dtype, sizes):
     oracle.judge(oracle.results(problem, "kernels"), plain, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "bits", "sizes"), problems.FOR_PRECISION_IN_8_BITS, ids=str)
 def test_precision_of_8_bits(dtype, bits, sizes):
     oracle.judge_8_bits(oracle.random_problem(np.random.default_rng(0), **sizes), dtype, bits, "kernels")
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("features", "value_features"), [(96, 96), (192, 128), (8, 256), (256, 256)])
 def test_head_sizes_in_pieces(monkeypatch, features, value_features):
     """192 = 128 + 64, 96 = 64 + 32; and cut smaller, as full float32 products want them."""
@@ -159,7 +159,7 @@ TOUCHING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TOUCHING)
 def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(monkeypatch, name):
     """On a strict model of a GPU's memory, see `strict_gpu`; interpret mode would hide it."""
@@ -187,6 +187,7 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradients, expected_gradients)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("cache", "least_keys", "kernels"),
     [
@@ -219,6 +220,7 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
     np.testing.assert_allclose(normalizer.log_sum_exp, expected[1], atol=1e-5)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("cache", ["static", "ring in 8 bits"])
 @pytest.mark.parametrize("shared", list(itertools.product((False, True), repeat=4)), ids=str)
 def test_few_queries_with_pairs_shared_along_any_axes(shared, cache, monkeypatch):

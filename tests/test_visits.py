@@ -6,6 +6,7 @@ from dataclasses import replace
 import covering
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import test_every_pair_of_options as pairs
 from ways import WAYS
 
@@ -44,6 +45,7 @@ def some_inputs() -> list[tuple[Inputs, tuple[int, int]]]:
     ]
 
 
+@pytest.mark.slow
 def test_no_tile_is_visited_in_vain():
     """Where visible keys follow each other: from the first tile with one to the last, and none for padding alone."""
     for inputs, (rows, columns) in some_inputs():

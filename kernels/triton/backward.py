@@ -1,8 +1,8 @@
-"""The backward pass as Triton kernels: FlashAttention-2 (arXiv 2307.08691), algorithm 2, cut in two.
+"""The backward pass as Triton kernels: FlashAttention-2 (arXiv 2307.08691), algorithm 2, as two kernels.
 
 One kernel writes dQ, one writes dK and dV; each recomputes the weights (seven matrix products instead of five). So each
-entry is written once, by one program, in a fixed order: no atomics, bitwise reproducible. The gradients of what is
-added to the scores are in `score_gradient`.
+entry is written once, by one program, in a fixed order: no atomics, bitwise reproducible. The gradients of the terms
+that are added to the scores are in `score_gradient`.
 """
 
 from typing import Any, NamedTuple
@@ -36,13 +36,13 @@ class Saved(NamedTuple):
     """Query-side arrays of the backward pass."""
 
     d_out: Any  # [B, T, N, V]
-    highest: Any  # float32 [B, N, T]: with log_total, what the weights are divided by
+    highest: Any  # float32 [B, N, T]: with log_total, the denominator of the weights
     log_total: Any
     delta: Any  # float32 [B, N, T], sum(d_out * out) - d_log_sum_exp
 
 
 class Rows(NamedTuple):
-    """One tile of queries and of what is saved for them."""
+    """One tile of queries and of the arrays saved for them."""
 
     query: Pieces
     d_out: Pieces
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def load(cls, program: Program, saved: Saved, row: Array, masked: bool) -> "Rows":
-        # +inf, so that exp(score - highest) is 0 in rows that see no key and in those that do not exist
+        # +inf, so that exp(score - highest) is 0 in rows that attend to no key and in rows outside the array
         highest = load_row_numbers(program, saved.highest, row, masked, other=-jnp.inf)
         highest = jnp.where(highest == -jnp.inf, jnp.inf, highest * (1 / score_unit(program.inputs)))
         log_total, delta = (load_row_numbers(program, x, row, masked) for x in (saved.log_total, saved.delta))
@@ -65,10 +65,10 @@ class Rows(NamedTuple):
 def d_scores(
     program: Program, rows: Rows, key: Pieces, value: Pieces, place: Place, masked: bool
 ) -> tuple[Scores, Scores, Scores]:
-    """The weights, and the gradients of the scores: before and after the soft cap, which act on different things."""
+    """The weights, and the gradients of the scores after the soft cap (for added terms) and before it (for q . k)."""
     in_order = lambda of_rows, of_columns: (of_columns, of_rows) if program.transposed else (of_rows, of_columns)
     raw = dot(program.inputs, *in_order(rows.query, key))
-    # Before the exponentials, which then run beside the tensor cores.
+    # Before the exponentials, so that they overlap with the tensor cores.
     d_weight = dot(program.inputs, *in_order(rows.d_out, value))
     score, tanh = scores(program, raw, place, masked)
     weight = weights(program, score, rows.highest, rows.log_total)
@@ -115,8 +115,8 @@ def d_key_and_value(
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """Summed over the query heads of each key/value head in float32, inside the kernel.
 
-    With few key/value heads there are too few tiles of keys to fill a GPU. Then several programs share one, each for a
-    part of the query heads and tiles, and their sums, float32, are added up afterwards.
+    With few key/value heads there are too few tiles of keys to fill a GPU. Then several programs share a tile, each for
+    a part of the query heads and tiles, and their float32 sums are added up afterwards.
     """
     size = inputs.sizes
     grid, shares, place_of_program = over_key_tiles(inputs, config)
@@ -145,7 +145,7 @@ def _one_tile_of_d_key(
     settle = lambda sums: tuple(settled(x, program.interpret) for x in sums)
 
     def loop(total: tuple[Pieces, Pieces], masked: bool) -> tuple[Pieces, Pieces]:
-        """Over query heads and tiles of queries, as one loop, so that memory stays busy from one head to the next."""
+        """One loop over query heads and tiles of queries, so that loads are pipelined across heads."""
         tiles = visits.masked if masked else visits.full
 
         def step(number: Index, total: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
@@ -167,7 +167,7 @@ def _one_tile_of_d_key(
         total = loop(total, masked=True)
     d_key, d_value = total
     d_key = tuple(x * inputs.scale for x in d_key)
-    if inputs.mask.key_lengths is not None:  # sums over keys that are padding mean nothing
+    if inputs.mask.key_lengths is not None:  # in padding the sums are undefined
         exists = program.columns(Place(column, column)) < program.column_limit()
         d_key, d_value = (tuple(jnp.where(exists, x, 0.0) for x in y) for y in (d_key, d_value))
     for into, values in zip(out, (d_key, d_value)):

@@ -1,6 +1,6 @@
-"""The one place that starts a Pallas-Triton kernel, and the operations that differ between a GPU and interpret mode.
+"""Starts every Pallas-Triton kernel, and has the operations that differ between a GPU and interpret mode.
 
-JAX 0.11 deprecates this backend in favour of Mosaic GPU. What has to be replaced then is the folder `kernels/triton`.
+JAX 0.11 deprecates this backend in favour of Mosaic GPU. A port to it replaces the folder `kernels/triton`.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from mqa_jax.kernels.triton.tile_config import TileConfig
 
 LOG2_E = math.log2(math.e)
 
-_launcher = jax.make_user_context(None)  # a function; what is traced under one is not reused under another
+_launcher = jax.make_user_context(None)  # a function; part of jit's cache key
 
 
 @contextlib.contextmanager
 def launched_by(launcher: Callable[[str, Callable[..., Any], Any], Callable[..., Any]]) -> Iterator[None]:
-    """Gives kernels to `launcher(name, pallas_call, out)`, which returns what runs them: tests execute them on CPUs."""
+    """Replaces each kernel by the function that `launcher(name, pallas_call, out)` returns: tests run them on CPUs."""
     with _launcher(launcher):
         yield
 
@@ -45,7 +45,7 @@ def kernel_call(
     def body(*references: Any) -> None:
         kernel(*references)
 
-    body.__name__ = name  # Triton takes the name of the function, whatever `pallas_call` is told
+    body.__name__ = name  # Triton uses the name of the function and ignores `pallas_call(name=...)`
     parameters = lowering.quiet_parameters()(num_warps=config.warps, num_stages=config.stages)
     launch = pallas.pallas_call(
         body, out_shape=out, grid=grid, compiler_params=parameters, interpret=interpret, name=name
@@ -55,7 +55,7 @@ def kernel_call(
 
 
 def load(reference: Any, *index: Any, where: Any = None) -> Array:
-    """Part of an array; 0 where `where` is False, and then no memory is touched. `index` holds numbers and spans."""
+    """Part of an array; 0 where `where` is False, without reading memory there. `index` holds numbers and spans."""
     part = reference.at[_traced(index)]
     if where is None:
         return triton.load(part)
@@ -68,12 +68,12 @@ def store(reference: Any, value: Array, *index: Any, where: Any = None) -> None:
 
 
 def _traced(index: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Interpret mode has no rule for an index that is a Python number."""
+    """Indices as int32 arrays: interpret mode has no rule for an index that is a Python number."""
     return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)
 
 
 def span(start: Any, size: int) -> Any:
-    """`size` neighbouring entries, a power of two. Those that do not exist have to be masked."""
+    """`size` neighbouring entries, a power of two. Entries outside the array must be masked."""
     return pallas.ds(jnp.asarray(start, jnp.int32), size)
 
 
@@ -89,8 +89,8 @@ def divided(number: Any, by: Any) -> tuple[Array, Array]:
 def exp2_of_line(x: Float[Array, "..."], slope: float, shift: Float[Array, "..."], interpret: bool) -> Array:
     """exp2(slope * x + shift); 0 where that is -inf.
 
-    On a GPU two instructions: `jnp.exp2` adds three for denormal results, which round to nothing here, and XLA's Triton
-    never fuses the multiplication with the addition. No rule for the assembly exists in interpret mode.
+    On a GPU these are two instructions: `jnp.exp2` adds three for denormal results, which are flushed to 0 here, and
+    XLA's Triton does not fuse the multiplication with the addition. Interpret mode has no rule for inline assembly.
     """
     if interpret:
         return jnp.exp2(slope * x + shift)
@@ -107,7 +107,7 @@ def exp2_of_line(x: Float[Array, "..."], slope: float, shift: Float[Array, "..."
 
 
 def settled(x: Float[Array, "..."], interpret: bool) -> Array:
-    """x, which the compiler then has to have computed here. Costs nothing: `ptxas` removes the copy."""
+    """x, which the compiler must compute before this point. It takes no time: `ptxas` removes the copy."""
     if interpret:
         return x
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,9 +1,9 @@
-"""Few queries on many keys, as in decoding: a Triton kernel that reads the cache once, where it lies.
+"""Few queries on many keys, as in decoding: a Triton kernel that reads the cache once, without copying it.
 
-The query heads of a key/value head times the query positions are the rows of a tile, G to a query, so that each key is
-read for all of them at once. The keys are split over programs, each with a softmax of its own (Flash-Decoding); what
-they find is merged by its log-sum-exp. A split is a part of the tiles that a row of the batch needs, so short rows cost
-little, and a window costs a window.
+The rows of a tile are the query positions times the G query heads of a key/value head, so that each key is read once
+for all of them. The keys are split over programs, each with its own softmax (Flash-Decoding); their results are merged
+by log-sum-exp. A split is a part of the tiles that a row of the batch needs, so the time grows with the length of that
+row, or with the window.
 """
 
 from dataclasses import replace
@@ -24,8 +24,8 @@ from mqa_jax.kernels.triton.program import Program
 from mqa_jax.kernels.triton.tile_config import TileConfig
 from mqa_jax.shapes import Output
 
-MAX_QUERIES = 16  # beyond, a tile of one head is well filled
-ENOUGH_PROGRAMS = 384  # three for each of an H100's 132 multiprocessors: about as many as it holds at once
+MAX_QUERIES = 16  # with more queries, one head fills a tile
+MAX_PROGRAMS = 384  # three for each of an H100's 132 multiprocessors: about as many as run at once
 MIN_KEYS = 128  # of a split
 
 
@@ -63,15 +63,15 @@ def row_tiles_of(size: Sizes, config: TileConfig) -> int:
 
 
 def splits_of(size: Sizes, row_tiles: int) -> int:
-    """Into how many parts the keys are cut: no more than fill the GPU once, so that all end at about the same time."""
-    most = ENOUGH_PROGRAMS // (size.B * size.K * row_tiles)
-    return max(1, min(most, size.S // MIN_KEYS))
+    """The number of parts of the keys: no more than fill the GPU once, so that all end at about the same time."""
+    max_splits = MAX_PROGRAMS // (size.B * size.K * row_tiles)
+    return max(1, min(max_splits, size.S // MIN_KEYS))
 
 
 def partial_bytes(size: Sizes, splits: int) -> int:
-    """Of the outputs and normalizers of all parts, float32: all that a step takes beside its arguments and results.
+    """Bytes of the outputs and normalizers of all parts, float32: the temporary memory of a step.
 
-    (But for four numbers for each tile of rows, `tile_bounds`, and copies of query and output where heads of a group
-    have to be brought together.) No more than ENOUGH_PROGRAMS tiles of rows, whatever the length of the cache.
+    (Except four numbers for each tile of rows, `tile_bounds`, and copies of query and output where heads of a group are
+    not neighbours.) At most MAX_PROGRAMS tiles of rows, for a cache of any length.
     """
     return 4 * splits * size.B * size.T * size.N * (size.V + 2) if splits > 1 else 0

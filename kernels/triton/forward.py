@@ -1,7 +1,7 @@
 """The forward pass as a Triton kernel: FlashAttention-2 (arXiv 2307.08691), algorithm 1, one program a tile of queries.
 
-The running softmax is in base 2 with the scale folded into the exponential. Tiles that need no masking come first, then
-the others, each in a loop of its own.
+The running softmax is in base 2 with the scale folded into the exponential. One loop computes the tiles that need no
+mask, a second loop the others.
 """
 
 from typing import Any, NamedTuple
@@ -57,12 +57,12 @@ Loops = tuple[tuple[Index, Index], tuple[Index, Index]]  # first and last + 1 of
 
 
 class State(NamedTuple):
-    """A running softmax (see `online_softmax.State`), and the weights whose product with the values is still due."""
+    """A running softmax (see `online_softmax.State`), and the weights whose product with the values is deferred."""
 
     highest: Float[Array, " bq"]  # of scores / score_unit
     total: Float[Array, " bq"]
     weighted: Pieces
-    due: Array | None  # [bq, bk]
+    deferred: Array | None  # [bq, bk]
 
 
 def attend(program: Program, row: Array, visits: Visits, loops: Loops) -> State:
@@ -84,23 +84,23 @@ def attend(program: Program, row: Array, visits: Visits, loops: Loops) -> State:
             dropped = dropped * load_scales(program, operands.value_scale, place.column, masked)
         dropped = dropped.astype(inputs.weight_dtype)
         weighted = state.weighted
-        if state.due is None:
+        if state.deferred is None:
             value = load_keys(program, operands.value, place.column, masked)
             weighted = tuple(x * rescale[:, None] + product(inputs, dropped, v) for x, v in zip(weighted, value))
             return State(highest, total, weighted, None)
-        weighted = add_due(state.weighted, state.due, visits.previous(number, masked), masked)
+        weighted = add_deferred(state.weighted, state.deferred, visits.previous(number, masked), masked)
         return State(highest, total, tuple(x * rescale[:, None] for x in weighted), dropped)
 
-    def add_due(weighted: Pieces, due: Array, tile: Array, masked: bool) -> Pieces:
+    def add_deferred(weighted: Pieces, deferred: Array, tile: Array, masked: bool) -> Pieces:
         value = load_keys(program, operands.value, tile * config.columns, masked)
-        return tuple(x + product(inputs, due, v) for x, v in zip(weighted, value))
+        return tuple(x + product(inputs, deferred, v) for x, v in zip(weighted, value))
 
     state = empty(program)
     state = lax.fori_loop(*loops[0], lambda number, state: step(number, state, masked=False), state)
     if visits.any_masked:
         state = lax.fori_loop(*loops[1], lambda number, state: step(number, state, masked=True), state)
-    if state.due is not None:
-        state = state._replace(weighted=add_due(state.weighted, state.due, visits.last(), masked=True))
+    if state.deferred is not None:
+        state = state._replace(weighted=add_deferred(state.weighted, state.deferred, visits.last(), masked=True))
     return state
 
 
@@ -108,19 +108,19 @@ def empty(program: Program) -> State:
     config, inputs = program.config, program.inputs
     full = lambda *shape, value=0.0: jnp.full(shape, value, jnp.float32)
     weighted = zeros(config.rows, program.sizes.V, config)
-    due = jnp.zeros((config.rows, config.columns), inputs.weight_dtype) if config.defer_values else None
-    return State(full(config.rows, value=-jnp.inf), full(config.rows), weighted, due)
+    deferred = jnp.zeros((config.rows, config.columns), inputs.weight_dtype) if config.defer_values else None
+    return State(full(config.rows, value=-jnp.inf), full(config.rows), weighted, deferred)
 
 
 def finish(program: Program, state: State, row: Array, out: Any, normalizer: Any, *leading: Array) -> None:
-    """Divides, with the sink in the denominator, and writes; 0 and -inf in rows that saw nothing, or are padding."""
+    """Divides, with the sink in the denominator, and writes; 0 and -inf in empty rows and in padding."""
     highest, sink = (state.highest * score_unit(program.inputs))[:, None], program.inputs.operands.sinks
     seen = highest > -jnp.inf
     if sink is not None:
         sink = jnp.broadcast_to(load_head_numbers(program, sink, row), highest.shape)
-        for part in leading:  # of the keys: the first one has the sink
+        for part in leading:  # only the first part of the keys has the sink
             sink = jnp.where(part == 0, sink, -jnp.inf)
-    # Of one number for each row instead of all features: what these have to be multiplied by.
+    # With a single feature of 1: the result is the factor that normalizes all features.
     one = online_softmax.State(highest, state.total[:, None], jnp.ones_like(highest))
     factor, result = online_softmax.finish(one, sink)
     if program.inputs.mask.query_lengths is not None:

@@ -1,4 +1,4 @@
-"""In which order the programs of a kernel start, and which tiles each of them visits."""
+"""The order in which the programs of a kernel start, and the tiles that each of them visits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from mqa_jax.kernels.triton.mask import may_mask
 from mqa_jax.kernels.triton.program import Program
 from mqa_jax.kernels.triton.tile_config import TileConfig
 
-ENOUGH_PROGRAMS = 512  # about four on each of 128 multiprocessors
-MAX_SHARES = 4  # each costs as much memory as dK and dV in float32
-L2_SHARE = 24 << 20  # bytes of keys and values that neighbouring programs may read at once; H100 has 50 MB, A100 40
+MAX_SHARED_PROGRAMS = 512  # about four on each of 128 multiprocessors; work is shared only up to so many
+MAX_SHARES = 4  # each needs as much memory as dK and dV in float32
+MAX_L2_BYTES = 24 << 20  # of keys and values that programs read at the same time; H100 has 50 MB of L2, A100 40
 
 
 def over_query_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...], Callable[[], tuple[Array, ...]]]:
-    """One program for each tile of queries and query head; and which one a program is: (batch, head, tile).
+    """The grid, one program for each tile of queries and query head, and a function that returns (batch, head, tile).
 
-    Last tiles first: under a causal mask they are the longest. Heads that read the same keys start together, and as
-    many more as fit into the L2 cache with them.
+    Last tiles first: under a causal mask they take the longest. Heads that read the same keys start together, with as
+    many more heads as fit into the L2 cache.
     """
     size = inputs.sizes
     tiles = -(-size.T // config.rows)
@@ -39,13 +39,14 @@ def over_query_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...
 
 
 def over_key_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...], int, Callable[[], tuple[Array, ...]]]:
-    """One program for each tile of keys, key/value head and share; how many shares; and (batch, kv_head, share, tile).
+    """The grid, the number of shares, and a function that returns (batch, kv_head, share, tile).
 
-    First tiles first: under a causal mask they are the longest.
+    One program for each tile of keys, key/value head and share. First tiles first: under a causal mask they take the
+    longest.
     """
     size = inputs.sizes
     tiles = -(-size.S // config.columns)
-    shares = shares_of(tiles * size.B * size.K, most=min(MAX_SHARES, size.G * -(-size.T // config.rows)))
+    shares = shares_of(tiles * size.B * size.K, max_shares=min(MAX_SHARES, size.G * -(-size.T // config.rows)))
     grid = tiles, shares, size.B * size.K
 
     def place() -> tuple[Array, ...]:
@@ -54,20 +55,20 @@ def over_key_tiles(inputs: Inputs, config: TileConfig) -> tuple[tuple[int, ...],
     return grid, shares, place
 
 
-def shares_of(programs: int, most: int) -> int:
-    """Into how many parts the work of each program is cut, for about four programs on each of 128 multiprocessors."""
-    return max(1, min(most, ENOUGH_PROGRAMS // programs))
+def shares_of(programs: int, max_shares: int) -> int:
+    """The number of parts of each program's work, for about four programs on each of 128 multiprocessors."""
+    return max(1, min(max_shares, MAX_SHARED_PROGRAMS // programs))
 
 
 def _kv_heads_together(size: Sizes, itemsize: int) -> int:
-    """The largest divisor of K whose keys and values fit, at least 1."""
+    """The largest divisor of K whose keys and values fit into L2, at least 1."""
     bytes_per_head = size.S * (size.H + size.V) * itemsize
-    fits = lambda heads: size.K % heads == 0 and heads * bytes_per_head <= L2_SHARE
+    fits = lambda heads: size.K % heads == 0 and heads * bytes_per_head <= MAX_L2_BYTES
     return max(filter(fits, range(1, size.K + 1)), default=1)
 
 
 class Share(NamedTuple):
-    """Which part of the work is one program's."""
+    """One program's part of the work: part `number` of `of`."""
 
     number: Array
     of: int
@@ -79,16 +80,16 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Visits:
-    """The tiles that a program visits, in order: `full` ones without mask, then `masked` ones on both sides of them.
+    """The tiles that a program visits, in order: `full` tiles without mask, then `masked` tiles on both sides of them.
 
-    A program that owns queries visits tiles of keys, one that owns keys tiles of queries.
+    A program that owns queries visits tiles of keys; one that owns keys visits tiles of queries.
     """
 
     start: Array
     full_start: Array
     full_stop: Array
     stop: Array
-    count: int  # of all tiles there are
+    count: int  # number of tiles on this axis
     any_masked: bool  # static: whether some program may have a masked tile
 
     @classmethod
@@ -113,13 +114,13 @@ class Visits:
         return self.left + self.stop - self.full_stop
 
     def tile(self, step: Index, masked: bool) -> Array:
-        """Which tile a step of either loop visits."""
+        """The tile that a step of either loop visits."""
         if not masked:
             return self.full_start + step
         return jnp.where(step < self.left, self.start + step, self.full_stop + step - self.left)
 
     def previous(self, step: Index, masked: bool) -> Array:
-        """Which tile was visited one step before; at the very first step any tile that exists."""
+        """The tile visited one step before; at the very first step, any tile inside the array."""
         if not masked:
             return jnp.maximum(self.full_start + step - 1, self.full_start)
         before = jnp.where(self.full > 0, self.full_stop - 1, self.start)

@@ -1,7 +1,7 @@
-"""The Pallas-Triton implementation: what it cannot do, and which kernel computes what.
+"""The Pallas-Triton implementation: the calls that it does not support, and the kernel for each of the others.
 
-The kernels are imported when a program that has one is traced: this takes a sixth as long as importing JAX, and a JAX
-that no longer has Pallas-Triton computes everything else.
+The kernels are imported when a program with one is traced: this import takes a sixth of the time of importing JAX, and
+with a JAX that no longer has Pallas-Triton all other implementations still work.
 """
 
 import functools
@@ -17,12 +17,12 @@ from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.triton import lowering, precision, tile_config
 from mqa_jax.shapes import LogSumExp, Output
 
-MAX_HEAD = 256  # beyond, the sums of a tile no longer fit into registers
+MAX_HEAD = 256  # with more features the sums of a tile do not fit into registers
 BIAS_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)  # smaller ones are not compiled for all GPUs
 
 
 def cannot(inputs: Inputs) -> str | None:
-    """Why not, or None if it can."""
+    """The reasons why the kernels cannot compute these inputs, or None if they can."""
     reasons = list(_reasons(inputs))
     return "; ".join(reasons) + "; use implementation=None" if reasons else None
 
@@ -32,7 +32,7 @@ def _reasons(inputs: Inputs) -> Iterator[str]:
     if absent := _absent():
         yield absent
     if not all(isinstance(n, int) for n in (size.B, size.T, size.S)):
-        yield f"batches and lengths that are known, no symbols of jax.export (B={size.B}, T={size.T}, S={size.S})"
+        yield f"known batches and lengths only, no symbols of jax.export (B={size.B}, T={size.T}, S={size.S})"
     if max(size.H, size.V) > MAX_HEAD:
         yield f"head sizes of at most {MAX_HEAD} only (H={size.H}, V={size.V})"
     if inputs.dtype == jnp.float64:
@@ -62,7 +62,7 @@ def _absent() -> str | None:
 
 
 def in_reach() -> bool:
-    """Whether there is an NVIDIA GPU, or one is compiled for."""
+    """Whether there is an NVIDIA GPU, or one is assumed (`kernels.gpu.assuming`)."""
     return gpu.is_assumed() or gpu.capability_at_hand() is not None
 
 
@@ -107,7 +107,7 @@ def backward(
 
 
 def _readable(inputs: Inputs) -> Inputs:
-    """Slopes and sinks, N numbers each, in float32: kernels do not read all dtypes that these may have."""
+    """Slopes and sinks, N numbers each, in float32: the kernels cannot read every dtype that these may have."""
     operands = inputs.operands
     slopes, sinks = (None if x is None else x.astype(jnp.float32) for x in (operands.alibi_slopes, operands.sinks))
     return replace(inputs, operands=replace(operands, alibi_slopes=slopes, sinks=sinks))

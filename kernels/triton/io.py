@@ -1,10 +1,10 @@
 """Reading and writing the tiles of a program.
 
-Every read and write names the entries that exist, unless a tile is known to lie inside the array: nothing here relies
-on the compiler to keep a block inside. Features come in pieces of a power of two (80 = 64 + 16), so no head size is
-padded to the next one.
+Every read and write has a mask of the entries inside the array, unless the whole tile is known to be inside: no access
+relies on the compiler to stay inside. Features are split into pieces of a power of two (80 = 64 + 16), so no head size
+is padded to the next power of two.
 
-`masked` says that a tile may hold entries that do not exist or are padding: they are read as 0.
+`masked`: the tile may have entries outside the array or in the padding, which are read as 0.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ Pieces = tuple[Array, ...]  # of the features of a tile, each [tile, power of tw
 
 
 class Piece(NamedTuple):
-    """Some features: the first, how many a tile holds, and how many of these exist."""
+    """A range of features: the first, the width of the tile, and how many of these are inside the array."""
 
     start: int
     width: int
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 
 def pieces(features: int, widest: int) -> Iterator[Piece]:
-    """Powers of two from 16 on that cover the features; only the last one may be wider than what exists."""
+    """Powers of two from 16 on that cover the features; only the last piece may extend beyond them."""
     start, left = 0, -(-features // 16) * 16
     while left:
         width = min(widest, 1 << (left.bit_length() - 1))
@@ -38,7 +38,7 @@ def pieces(features: int, widest: int) -> Iterator[Piece]:
 
 
 def zeros(tile: int, features: int, config: TileConfig) -> Pieces:
-    """Sums that grow, float32."""
+    """Initial values of float32 sums."""
     return tuple(jnp.zeros((tile, width), jnp.float32) for _, width, _ in pieces(features, config.features))
 
 
@@ -60,14 +60,14 @@ def load_keys(program: Program, x: Any, start: Array, masked: bool) -> Pieces:
 
 
 def load_scales(program: Program, x: Any, start: Array, masked: bool) -> Float[Array, "1 bk"]:
-    """A tile of `[B, S, K]`, scales of quantized keys or values."""
+    """A tile of `[B, S, K]`, the scales of quantized keys or values."""
     columns = program.config.columns
     where = start + line(columns) < program.column_limit() if masked and program.ragged_columns() else None
     return load(x, program.batch, span(start, columns), program.kv_head, where=where)[None]
 
 
 def load_row_numbers(program: Program, x: Any, start: Array, masked: bool, other: float = 0.0) -> Float[Array, " bq"]:
-    """A tile of `[B, N, T]`, one number for each query; `other` where there is none."""
+    """A tile of `[B, N, T]`, one number for each query; `other` outside the array and in the padding."""
     rows = program.config.rows
     where = start + line(rows) < program.row_limit() if masked and program.ragged_rows() else None
     numbers = load(x, program.batch, program.head, span(start, rows), where=where)
@@ -75,7 +75,7 @@ def load_row_numbers(program: Program, x: Any, start: Array, masked: bool, other
 
 
 def load_head_numbers(program: Program, x: Any, row: Array) -> Float[Array, "..."]:
-    """Of slopes or sinks: the number of the head, or one for each row where rows are heads (`[K, rows]`)."""
+    """Slopes or sinks: one number of the head, or one for each row where rows are heads (`[K, rows]`)."""
     if len(x.shape) == 1:
         return load(x, program.head).astype(jnp.float32)
     rows = program.config.rows
@@ -118,7 +118,7 @@ def store_row_numbers(program: Program, into: Any, numbers: Float[Array, " bq"],
 
 
 def _inside(start: Array, tile: int, limit: Any, piece: Piece) -> Bool[Array, "tile width"] | None:
-    """True where both the row and the feature exist; None where all do."""
+    """True where both the row and the feature are inside the array; None if all are."""
     rows = None if limit is None else (start + axis(tile, 0)) < limit
     features = None if piece.existing == piece.width else axis(piece.width, 1) < piece.existing
     if rows is None and features is None:

@@ -1,6 +1,6 @@
-"""How JAX lowers the Triton kernels: without a warning, and not where it would compute wrong offsets.
+"""How JAX lowers the Triton kernels: without a deprecation warning, and with an error where offsets would be wrong.
 
-Both are settled when a program is lowered: JAX warns then, and only then is known how large `vmap` has made the arrays.
+Both belong to lowering: JAX warns then, and only then the sizes of the arrays with the axes of `vmap` are known.
 """
 
 import functools
@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 # -- arrays out of reach ----------------------------------------------------------------------------------------------
 
-# Offsets count entries, and are 32 bits wide unless the array has more than 2^32 bytes. In an array of single bytes
-# the last of 2^32 entries is then number 2^32 - 1, which as a signed number is -1.
+# Offsets count entries and have 32 bits unless the array has more than 2^32 bytes. In an array of 2^32 single bytes the
+# last offset is 2^32 - 1, which is -1 as a signed number.
 WRONG_OFFSETS = 2 << 30, 4 << 30
 
 
@@ -24,7 +24,7 @@ def is_out_of_reach(x: Any) -> bool:
 
 
 def in_reach(kernel: str, arguments: Any) -> Any:
-    """The arguments of a kernel; raises NotImplementedError where it is lowered and one of them is out of reach."""
+    """The arguments of a kernel; raises NotImplementedError at lowering if one of them has wrong offsets."""
 
     def checked(path: tuple, x: Array) -> Array:
         name = getattr(path[-1], "name", "an argument")
@@ -63,13 +63,13 @@ batching.defvectorized(_in_reach_p)
 
 @functools.cache
 def quiet_parameters() -> Any:
-    """The class of a kernel's compiler parameters, Pallas-Triton's own but for a lowering rule that does not warn.
+    """The class of a kernel's compiler parameters: that of Pallas-Triton, with a lowering rule that does not warn.
 
-    From 0.11 on JAX's rule begins with a DeprecationWarning, each time a kernel is lowered. Whoever calls this library
-    can do nothing about it, and under `-W error` it would end the call. Filters for warnings belong to the process and
-    are no one thread's, so none is touched. JAX finds a rule by the type of the parameters: ours is its function, in
-    whose globals the name `deprecations` is something that says nothing. JAX's own module stays as it is, and so do the
-    warnings of other people's kernels. All this is private to JAX. Where it is not found, JAX warns.
+    From 0.11 on JAX's rule starts with a DeprecationWarning, each time a kernel is lowered. Callers of this library
+    cannot avoid it, and under `-W error` it would be an exception. Warning filters belong to the whole process, not to
+    a thread, so they are not changed. JAX selects a rule by the type of the parameters: the rule registered here is
+    JAX's function with a copy of its globals, in which `deprecations` does not warn. JAX's own module and the warnings
+    of other kernels do not change. All of this is private to JAX. Where it is not found, JAX warns.
     """
     from jax.experimental.pallas import triton
 

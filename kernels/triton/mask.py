@@ -1,4 +1,4 @@
-"""Which pairs of a tile the mask leaves (`mqa_jax.masks` has the meaning), and how far apart their positions are."""
+"""The visible pairs of a tile (`mqa_jax.masks` defines them), and the distances of their positions."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from mqa_jax.kernels.triton.program import Place, Program, line
 
 
 def may_mask(program: Program) -> bool:
-    """Whether some tile has pairs that the mask hides or that do not exist (on the owned axis these do no harm)."""
+    """Whether some tile has pairs that are hidden or outside the array (outside on the owned axis needs no mask)."""
     ragged = program.ragged_rows() if program.transposed else program.ragged_columns()
     return program.inputs.mask.hides_pairs or ragged
 
 
 def visible(program: Program, place: Place) -> Bool[Array, "..."] | None:
-    """True where a pair exists and the mask leaves it. Padded queries are left to the caller."""
+    """True where a key is inside the array and the mask does not hide the pair. The caller masks padded queries."""
     mask, conditions = program.inputs.mask, []
     if mask.is_causal or mask.window is not None:
         conditions += masks.in_reach(mask, query_positions(program, place), key_positions(program, place))

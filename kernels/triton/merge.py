@@ -1,7 +1,7 @@
-"""Attention over several parts of the keys put together, as `mqa_jax.merge_partials` does it, in one Triton kernel.
+"""Merges attention over several parts of the keys, as `mqa_jax.merge_partials` does, in one Triton kernel.
 
-XLA would start three, each of which takes about as long to start as to run. A program owns some features of one query
-and head, and reads at once what all parts have found of them.
+XLA would start three kernels, and starting one takes about as long as running it. A program owns some features of one
+query and head, and reads the results of all parts for them at once.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from mqa_jax.kernels.triton.call import divided, kernel_call, load, program_id, 
 from mqa_jax.kernels.triton.tile_config import TileConfig, power_of_two
 from mqa_jax.shapes import Output
 
-NUMBERS = 4096  # of a program, 32 for each thread: many small programs, as one query may be all there is
+MAX_NUMBERS = 4096  # in a program, 32 for each thread: programs are small, because there may be only one query
 
 
 def merge(
@@ -58,7 +58,7 @@ def merge(
 
 
 def tile_of(parts: int, features: int) -> TileConfig:
-    """Its rows are parts, its columns features."""
+    """The tile of a program: its rows are parts, its columns features."""
     rows = power_of_two(parts)
-    columns = max(16, min(NUMBERS // rows, power_of_two(features)))
+    columns = max(16, min(MAX_NUMBERS // rows, power_of_two(features)))
     return TileConfig(rows, columns, warps=4, stages=1)

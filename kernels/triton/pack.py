@@ -1,4 +1,4 @@
-"""The query heads of a key/value head as neighbouring rows, so that few queries share the keys read for them."""
+"""Packs the query heads of a key/value head into neighbouring rows, so that one tile reads its keys for all of them."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from mqa_jax.inputs import Inputs, Sizes
 
 
 def pack(inputs: Inputs) -> Inputs:
-    """The same with `[B, T * G, K, H]` queries, the heads of a group side by side, and whatever belongs to them.
+    """The inputs with `[B, T * G, K, H]` queries, the heads of a group side by side, and with all row arrays to match.
 
-    Bias and mask, which may be as long as the cache, stay `[#B, #N, #T, #S]`; `load_pairs` finds the rows in them.
+    Bias and mask, which may be as long as the cache, stay `[#B, #N, #T, #S]`; `load_pairs` maps rows to their entries.
     """
     operands, mask, size = inputs.operands, inputs.mask, inputs.sizes
     query = operands.query.reshape(size.B, size.T, size.K, size.G, size.H).swapaxes(2, 3)

@@ -10,7 +10,7 @@ from mqa_jax.kernels.triton.program import Place, Program, line
 
 
 def load_pairs(program: Program, x: Any, place: Place, masked: bool) -> Array:
-    """A tile, whose axes of size 1 stay; 0 where a pair does not exist."""
+    """A tile, in which axes of size 1 stay; 0 where a pair is outside the array."""
     size, rows, columns = program.sizes, program.config.rows, program.config.columns
     each_row, each_column = x.shape[2] > 1 or _mixes_heads(program, x), x.shape[3] > 1
     row_exists = column_exists = None
@@ -25,12 +25,12 @@ def load_pairs(program: Program, x: Any, place: Place, masked: bool) -> Array:
 
 
 def _mixes_heads(program: Program, x: Any) -> bool:
-    """Whether rows of one tile lie in different heads of the array."""
+    """Whether the rows of one tile are in different heads of the array."""
     return program.group > 1 and x.shape[1] > 1
 
 
 def _may_overhang(masked: bool, length: int, tile: int, ragged: bool) -> bool:
-    """Whether a tile may leave the array: tiles without mask may do so on the axis that a program owns."""
+    """Whether a tile may extend beyond the array: tiles without mask may do so on the axis that a program owns."""
     return ragged if masked else length % tile != 0
 
 
@@ -47,7 +47,7 @@ def _index(program: Program, x: Any, place: Place) -> tuple[Any, ...]:
 
 
 def _outer(row: Array | None, column: Array | None, tile: tuple[int, int], each_row: bool, each_column: bool) -> Any:
-    """Conditions on rows and on columns as one, on the axes that are there."""
+    """The conditions on rows and on columns combined, on the axes of the tile."""
     if not (each_row and each_column):
         return row if each_row else column
     upright = None if row is None else row[:, None]

@@ -1,4 +1,4 @@
-"""The matrix products of the kernels: float32 sums, in the dtype of the left side, as precise as the caller asked."""
+"""The matrix products of the kernels: in the dtype of the left side, with float32 sums, in the caller's precision."""
 
 import functools
 import operator
@@ -24,7 +24,7 @@ def dot(inputs: Inputs, left: Pieces, right: Pieces) -> Float[Array, "rows colum
 
 
 def _product(inputs: Inputs, left: Array, right: Array, summed: tuple[int, int]) -> Float[Array, "rows columns"]:
-    """Summed over these axes of the left and the right side."""
+    """The product summed over these axes of the left and the right side."""
     numbers = ((summed[:1], summed[1:]), ((), ()))
     right = _widened(right, left.dtype)
     return lax.dot_general(left, right, numbers, precision=products_of(inputs), preferred_element_type=jnp.float32)
@@ -33,8 +33,9 @@ def _product(inputs: Inputs, left: Array, right: Array, summed: tuple[int, int])
 def _widened(x: Array, dtype: Any) -> Array:
     """Keys or values in the dtype of a product.
 
-    From float8 to bfloat16 the compiler would go by float16, and from there with one F2F for each number, on the unit
-    that has the exponentials to do. By float32 it is an addition, and one packing instruction for each two.
+    From float8 to bfloat16 the compiler would convert through float16, and from there with one F2F for each number, on
+    the unit that also computes the exponentials. Through float32 it is an addition, and one packing instruction for
+    each two numbers.
     """
     if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
         x = x.astype(jnp.float16).astype(jnp.float32)

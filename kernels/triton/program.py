@@ -1,7 +1,7 @@
-"""What one program of a Triton kernel works on: a batch row, a head, and tiles whose entries may not all exist.
+"""The data of one program of a Triton kernel: a batch row, a head, and tiles that may extend beyond the arrays.
 
 Tiles are `[bq, bk]`, queries x keys, in the forward pass and for dQ. For dK and dV they are transposed, `[bk, bq]`, so
-that keys are the rows of all four matrix products: then 64 keys are enough for Hopper's wgmma, whatever bq.
+that keys are the rows of all four matrix products: then 64 keys are enough for Hopper's wgmma, for any bq.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from mqa_jax.kernels.triton.tile_config import TileConfig
 
 
 class Place(NamedTuple):
-    """Where a tile lies: its first query and key, int32 scalars."""
+    """The place of a tile: its first query and key, int32 scalars."""
 
     row: Array
     column: Array
@@ -28,8 +28,8 @@ class Program:
     """The inputs (references to whole arrays) for one batch row and one query head.
 
     Attributes:
-      group: how many neighbouring rows are heads of one query (`pack`). Where it is more than 1, `head` is the
-        key/value head, and ALiBi slopes and sinks are `[K, rows]`.
+      group: how many neighbouring rows are heads of one query (`pack`). If it is more than 1, `head` is the key/value
+        head, and ALiBi slopes and sinks are `[K, rows]`.
     """
 
     inputs: Inputs
@@ -62,13 +62,13 @@ class Program:
         return rows if self.group == 1 else divided(rows, self.group)[0]
 
     def columns(self, place: Place) -> Array:
-        """Numbers of the keys, across `rows`."""
+        """Numbers of the keys, along the other axis."""
         return place.column + axis(self.config.columns, 0 if self.transposed else 1)
 
     # -- which of them exist --------------------------------------------------------------------------------------
 
     def row_limit(self) -> Any:
-        """Queries from there on do not exist, or are padding."""
+        """Queries from this number on are outside the array, or are padding."""
         lengths = self.inputs.mask.query_lengths
         return self.sizes.T if lengths is None else jnp.minimum(load(lengths, self.batch), self.sizes.T)
 
@@ -77,7 +77,7 @@ class Program:
         return self.sizes.S if lengths is None else jnp.minimum(load(lengths, self.batch), self.sizes.S)
 
     def ragged_rows(self) -> bool:
-        """Whether some tile of queries may hold rows that do not exist, or are padding."""
+        """Whether some tile of queries may have rows outside the array, or padding."""
         return self.sizes.T % self.config.rows != 0 or self.inputs.mask.query_lengths is not None
 
     def ragged_columns(self) -> bool:

@@ -1,13 +1,13 @@
-"""The gradients of what is added to the scores, bias and ALiBi slopes, as a Triton kernel of its own.
+"""The gradients of the terms that are added to the scores, bias and ALiBi slopes, as a separate Triton kernel.
 
-Whoever does not train them does not pay: a kernel whose result nobody uses is removed by XLA. Sums over the axes that
-a bias shares are taken inside: a program owns a tile of the bias and visits every pair of tiles that reads it, so
-nothing of the size [B, N, T, S] is written unless the bias has it. What a program visits, and the axes it sums over:
+If these gradients are not used, XLA removes the kernel. It sums over the axes along which a bias is shared: a program
+owns a tile of the bias and visits every tile of pairs that reads it, so that no array of the size [B, N, T, S] is
+written unless the bias has that size. The tiles that a program visits:
 
-    bias [1, N, T, S]    its tile, in every batch row
-    bias [1, N, 1, S]    a tile of keys: down all tiles of queries, in every batch row
-    bias [1, N, T, 1]    a tile of queries: along all tiles of keys, in every batch row
-    bias [1, N, 1, 1]    the same, and the sums of the tiles of queries are added up afterwards; slopes are like this
+    bias [1, N, T, S]    one tile, in every batch row
+    bias [1, N, 1, S]    a tile of keys with all tiles of queries, in every batch row
+    bias [1, N, T, 1]    a tile of queries with all tiles of keys, in every batch row
+    bias [1, N, 1, 1]    the same, and the sums of the tiles of queries are added up afterwards; also for slopes
 """
 
 from typing import Any, NamedTuple
@@ -33,12 +33,12 @@ MAX_SHARES = 64  # only arrays of few tiles are shared, so these sums are small
 
 def d_bias(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, "#B #N #T #S"]:
     bias = inputs.operands.bias
-    assert bias is not None  # the caller asks for no gradient of nothing
+    assert bias is not None  # the caller has checked it
     return _summed(inputs, saved, Reduction.over(inputs, bias.shape, config), config, interpret).astype(bias.dtype)
 
 
 def d_slopes(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, " N"]:
-    """The score has - slope * distance."""
+    """The score contains - slope * distance."""
     slopes = inputs.operands.alibi_slopes
     assert slopes is not None
     reduction = Reduction.over(inputs, (1, inputs.sizes.N, 1, 1), config)
@@ -47,10 +47,10 @@ def d_slopes(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) 
 
 
 class Reduction(NamedTuple):
-    """Over which axes a program sums; of the others it owns a part."""
+    """The axes over which a program sums; of the others it owns a part."""
 
     shape: tuple[int, ...]  # of the bias
-    row_tiles: int  # owned by different programs; 1 if each sums over all of them
+    row_tiles: int  # owned by different programs; 1 if each program sums over all of them
     column_tiles: int
     batches: int  # summed over
     heads: int
@@ -64,7 +64,7 @@ class Reduction(NamedTuple):
         rows = row_tiles if shape[2] > 1 or shape[3] == 1 else 1
         batches, heads = size.B // shape[0], size.N // shape[1]
         steps = batches * heads * (row_tiles // rows) * (column_tiles // columns)
-        shares = shares_of(rows * columns * shape[0] * shape[1], most=min(MAX_SHARES, steps))
+        shares = shares_of(rows * columns * shape[0] * shape[1], max_shares=min(MAX_SHARES, steps))
         return cls(shape, rows, columns, batches, heads, shares)
 
     @property
@@ -81,7 +81,7 @@ class Reduction(NamedTuple):
 
     @property
     def sums(self) -> tuple[int, ...]:
-        """What the programs write: a share more, and of a single sum over all queries one number a tile of them."""
+        """The shape of what the programs write: with an axis of shares, and one number a tile of queries if T is 1."""
         rows = self.row_tiles if self.sums_columns and self.shape[2] == 1 else self.shape[2]
         return self.shares, *self.shape[:2], rows, self.shape[3]
 
@@ -105,7 +105,7 @@ def _summed(
 
 
 def _hull(inputs: Inputs, reduction: Reduction, config: TileConfig) -> Int[Array, "tiles 2"]:
-    """The tiles that some batch row needs, for each tile on the other axis."""
+    """The range of tiles that some batch row needs, for each tile on the other axis."""
     table = tile_bounds.row_tiles if reduction.sums_rows else tile_bounds.key_tiles
     bounds = table(inputs.mask, inputs.sizes, config.rows, config.columns)
     return jnp.stack([jnp.min(bounds[..., 0], axis=0), jnp.max(bounds[..., 3], axis=0)], axis=-1)
@@ -116,7 +116,7 @@ def _one_tile(program: Program, saved: Saved, reduction: Reduction, hull: Any, o
     row_tile, column_tile = divided(program_id(0), reduction.column_tiles)
     fixed = column_tile if reduction.sums_rows else row_tile
     start, stop = (load(hull, fixed, which) for which in (0, 1))
-    if not (reduction.sums_rows or reduction.sums_columns):  # one tile, if it is needed at all
+    if not (reduction.sums_rows or reduction.sums_columns):  # one tile, if it is needed
         needed = (start <= column_tile) & (column_tile < stop)
         start, stop = column_tile, column_tile + needed.astype(jnp.int32)
     tiles = jnp.maximum(stop - start, 0)
@@ -124,7 +124,7 @@ def _one_tile(program: Program, saved: Saved, reduction: Reduction, hull: Any, o
 
     def step(number: Index, total: Float[Array, "bq bk"]) -> Float[Array, "bq bk"]:
         pair, turn = divided(number, jnp.maximum(tiles, 1))
-        batch, head = divided(pair, reduction.heads)  # of those summed over
+        batch, head = divided(pair, reduction.heads)  # counted within the summed axes
         one = program.of_head(program.batch + batch, program.head + head)
         row, column = (start + turn, column_tile) if reduction.sums_rows else (row_tile, start + turn)
         place = Place(row * config.rows, column * config.columns)
@@ -142,7 +142,7 @@ def _one_tile(program: Program, saved: Saved, reduction: Reduction, hull: Any, o
 def _store(
     program: Program, reduction: Reduction, total: Float[Array, "bq bk"], tile: Place, share: Share, out: Any
 ) -> None:
-    """Sums over the axes of the tile, and writes what is left; `tile` counts tiles."""
+    """Sums over the axes of the tile, and writes the result; `tile` counts tiles."""
     size, config = program.sizes, program.config
     index = share.number, program.batch, program.head
     row, column = tile.row * config.rows, tile.column * config.columns

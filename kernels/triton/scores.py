@@ -29,12 +29,12 @@ def is_only_scaled(inputs: Inputs) -> bool:
 
 
 def score_unit(inputs: Inputs) -> float:
-    """What a score as `scores` returns it has to be multiplied by to become a score."""
+    """The factor from the result of `scores` to scores."""
     return inputs.scale if is_only_scaled(inputs) else 1.0
 
 
 def scores(program: Program, raw: Scores, place: Place, masked: bool) -> tuple[Scores, Scores | None]:
-    """From q . k to scores / `score_unit`, -inf where hidden; and tanh of the soft cap."""
+    """From q . k to scores / `score_unit`, -inf where hidden; and the tanh of the soft cap."""
     inputs, operands, tanh = program.inputs, program.inputs.operands, None
     if operands.key_scale is not None:
         raw = raw * load_scales(program, operands.key_scale, place.column, masked)
@@ -55,11 +55,11 @@ def scores(program: Program, raw: Scores, place: Place, masked: bool) -> tuple[S
 def weights(
     program: Program, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
 ) -> Float[Array, "..."]:
-    """exp(score - shift - log_total), the first two / `score_unit`; the last two broadcast."""
+    """exp(score - shift - log_total), where score and shift are / `score_unit`, and shift and log_total broadcast."""
     inputs = program.inputs
     if not is_only_scaled(inputs) or inputs.dtype == jnp.float32:
         return exp_of_difference(program, scores, shift, log_total)
-    slope = score_unit(inputs) * LOG2_E  # one instruction less, and an error that 16-bit weights do not show
+    slope = score_unit(inputs) * LOG2_E  # one instruction less; its error is below the rounding of 16-bit weights
     total = 0.0 if log_total is None else log_total * LOG2_E
     return exp2_of_line(scores, slope, shift * -slope - total, program.interpret)
 
@@ -67,9 +67,9 @@ def weights(
 def exp_of_difference(
     program: Program, scores: Scores, shift: Float[Array, "..."], log_total: Float[Array, "..."] | None = None
 ) -> Float[Array, "..."]:
-    """The same, and exactly 1 where both are equal, so that rescaling a sum many times by 1 leaves it as it is.
+    """As `weights`, and exactly 1 where score and shift are equal, so that rescaling a sum by 1 does not change it.
 
-    Subtracting first also keeps finfo.min, the usual bias of a hidden pair, from overflowing.
+    Subtracting first also prevents an overflow of finfo.min, the usual bias of a hidden pair.
     """
     total = jnp.zeros_like(shift) if log_total is None else log_total * -LOG2_E
     return exp2_of_line(scores - shift, score_unit(program.inputs) * LOG2_E, total, program.interpret)

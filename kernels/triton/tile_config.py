@@ -1,6 +1,6 @@
-"""How large the tiles of a GPU kernel are: a small table, measured or compiled for, with a reason for each entry.
+"""The tile sizes of the GPU kernels: a table of measured or compiled entries, with a reason for each.
 
-`tile_table.json` holds it; `python -m benchmarks.tune` times the legal choices on the GPU at hand and rewrites it.
+The table is `tile_table.json`; `python -m benchmarks.tune` times the legal choices on this machine's GPU and writes it.
 """
 
 import functools
@@ -14,7 +14,7 @@ from mqa_jax.kernels import gpu
 from mqa_jax.kernels.triton import precision
 
 DIRECTIONS = ("forward", "dq", "dkv", "dscore", "decode")
-KINDS = tuple(dict.fromkeys(precision.KINDS.values()))  # of products, which decide more than the dtype does
+KINDS = tuple(dict.fromkeys(precision.KINDS.values()))  # of products: they, not the dtype, select the tiles
 TABLE = Path(__file__).with_name("tile_table.json")
 
 
@@ -25,14 +25,14 @@ class TileConfig:
     Attributes:
       rows: query positions, a power of two from 16.
       columns: keys, a power of two from 16.
-      warps: of 32 threads; a power of two.
-      features: the widest piece that head sizes are cut into, a power of two from 16.
-      stages: tiles that are on their way from memory at once, and the one in use; from 1.
-      defer_values: forward only: multiply the weights of a tile with its values one step later, beside the softmax of
-        the next tile, so that tensor cores and exponentials are busy at once. Costs registers.
-      settle_sums: dK and dV only, for Hopper: have the sums of a step before the next one starts. Else Triton leaves
-        their products running from one step to the next and across the end of the loop, where `ptxas` finds other
-        writers of the same registers and serialises every wgmma of the kernel (its remark C7515).
+      warps: number of warps of 32 threads; a power of two.
+      features: the widest piece into which head sizes are split, a power of two from 16.
+      stages: number of tiles that are being loaded or used at the same time; from 1.
+      defer_values: forward only: multiply the weights of a tile with its values one step later, during the softmax of
+        the next tile, so that tensor cores and exponentials overlap. Needs more registers.
+      settle_sums: dK and dV only, for Hopper: complete the sums of a step before the next step starts. Otherwise Triton
+        keeps their products in flight from one step to the next and across the end of the loop, where `ptxas` finds
+        other writers of the same registers and serialises every wgmma of the kernel (its remark C7515).
     """
 
     rows: int
@@ -44,46 +44,46 @@ class TileConfig:
     settle_sums: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 16), ("columns", 16), ("features", 16), ("warps", 1)):
+        for name, smallest in (("rows", 16), ("columns", 16), ("features", 16), ("warps", 1)):
             number = getattr(self, name)
-            if number < least or number & (number - 1):
-                raise ValueError(f"{name} must be a power of two from {least} on: {name}={number}.")
+            if number < smallest or number & (number - 1):
+                raise ValueError(f"{name} must be a power of two from {smallest} on: {name}={number}.")
         if self.stages < 1:
             raise ValueError(f"stages must be at least 1: stages={self.stages}.")
 
     def fitted(self, rows: int, columns: int) -> "TileConfig":
-        """No larger than the arrays; small tiles do not keep eight warps busy."""
-        rows, columns = (min(mine, power_of_two(whole)) for mine, whole in ((self.rows, rows), (self.columns, columns)))
+        """Tiles no larger than the arrays; smaller tiles have at most four warps, because they cannot occupy eight."""
+        rows, columns = min(self.rows, power_of_two(rows)), min(self.columns, power_of_two(columns))
         warps = self.warps if (rows, columns) == (self.rows, self.columns) else min(self.warps, 4)
         return replace(self, rows=rows, columns=columns, warps=warps)
 
 
 def power_of_two(length: int) -> int:
-    """The next one, from 16 on."""
+    """The next power of two, at least 16."""
     return max(16, 1 << (length - 1).bit_length())
 
 
 def choose(direction: str, inputs: Inputs, rows: int | None = None) -> TileConfig:
-    """The first entry of the table for these inputs on the architecture at hand; `rows` of a tile, if not queries.
+    """The first entry of the table for these inputs and this architecture; `rows`: number of rows, by default T.
 
-    An entry holds for head sizes up to its own; one that says `plain` only where `is_plain`.
+    An entry is for head sizes up to its own; an entry with `plain` is for inputs that are `is_plain`.
     """
     size = inputs.sizes
     features = max(size.H, size.V)
     kind = precision.KINDS[precision.products_of(inputs)]
-    wanted = {"direction": direction, "dtype": kind, "architecture": gpu.architecture_at_hand()}
+    required = {"direction": direction, "dtype": kind, "architecture": gpu.architecture_at_hand()}
     for entry in table():
         fits = features <= entry["head_dim"] and (is_plain(inputs) or not entry.get("plain"))
-        if fits and all(entry[key] == value for key, value in wanted.items()):
+        if fits and all(entry[key] == value for key, value in required.items()):
             return config_of(entry).fitted(rows or size.T, size.S)
     raise ValueError(
-        f"{TABLE.name} has no tiles for {', '.join(f'{key}={value!r}' for key, value in wanted.items())}, "
+        f"{TABLE.name} has no tiles for {', '.join(f'{key}={value!r}' for key, value in required.items())}, "
         f"head_dim={features}. `python -m benchmarks.tune` writes them."
     )
 
 
 def is_plain(inputs: Inputs) -> bool:
-    """Whether scores are q . k and weights their softmax: anything else needs registers, which large tiles lack."""
+    """Whether scores are q . k and weights their softmax: other options need registers, which large tiles lack."""
     operands, mask = inputs.operands, inputs.mask
     extras = (operands.bias, operands.alibi_slopes, inputs.logits_soft_cap, inputs.dropout, mask.allowed)
     return all(extra is None for extra in (*extras, mask.query_segments))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import row_terms
 from mqa_jax.kernels.online_softmax import Normalizer
+from mqa_jax.kernels.xla.scores import distance, drop, product, scores
 from mqa_jax.kernels.xla.tile import ZERO, Place, Scores, TileShape, Tiling
 from mqa_jax.shapes import LogSumExp, Output
 
@@ -29,7 +30,7 @@ class Saved(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Gradients as they grow over the tiles, in `score_dtype`."""
+    """Partial sums of the gradients over the tiles, in `score_dtype`."""
 
     query: Float[Array, "B T K G H"]
     key: Float[Array, "B S K H"]
@@ -54,7 +55,7 @@ class Sums(NamedTuple):
 def backward_in_tiles(
     inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp, shape: TileShape
 ) -> Operands:
-    """For each tile of keys, all tiles of queries that see it; five matrix products a tile."""
+    """For each tile of keys, all tiles of queries that attend to it; five matrix products a tile."""
     tiling, operands = Tiling(inputs, shape), inputs.operands
     delta = row_terms.delta(out, d_out, d_log_sum_exp)
     saved = Saved(operands.query, d_out, *(x[..., None] for x in (*normalizer, delta)))
@@ -84,30 +85,30 @@ def differentiate(
     may_attend: Array | None,
     carry: tuple[Sums, Array, Array],
 ) -> tuple[Sums, Array, Array]:
-    """Adds what one tile contributes to every gradient."""
+    """Adds the contributions of one tile to every gradient."""
     sums, d_key, d_value = carry
     query, d_out, *normalizer, delta = (tiling.queries(x, place) for x in saved)
-    score, tanh = tiling.scores(query, key, may_attend, place)
+    score, tanh = scores(tiling, query, key, may_attend, place)
     weight = Normalizer(*normalizer).weight(tiling.as_matrix(score))  # [P, R, bk]
-    d_weight = tiling.product("prv,pkv->prk", d_out, value)
-    d_value = d_value + tiling.product("prk,prv->pkv", tiling.drop(weight, place), d_out)
-    d_weight = tiling.drop(d_weight, place)
+    d_weight = product(tiling, "prv,pkv->prk", d_out, value)
+    d_value = d_value + product(tiling, "prk,prv->pkv", drop(tiling, weight, place), d_out)
+    d_weight = drop(tiling, d_weight, place)
     d_score = weight * (d_weight - delta)
     sums = add_to_score_terms(tiling, place, tiling.as_tile(d_score), sums)
     if tanh is not None:
         d_score = d_score * (1 - tiling.as_matrix(tanh) ** 2)
     d_score = d_score * tiling.inputs.scale
-    d_key = d_key + tiling.product("prk,prh->pkh", d_score, query)
-    d_query = tiling.product("prk,pkh->prh", d_score, key)
+    d_key = d_key + product(tiling, "prk,prh->pkh", d_score, query)
+    d_query = product(tiling, "prk,pkh->prh", d_score, key)
     return sums._replace(query=tiling.add_queries(sums.query, d_query, place)), d_key, d_value
 
 
 def add_to_score_terms(tiling: Tiling, place: Place, d_score: Scores, sums: Sums) -> Sums:
-    """The gradients of what is added to the scores: bias and ALiBi slopes."""
+    """The gradients of the terms that are added to the scores: bias and ALiBi slopes."""
     if sums.bias is not None:
         sums = sums._replace(bias=tiling.add_pairs(sums.bias, d_score, place))
     if sums.alibi_slopes is not None:
-        slopes = -jnp.sum(d_score * tiling.distance(place), axis=(1, 3))  # [P, G]
+        slopes = -jnp.sum(d_score * distance(tiling, place), axis=(1, 3))  # [P, G]
         start = place.head, ZERO
         slopes = lax.dynamic_slice(sums.alibi_slopes, start, slopes.shape) + slopes
         sums = sums._replace(alibi_slopes=lax.dynamic_update_slice(sums.alibi_slopes, slopes, start))

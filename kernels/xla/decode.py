@@ -1,9 +1,9 @@
-"""Few queries on many keys in plain XLA: the decoding step, bound by how fast the cache is read.
+"""Few queries on many keys in plain XLA: the decoding step, whose time is that of reading the cache.
 
-The keys are taken in blocks, for all batch rows and heads at once, with a running softmax. Only the blocks that some
-row can see are read, and K/V where they lie, `[B, S, K, H]`: no transpose, no repeat, no copy. Scores are laid out
+The keys are processed in blocks, for all batch rows and heads at once, with a running softmax. Only the blocks that
+some row attends to are read. K/V are read in their layout, `[B, S, K, H]`: no transpose, no repeat, no copy. Scores are
 `[B, c, K, T, G]`, c keys in a block. Where S is no multiple of c, the last block is moved back inside the array, and
-what it covers a second time is masked.
+the keys that it covers a second time are masked.
 """
 
 import functools
@@ -30,12 +30,12 @@ PartialOutputs = Float[Array, "B parts K T G V"]
 
 @dataclass(frozen=True)
 class Steps:
-    """How a step computes, and on how many keys.
+    """The functions of a step, and the number of its keys.
 
     Attributes:
       columns: keys in a block, c <= S.
       scores: q.k.
-      values: weights @ values, in as many parts as suits; they are added up after the last block.
+      values: weights @ values, in any number of parts; these are added up after the last block.
     """
 
     columns: int
@@ -45,7 +45,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Block:
-    """Keys [start, start + c), which are `columns`; it owns those from `owned` on. All int32."""
+    """Keys [start, start + c), listed in `columns`; the block owns those from `owned` on. All int32."""
 
     start: Array
     owned: Array
@@ -58,7 +58,7 @@ class Block:
         return cls(start, owned, start + positions(length))
 
     def cut(self, x: Array, axis: int) -> Array:
-        """The keys of the block; an axis of size 1 stays."""
+        """The slice of the block's keys along an axis; an axis of size 1 stays."""
         if x.shape[axis] == 1:
             return x
         x, start = lax.optimization_barrier((x, self.start))  # or XLA would convert all of x, before the loop
@@ -71,7 +71,7 @@ def forward_few_queries(inputs: Inputs, steps: Steps) -> tuple[Output, Normalize
     of_block = lambda inputs: (
         lambda index, state: attend(inputs, steps, Block.number(index, steps.columns, size), query, state)
     )
-    state = _nothing_seen(inputs, steps)
+    state = _empty_state(inputs, steps)
     if steps.columns == size.S:
         state = of_block(inputs)(jnp.int32(0), state)
     else:
@@ -104,7 +104,7 @@ def attend(
 
 
 class _BlockRange(NamedTuple):
-    """Blocks [start, stop) are seen by some row of the batch; of [full_start, full_stop) all rows see everything."""
+    """In blocks [start, stop) some pair is visible; in [full_start, full_stop) all pairs of all rows are visible."""
 
     start: Array
     full_start: Array
@@ -124,11 +124,11 @@ class _BlockRange(NamedTuple):
 
 
 def _full(mask: masks.Mask) -> masks.Mask:
-    """For blocks that all queries see, if they are not padding: hiding nothing costs as much as the rest of a step."""
+    """The mask of blocks that are visible to all queries but padding: the whole mask would double a step's time."""
     return masks.Mask(query_offset=mask.query_offset, query_lengths=mask.query_lengths, ring=mask.ring)
 
 
-def _nothing_seen(inputs: Inputs, steps: Steps) -> online_softmax.State:
+def _empty_state(inputs: Inputs, steps: Steps) -> online_softmax.State:
     size, dtype = inputs.sizes, inputs.score_dtype
     heads = size.K, size.T, size.G
     weight = jax.ShapeDtypeStruct((size.B, steps.columns, *heads), dtype)
@@ -166,7 +166,7 @@ def _visible(inputs: Inputs, block: Block) -> Bool[Array, "#B #c #K #T #G"] | No
 
 
 def _cleared(inputs: Inputs, x: Shaped[Array, "B c ..."], block: Block) -> Shaped[Array, "B c ..."]:
-    """Values, or their scales, without what the padding holds: its weight is 0, but 0 * NaN is NaN."""
+    """Values, or their scales, with 0 in the padding: its weight is 0, but it may hold NaN, and 0 * NaN is NaN."""
     lengths = inputs.mask.key_lengths
     if lengths is None:
         return x
@@ -194,7 +194,7 @@ def _of_heads(x: Float[Array, " N"], inputs: Inputs) -> Float[Array, "1 K 1 G"]:
 
 
 def _sinks_of_rows(inputs: Inputs) -> Float[Array, "#B K #T G 1"] | None:
-    """-inf, which is no sink, in queries that are padding."""
+    """The sink of each row; -inf, which means no sink, in queries that are padding."""
     sinks, size = inputs.operands.sinks, inputs.sizes
     if sinks is None:
         return None
@@ -224,9 +224,9 @@ def _product(equation: str, inputs: Inputs, left: Array, right: Array) -> Array:
 
 
 def summed_scores(inputs: Inputs, query: GroupedQuery, key: Key) -> BlockScores:
-    """For CPUs: multiplies and adds. A product by head would have the keys transposed first.
+    """For CPUs: multiplies and adds elementwise. For a matrix product per head XLA would transpose the keys first.
 
-    The features are added up in 8 lanes of a vector, and then, apart from that, the lanes.
+    The features are summed in 8 lanes of a vector, then the lanes are summed in a separate step.
     """
     lanes = math.gcd(query.shape[-1], 8)
     in_lanes = lambda x: x.astype(inputs.score_dtype).reshape(*x.shape[:-1], -1, lanes)
@@ -235,7 +235,7 @@ def summed_scores(inputs: Inputs, query: GroupedQuery, key: Key) -> BlockScores:
 
 
 def summed_values(inputs: Inputs, weight: BlockScores, value: Value) -> PartialOutputs:
-    """For CPUs, likewise. 8 neighbouring keys make a part, so that the values are read in order."""
+    """For CPUs, also elementwise. Each part sums 8 neighbouring keys, so that the values are read in order."""
     batch, columns, *_ = weight.shape
     near = math.gcd(columns, 8)
     in_parts = lambda x: x.reshape(batch, columns // near, near, *x.shape[2:])
@@ -244,10 +244,10 @@ def summed_values(inputs: Inputs, weight: BlockScores, value: Value) -> PartialO
 
 
 def _sum_in_place(terms: Array, axis: int) -> Array:
-    """A sum that XLA computes together with its terms, down to the slices of the cache they come from.
+    """A sum that XLA fuses with its terms, including the slices of the cache.
 
-    XLA:CPU hands a sum to the library YNNPACK, for which it copies these slices: 10 times slower. It does not know the
-    sum here for one, because it is rounded to its own dtype, which changes nothing.
+    XLA:CPU would call the library YNNPACK for a sum, for which it copies these slices: 10 times slower. Rounding the
+    sum to its own dtype, which changes no number, prevents XLA from recognising it as a sum.
     """
     dtype = jnp.finfo(terms.dtype)
     rounded = lambda x: lax.reduce_precision(x, dtype.nexp, dtype.nmant)

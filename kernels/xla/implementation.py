@@ -1,4 +1,4 @@
-"""The plain-XLA implementation: which of its two forward passes runs, with which tiles, on which platform."""
+"""The plain-XLA implementation: selects the forward pass and the tiles for each platform."""
 
 import functools
 
@@ -28,20 +28,20 @@ def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output,
 
 
 def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs = tile_choice.FORWARD) -> TileShape:
-    """The cheapest by the model in `tile_choice`; no larger than the arrays, also where their lengths are symbols."""
+    """The cheapest in the model of `tile_choice`; no larger than the arrays, also where their lengths are symbols."""
     rows, columns, heads = tile_choice.choose(size, costs, is_causal)
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=True)
 
 
 def tiles_for_accelerator(size: Sizes) -> TileShape:
-    """Every step starts several GPU kernels, so steps are large: up to 2**25 scores, 128 MiB. Not tuned on a device."""
+    """Every step starts several GPU kernels, so steps are large: up to 2**25 scores, 128 MiB. Not tuned on any GPU."""
     rows, columns = min(_length(size.T), 512), min(_length(size.S), 1024)
     heads = _heads(size, rows, columns, scores=1 << 25)
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=False)
 
 
 def _length(n: Length, symbol: int = 1 << 20) -> int:
-    """For choosing tiles: a length that is a symbol (`jax.export`) counts as a large one."""
+    """A length for choosing tiles: `symbol` where it is a symbol of `jax.export`."""
     return n if isinstance(n, int) else symbol
 
 
@@ -52,9 +52,9 @@ def _heads(size: Sizes, rows: int, columns: int, scores: int) -> int:
 
 
 def steps_for_cpu(size: Sizes) -> decode.Steps:
-    """Measured on 2 AVX2 cores, float32, H = 64: steps of 2**14 to 2**16 scores are alike.
+    """Measured on 2 AVX2 cores, float32, H = 64: steps of 2**14 to 2**16 scores are equally fast.
 
-    At most 512 keys, as a short row takes a whole block; and a multiple of 8, which `summed_values` adds up together.
+    At most 512 keys, because a short row computes a whole block; and a multiple of 8, the parts of `summed_values`.
     """
     columns = max(8, min(512, (1 << 15) // (_length(size.B, symbol=1) * size.T * size.N)) // 8 * 8)
     columns = min(columns, size.S // 8 * 8) or size.S
@@ -67,16 +67,16 @@ def steps_for_accelerator(size: Sizes) -> decode.Steps:
 
 def _forward_on_cpu(inputs: Inputs) -> tuple[Output, Normalizer]:
     size = inputs.sizes
-    # Measured on 2 AVX2 cores: beyond 16 rows, transposing a tile of keys costs less than multiplying by hand; and a
-    # step of up to 3 heads has too little to do.
-    few = _length(size.T) * size.G <= 16 and _length(size.B) * size.K > 3
-    if few and isinstance(size.S, int):  # blocks of a constant length
+    # Measured on 2 AVX2 cores: beyond 16 rows, transposing a tile of keys costs less than `summed_scores`; and a step
+    # of up to 3 heads is too small for it.
+    in_blocks = _length(size.T) * size.G <= 16 and _length(size.B) * size.K > 3
+    if in_blocks and isinstance(size.S, int):  # blocks have a constant length
         return forward_few_queries(inputs, steps_for_cpu(size))
     return forward_in_tiles(inputs, tiles_for_cpu(size, inputs.mask.is_causal))
 
 
 def _forward_on_accelerator(inputs: Inputs) -> tuple[Output, Normalizer]:
     size = inputs.sizes
-    if size.T == 1 and inputs.operands.key_scale is None:  # in one block all of 8-bit keys would be converted
+    if size.T == 1 and inputs.operands.key_scale is None:  # in one block all 8-bit keys would be converted
         return forward_few_queries(inputs, steps_for_accelerator(size))
     return forward_in_tiles(inputs, tiles_for_accelerator(size))

@@ -1,8 +1,8 @@
-"""Attention cut into tiles in plain XLA: where a tile lies, reading and writing its slices, its scores.
+"""Attention in tiles in plain XLA: the place of a tile, reading and writing its slices, its scores.
 
 One tile is P key/value heads x bq query positions x bk keys of one batch row. The G query heads of a key/value head are
 packed into the rows (R = bq * G), so K/V are never repeated and every matrix product has R rows. Where a length is no
-multiple of the tile, the last tile is moved back inside the array, and what it covers a second time is masked.
+multiple of the tile, the last tile is moved back inside the array, and the pairs it covers a second time are masked.
 """
 
 import functools
@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Real, Shaped
 
-from mqa_jax import dropout, masks
+from mqa_jax import masks
 from mqa_jax.inputs import Inputs, Sizes
 from mqa_jax.kernels import tiles
 from mqa_jax.shapes import Length, positions
@@ -25,18 +24,18 @@ from mqa_jax.shapes import Length, positions
 Scores = Float[Array, "P bq G bk"]
 Carry = TypeVar("Carry")
 Range = tuple[tiles.Index, tiles.Index]
-ZERO: Any = np.int32(0)  # as an index beside int32 arrays: a Python 0 may be 64 bits wide
+ZERO: Any = np.int32(0)  # an index to mix with int32 arrays: a Python 0 may become 64 bits wide
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """How much one step computes.
+    """The size of one step.
 
     Attributes:
       rows: query positions, bq <= T.
       columns: keys, bk <= S.
       heads: key/value heads, P; divides K.
-      upcast: multiply in `score_dtype` whatever the dtype of the inputs (CPUs have no fast 16-bit products).
+      upcast: multiply in `score_dtype`, for inputs of any dtype (CPUs have no fast 16-bit products).
     """
 
     rows: Length
@@ -46,9 +45,9 @@ class TileShape:
 
 
 class Place(NamedTuple):
-    """Where a tile lies (int32 scalars): batch row, first key/value head, query and key; and the first it owns.
+    """The place of a tile (int32 scalars): batch row, first key/value head, query and key; first owned query and key.
 
-    A tile owns all it covers, except where it was moved back inside the array.
+    A tile owns everything it covers, except where it was moved back inside the array.
     """
 
     batch: Array
@@ -59,13 +58,13 @@ class Place(NamedTuple):
     owned_column: Array
 
 
-# Of one tile: where it lies, what of it may be attended to (None: everything), and what has been computed so far.
+# A step computes one tile, from its place, its mask (None: no pair is hidden) and the carry of the loop.
 Step = Callable[[Place, Array | None, Carry], Carry]
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The inputs, seen as tiles."""
+    """The inputs, and access to their tiles."""
 
     inputs: Inputs
     shape: TileShape
@@ -103,22 +102,22 @@ class Tiling:
         return place._replace(column=jnp.minimum(owned, self.sizes.S - self.shape.columns), owned_column=owned)
 
     def over_column_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
-        """Steps through the tiles of keys that the tile of queries here can see."""
-        mask, rows = self._mask_of_row(place), (place.row, place.row + self.shape.rows)
+        """Loops over the tiles of keys that this tile of queries attends to."""
+        mask, rows = self.mask_of_row(place), (place.row, place.row + self.shape.rows)
         some, every = (f(mask, *rows, self.sizes.S) for f in (tiles.key_range, tiles.full_key_range))
         ranges = self._ranges(some, every, self.shape.columns, self.column_tiles)
         return self._over(ranges, functools.partial(self.at_column_tile, place), step, carry)
 
     def over_row_tiles(self, place: Place, step: Step, carry: Carry) -> Carry:
-        """Steps through the tiles of queries that can see the tile of keys here."""
-        mask, columns = self._mask_of_row(place), (place.column, place.column + self.shape.columns)
+        """Loops over the tiles of queries that attend to this tile of keys."""
+        mask, columns = self.mask_of_row(place), (place.column, place.column + self.shape.columns)
         some, (start, stop) = (f(mask, *columns, self.sizes.T) for f in (tiles.row_range, tiles.full_row_range))
         every = start, jnp.where(self._owns_every_key(place), stop, 0)
         ranges = self._ranges(some, every, self.shape.rows, self.row_tiles)
         return self._over(ranges, functools.partial(self.at_row_tile, place), step, carry)
 
     def _owns_every_key(self, place: Place) -> Bool[Array, ""]:
-        """Whether no key of the tile is padding or another tile's; else only the mask knows which are to count."""
+        """Whether the tile owns all its keys and none is padding; else every tile of queries needs the mask."""
         lengths, owned = self.inputs.mask.key_lengths, place.column == place.owned_column
         return owned if lengths is None else owned & (place.column + self.shape.columns <= lengths[place.batch])
 
@@ -144,7 +143,7 @@ class Tiling:
         return lax.dynamic_update_slice(into, lax.dynamic_slice(into, start, size) + self._ungroup(x), start)
 
     def keys(self, x: Real[Array, "B S K X"], place: Place) -> Real[Array, "P bk X"]:
-        """Rows of a key-side array; 0 beyond the length, where NaN may lie and 0 * NaN would be NaN."""
+        """Rows of a key-side array; 0 beyond the length, because padding may hold NaN and 0 * NaN is NaN."""
         start, size = self._keys_slice(place, x.shape[-1])
         if x.dtype != self.inputs.score_dtype:
             x, start = lax.optimization_barrier((x, start))  # or XLA would convert all of x, before the loop
@@ -183,57 +182,18 @@ class Tiling:
     def columns(self, place: Place) -> Array:
         return place.column + positions(self.shape.columns)
 
-    # -- scores ---------------------------------------------------------------------------------------------------
-
-    def product(self, equation: str, left: Array, right: Array, dtype: DTypeLike | None = None) -> Array:
-        """A matrix product with sums in `score_dtype`, of numbers in `dtype`, by default the query's."""
-        sums = self.inputs.score_dtype
-        dtype = sums if self.shape.upcast else dtype or self.inputs.dtype
-        left, right = left.astype(dtype), right.astype(dtype)
-        return jnp.einsum(equation, left, right, precision=self.inputs.precision, preferred_element_type=sums)
-
-    def scores(
-        self, query: Float[Array, "P R H"], key: Real[Array, "P bk H"], may_attend: Array | None, place: Place
-    ) -> tuple[Scores, Scores | None]:
-        """The scores of a tile, -inf where hidden, and tanh of the soft cap, which the backward pass needs."""
-        operands, cap, tanh = self.inputs.operands, self.inputs.logits_soft_cap, None
-        score = self.as_tile(self.product("prh,pkh->prk", query, key) * self.inputs.scale)
-        if operands.key_scale is not None:
-            score = score * self.scales(operands.key_scale, place)
-        if cap is not None:
-            tanh = jnp.tanh(score / cap)
-            score = cap * tanh
-        if operands.bias is not None:
-            score = score + self._split_heads(self.pairs(operands.bias, place)).astype(score.dtype)
-        if operands.alibi_slopes is not None:
-            score = score - self.heads(operands.alibi_slopes, place) * self.distance(place)
-        return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf), tanh
-
-    def distance(self, place: Place) -> Float[Array, "1 bq 1 bk"]:
-        """|query position - key position|."""
-        distance = masks.distance(self._mask_of_row(place), self.rows(place), self.columns(place))
-        return self._split_heads(distance).astype(self.inputs.score_dtype)
+    # -- masks ----------------------------------------------------------------------------------------------------
 
     def visible(self, place: Place) -> Bool[Array, "#P #bq #G #bk"] | None:
         """True where a query may attend to a key and the tile owns both; None if nothing is removed."""
         rows, columns = self.rows(place), self.columns(place)
         may_attend = masks.visible(self._mask_of_tile(place), rows, columns)
-        may_attend = None if may_attend is None else self._split_heads(may_attend)
+        may_attend = None if may_attend is None else self.split_heads(may_attend)
         if self.sizes.T % self.shape.rows != 0:
             may_attend = _both(may_attend, (rows >= place.owned_row)[None, :, None, None])
         if self.sizes.S % self.shape.columns != 0:
             may_attend = _both(may_attend, (columns >= place.owned_column)[None, None, None, :])
         return may_attend
-
-    def drop(self, weight: Float[Array, "P R bk"], place: Place) -> Float[Array, "P R bk"]:
-        """Dropout, of the weights or of their gradients."""
-        spec, shape = self.inputs.dropout, self.shape
-        if spec is None:
-            return weight
-        head = place.head * self.sizes.G + positions(shape.heads * self.sizes.G).reshape(-1, 1, self.sizes.G, 1)
-        row, column = self.rows(place)[None, :, None, None], self.columns(place)[None, None, None]
-        kept = dropout.keep(spec, spec.batch[place.batch], head, row, column)
-        return jnp.where(self.as_matrix(kept), weight * spec.scale, 0.0)
 
     def as_tile(self, x: Float[Array, "P R bk"]) -> Scores:
         return x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, self.shape.columns)
@@ -244,13 +204,13 @@ class Tiling:
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _ranges(self, some: Range, every: Range, tile: Length, count: Length) -> tuple[Range, Range]:
-        """Numbers of the tiles that are seen at all, and of those among them of which everything is seen."""
+        """Ranges of tile numbers: tiles with a visible pair, and among them those in which all pairs are visible."""
         start, stop = tiles.tile_range(*some, tile, count)
         full_start = jnp.clip(-(-every[0] // tile), start, stop)
         return (start, stop), (full_start, jnp.clip(every[1] // tile, full_start, stop))
 
     def _over(self, ranges: tuple[Range, Range], at: Callable[[Array], Place], step: Step, carry: Carry) -> Carry:
-        """First the tiles that need no mask, which costs as much as a sixth of a step, then the others."""
+        """First the tiles that need no mask, then the others: a mask takes a sixth of the time of a step."""
         (start, stop), (full_start, full_stop) = ranges
         masked = lambda tile, carry: self._masked_step(at(tile), step, carry)
         if self._is_uniform:
@@ -262,7 +222,7 @@ class Tiling:
 
     @property
     def _is_uniform(self) -> bool:
-        """Whether one loop does for all tiles: each may need the mask, or none has any, or there is just one."""
+        """Whether one loop suffices: every tile may need the mask, or none needs it, or there is only one tile."""
         mask = self.inputs.mask
         anywhere = mask.allowed, mask.query_segments, mask.query_lengths, mask.ring
         one = self.row_tiles == self.column_tiles == 1
@@ -275,7 +235,7 @@ class Tiling:
         return whole and not mask.hides_pairs and mask.key_lengths is None
 
     def _masked_step(self, place: Place, step: Step, carry: Carry) -> Carry:
-        """Skips a tile that a boolean mask or segments hide as a whole."""
+        """Skips a tile that a boolean mask or segments hide entirely."""
         may_attend, mask = self.visible(place), self.inputs.mask
         if may_attend is None or (mask.allowed is None and mask.query_segments is None):
             return step(place, may_attend, carry)
@@ -308,18 +268,18 @@ class Tiling:
         x = x.reshape(self.shape.heads, self.shape.rows, self.sizes.G, x.shape[-1])
         return x.transpose(1, 0, 2, 3)[None]
 
-    def _split_heads(self, x: Array) -> Array:
+    def split_heads(self, x: Array) -> Array:
         """`[1, #PG, #bq, #bk]` -> `[#P, #bq, #G, #bk]`."""
         heads = (1, 1) if x.shape[1] == 1 else (self.shape.heads, self.sizes.G)
         return x.reshape(*heads, *x.shape[2:]).transpose(0, 2, 1, 3)
 
-    def _mask_of_row(self, place: Place) -> masks.Mask:
+    def mask_of_row(self, place: Place) -> masks.Mask:
         """The mask of one batch row, without the boolean mask of the caller."""
         cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
         return jax.tree.map(cut, replace(self.inputs.mask, allowed=None), is_leaf=lambda x: x is None)
 
     def _mask_of_tile(self, place: Place) -> masks.Mask:
-        mask, allowed = self._mask_of_row(place), self.inputs.mask.allowed
+        mask, allowed = self.mask_of_row(place), self.inputs.mask.allowed
         cut = lambda x, start, size: None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis=1)
         return replace(
             mask,

@@ -7,15 +7,19 @@ import jax
 from jaxtyping import Array
 
 
+def is_tree_mode(nnx: Any) -> bool:
+    """Whether transformations give back the contents of variables alone. Before 0.12.6 `flax.nnx` had no such mode."""
+    modes = [getattr(nnx, name, None) for name in ("set_graph_mode", "set_graph_updates")]
+    return not all(mode is None or mode.current_value() for mode in modes)
+
+
 def check_bridge(cached: Array) -> None:
     """ToNNX keeps a cache by assigning attributes, which tree mode loses: every step would start from the first token.
 
     Linen does not know that it is called by NNX, so this looks at who calls.
     """
     nnx: Any = sys.modules.get("flax.nnx")
-    if nnx is None or not isinstance(cached, jax.core.Tracer):
-        return
-    if nnx.set_graph_mode.current_value() and nnx.set_graph_updates.current_value():
+    if nnx is None or not isinstance(cached, jax.core.Tracer) or not is_tree_mode(nnx):
         return
     frame = sys._getframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), nnx.bridge.ToNNX):

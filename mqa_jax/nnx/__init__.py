@@ -20,3 +20,4 @@ from mqa_jax.nnx.flash import FlashMHA as FlashMHA
 from mqa_jax.nnx.parameters import from_linen as from_linen
 from mqa_jax.nnx.parameters import to_linen as to_linen
 from mqa_jax.nnx.parameters import to_nnx as to_nnx
+from mqa_jax.nnx.parameters import with_params as with_params

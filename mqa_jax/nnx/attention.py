@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -18,8 +19,9 @@ from mqa_jax.cache import layout
 from mqa_jax.layer import settings
 from mqa_jax.layer.attention_layer import AttentionLayer, Cache
 from mqa_jax.layer.calls import Call
+from mqa_jax.linen.bridge import is_tree_mode
 from mqa_jax.nnx.norms import Norm
-from mqa_jax.nnx.random import checked_rngs, dropout_key, takes_rngs
+from mqa_jax.nnx.random import checked_rngs, dropout_key, new_stream, takes_rngs
 
 WEIGHTS = "sinks", "bias_k", "bias_v"
 LAYERS = "query", "key", "value", "out", "q_ln", "k_ln"
@@ -68,19 +70,20 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     def __post_init__(
         self, kernel_metadata: Metadata | None, bias_metadata: Metadata | None, rngs: nnx.Rngs | None
     ) -> None:
+        for name, x in list(vars(self).items()):
+            if isinstance(x, jax.Array | np.ndarray) and x.ndim == 0:  # as data it would be traced under jit
+                super()._setattr(name, nnx.static(x.item()))
         self.check()
         rngs = checked_rngs(self, rngs)
-        kernels, biases = (
-            self._metadata("kernel_metadata", kernel_metadata),
-            self._metadata("bias_metadata", bias_metadata),
-        )
+        kernels = self._metadata("kernel_metadata", kernel_metadata)
+        biases = self._metadata("bias_metadata", bias_metadata)
         for name in LAYERS:
             self._hold(name, self._new_layer(name, rngs, kernels.get(name, {}), biases.get(name, {})))
         for name in WEIGHTS:
             initializer, shape = self._weight_settings(name)
             made = None if shape is None else initializer(rngs.params(), shape, self.param_dtype)
             self._hold(name, None if made is None else nnx.Param(made, **kernels.get(name, {})))
-        self._hold("rngs", rngs.dropout.fork() if self.attn_pdrop and self.keep_rngs else None)
+        self._hold("rngs", new_stream(rngs) if self.attn_pdrop and self.keep_rngs else None)
         self._hold_cache({})
 
     __call__ = takes_rngs(AttentionLayer.__call__)
@@ -89,9 +92,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
         """Gives this module an empty cache, see `mqa_jax.cache`. For a whole model see `mqa_jax.nnx.init_cache`.
 
         `dtype` defaults to `cache_dtype`, or else the module's; another float dtype than the queries' costs a
-        conversion of the whole cache every step, 8 bits do not. A ring buffer takes any `max_length`: its bytes depend
-        on the window alone. `calls`: how often one step calls the module (ALBERT, Zamba), each time with a cache of its
-        own.
+        conversion every step, 8 bits do not. `calls`: how often a step calls the module, each with a cache of its own.
         """
         self._check_assignment("cached_key")
         self._hold_cache(self._empty_caches(batch, max_length, dtype, calls))
@@ -173,14 +174,8 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             if not (self.qk_ln or self.qk_gn):
                 return None
             heads = 1 if self.qk_gn else self.heads if name == "q_ln" else self._kv_heads
-            return Norm(
-                heads * self._head_dim,
-                self.norm_type,
-                self.param_dtype,
-                kernel,
-                epsilon=self.norm_eps,
-                dtype=self.dtype,
-            )
+            computing: dict[str, Any] = dict(epsilon=self.norm_eps, dtype=self.dtype)
+            return Norm(heads * self._head_dim, self.norm_type, self.param_dtype, kernel, bias, **computing)
         if (name == "out" and not self.output_projection) or (
             name in ("key", "value") and not self.key_value_projections
         ):
@@ -208,7 +203,7 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
         if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
             raise ValueError(f"calls is how often one step calls the module, an integer from 1 on: calls={calls!r}.")
         query: Any = self._layer("query")
-        stacked = query.kernel[...].shape[:-3]  # by nnx.vmap, for nnx.scan
+        stacked = query.kernel.get_value().shape[:-3]  # by nnx.vmap, for nnx.scan
 
         def variable(x: Array) -> nnx.Cache:
             names = self.cache_sharding
@@ -236,9 +231,9 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     # -- what can be wrong --------------------------------------------------------------------------------------------
 
     def _check_assignment(self, name: str) -> None:
-        graph = nnx.set_graph_mode.current_value() and nnx.set_graph_updates.current_value()
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vars(self).get("query")))
-        if name in STATE and traced and not graph:
+        if name not in STATE or not is_tree_mode(nnx):
+            return
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vars(self).get("query"))):
             raise ValueError(
                 f"In tree mode an attribute that is assigned inside a transformation is lost after it: {name}. Assign "
                 f"to the contents of its variable, {name}[...] = x, or make the cache outside, with nnx.view(model, "
@@ -265,11 +260,11 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             if shape[-1:] != (width,) and not (name == "x" and width == self.dim):  # of which `Call` says more
                 raise ValueError(
                     f"NNX makes parameters before it sees an input, and these are for another: {name}.shape={shape}, "
-                    f"{setting}={width}. Pass {setting}={(*shape, None)[-2]} to the constructor."
+                    f"{setting}={width}. Pass {setting}={shape[-1] if shape else None} to the constructor."
                 )
 
     def _metadata(self, argument: str, metadata: Metadata | None) -> Metadata:
-        names = [*LAYERS, *WEIGHTS]
+        names = LAYERS if argument == "bias_metadata" else (*LAYERS, *WEIGHTS)
         unknown = sorted(set(metadata or {}) - set(names))
         if unknown:
             raise ValueError(

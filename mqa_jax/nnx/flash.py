@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from mqa_jax.layer.flash import FlashAttentionLayer, FlashMHASettings
 from mqa_jax.nnx.attention import GroupedQueryAttention
-from mqa_jax.nnx.random import dropout_key, takes_rngs
+from mqa_jax.nnx.random import dropout_key, new_stream, takes_rngs
 from mqa_jax.setting_types import check_types
 
 
@@ -23,8 +23,7 @@ class FlashAttention(FlashAttentionLayer, nnx.Module):
 
     def __post_init__(self, rngs: nnx.Rngs | None) -> None:
         check_types(self)
-        stream = rngs.dropout.fork() if rngs is not None and self.dropout else None
-        self._setattr("rngs", nnx.data(stream))
+        self._setattr("rngs", nnx.data(new_stream(rngs) if self.dropout else None))
 
     __call__ = takes_rngs(FlashAttentionLayer.__call__)
 

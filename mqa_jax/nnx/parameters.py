@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mqa_jax.layer.settings import AttentionSettings
@@ -20,19 +20,36 @@ def to_linen(model: nnx.Module) -> Params:
 
 def to_nnx(model: nnx.Module, params: Params) -> None:
     """Puts a `params` collection of linen, such as `from_torch` and checkpoints give, into an NNX model, in place."""
-    state = nnx.state(model, nnx.Param)
-    expected = {_joined(path): variable for path, variable in nnx.to_flat_state(state)}
+    nnx.update(model, _state(model, params))
+
+
+def with_params(model: Any, params: Params) -> Any:
+    """A model with these parameters of linen. What else it holds it shares with `model`, which may be abstract.
+
+    Example:
+      >>> from flax import nnx
+      >>> from mqa_jax import nnx as mqa_nnx
+      >>> make = lambda: mqa_nnx.GroupedQueryAttention(64, 8, rngs=nnx.Rngs(0))
+      >>> params = mqa_nnx.to_linen(make())
+      >>> model = mqa_nnx.with_params(nnx.eval_shape(make), params)  # no initialisation, only shapes
+    """
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    return nnx.merge(graphdef, _state(model, params), rest)
+
+
+def _state(model: nnx.Module, params: Params) -> nnx.State:
+    """That of the model, with the arrays of `params` in the dtypes that it has."""
+    variables = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     found = dict(_paths(params))
-    shapes = lambda arrays: {path: x.shape for path, x in arrays.items()}
-    if shapes(found) != shapes(expected):
-        different = sorted(set(shapes(found).items()) ^ set(shapes(expected).items()))
+    shapes = {_joined(path): variable.get_value().shape for path, variable in variables.items()}
+    different = sorted({(name, x.shape) for name, x in found.items()} ^ set(shapes.items()))
+    if different:
         raise ValueError(
             f"These are no parameters of {type(model).__name__}: {different[:4]} are in one of both only; the model "
-            f"has {len(expected)}, params {len(found)}."
+            f"has {len(shapes)}, params {len(found)}."
         )
-    for path, variable in expected.items():
-        variable[...] = jax.numpy.asarray(found[path], variable[...].dtype)
-    nnx.update(model, state)
+    cast = lambda path, old: old.replace(jnp.asarray(found[_joined(path)], old.get_value().dtype))
+    return nnx.from_flat_state([(path, cast(path, variable)) for path, variable in variables.items()])
 
 
 def from_linen(module: AttentionSettings, params: Params) -> attention.GroupedQueryAttention:

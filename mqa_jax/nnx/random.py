@@ -21,6 +21,11 @@ def checked_rngs(module: Any, rngs: Any) -> nnx.Rngs:
     return rngs
 
 
+def new_stream(rngs: nnx.Rngs | None) -> nnx.RngStream | None:
+    """The stream of dropout that a module keeps; none where there are keys for parameters alone."""
+    return rngs.dropout.fork() if rngs is not None and ("dropout" in rngs or "default" in rngs) else None
+
+
 def stream_of(rngs: Any) -> Callable[[], Array]:
     """What gives the keys of dropout: a stream, the one called so of `nnx.Rngs`, or one key."""
     if isinstance(rngs, nnx.Rngs):

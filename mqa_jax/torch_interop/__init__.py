@@ -1,13 +1,13 @@
-"""PyTorch in and out: attention layers, their weights, and arrays. Everything that users call is here.
+"""Conversion from and to PyTorch: attention layers, their weights, and arrays. All public functions are here.
 
-    from_torch(layer) -> module, variables             a live layer as our module
-    to_torch(module, variables, like=layer)            our weights in a copy of a live layer
-    from_state_dict(...), to_state_dict(...)           weights alone; torch need not be installed
+    from_torch(layer) -> module, variables             a live layer as a Flax module
+    to_torch(module, variables, like=layer)            Flax parameters in a copy of a live layer
+    from_state_dict(...), to_state_dict(...)           only weights; torch need not be installed
     to_jax(tensor), to_tensor(array)                   arrays, by DLPack
     past_key_value_from_torch(key, value, kv_heads)    upstream's caches
     interleaved_to_halves, halves_to_interleaved       rotary conventions of weights
 
-Checkpoints on disk are read by `mqa_jax.hf_checkpoint`, and `mqa_jax.parity` proves that nothing changed.
+`mqa_jax.hf_checkpoint` reads checkpoints on disk, and `mqa_jax.parity` compares a converted layer with its original.
 """
 
 from mqa_jax.torch_interop.arrays import to_jax as to_jax

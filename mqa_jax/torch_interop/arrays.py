@@ -1,11 +1,11 @@
-"""Arrays between JAX and PyTorch by DLPack: the same memory under another name, without a copy, where both have it.
+"""Arrays between JAX and PyTorch by DLPack: they share memory, without a copy, on devices that both can access.
 
-They have the same memory on a CPU, and on a GPU where both see it. In any other case the numbers are copied by way of
-numpy. Dtypes stay, bfloat16 included; float64 and int64 want `jax_enable_x64` on JAX's side.
+They share memory on a CPU, and on a GPU that both can access. In all other cases the numbers are copied through numpy.
+Dtypes stay the same, bfloat16 included; float64 and int64 need `jax_enable_x64` in JAX.
 
-Shared memory shows what is written to it. JAX's arrays never change, so do not write in place into a tensor that came
-out of one, nor into one that JAX still uses: `tensor.clone()` is a tensor of your own. (XLA copies what begins at no
-multiple of 64 bytes, such as a slice.)
+JAX assumes that its arrays never change. Do not write in place into a tensor that shares memory with a JAX array that
+is still used; `tensor.clone()` has its own memory. (XLA copies arrays that do not start at a multiple of 64 bytes, such
+as slices.)
 """
 
 import sys
@@ -21,7 +21,7 @@ def to_jax(tensor: Any) -> Array:
     """A torch tensor as a JAX array of the same shape and dtype, detached; a strided one is made contiguous first.
 
     Raises:
-      ValueError: JAX would narrow its dtype, as float64 without `jax_enable_x64`.
+      ValueError: JAX would narrow its dtype, such as float64 without `jax_enable_x64`.
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
@@ -47,28 +47,28 @@ def to_tensor(array: Any) -> Any:
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as numpy, detached, without a copy where it is on the CPU."""
+    """A torch tensor as a numpy array, detached, without a copy if it is on the CPU."""
     tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # numpy has no name for it
+    if str(tensor.dtype) == "torch.bfloat16":  # not a dtype of numpy
         return tensor.view(sys.modules["torch"].int16).numpy().view(jnp.dtype("bfloat16"))
     return tensor.numpy()
 
 
 def is_tensor(x: Any) -> bool:
-    """Of torch's, which need not have been imported."""
+    """Whether x is a torch tensor; torch need not have been imported."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
 def import_torch() -> Any:
-    """Where this library needs torch itself, and not only what the caller made with it."""
+    """The module torch, for functions that need more than the caller's tensors."""
     try:
         import torch
     except ImportError as error:
-        raise ImportError("This wants PyTorch: pip install 'mqa-jax[torch]'.") from error
+        raise ImportError("This needs PyTorch: pip install 'mqa-jax[torch]'.") from error
     return torch
 
 
 def _torch_reaches(array: Array) -> bool:
-    platforms = [device.platform for device in array.devices()]  # DLPack knows nothing of sharded arrays
+    platforms = [device.platform for device in array.devices()]  # DLPack does not support sharded arrays
     return platforms == ["cpu"] or (platforms == ["gpu"] and import_torch().cuda.is_available())

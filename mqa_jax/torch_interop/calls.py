@@ -1,6 +1,6 @@
-"""How attention layers of PyTorch libraries are called: with which masks, positions and caches. This imports torch.
+"""Calls attention layers of PyTorch libraries with their masks, positions and caches. This module imports torch.
 
-A call takes hidden states `[batch, length, features]` of tokens that follow what is cached, and returns as many.
+A call takes hidden states `[batch, length, features]` of tokens that follow the cached ones, and returns as many.
 """
 
 import inspect
@@ -15,13 +15,13 @@ from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 
 
 class Call(Protocol):
-    """Calls a layer on `x`; `cache` is what `new_cache` made, or None to attend to `x` alone."""
+    """Calls a layer on `x`; `cache` is the result of `new_cache`, or None to attend only to `x`."""
 
     def __call__(self, layer: Any, x: torch.Tensor, cache: Any = None) -> torch.Tensor: ...
 
 
 def call(layer: Any, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
-    """Any layer that `from_torch` knows; of others the first result of `layer(x)`."""
+    """Calls any layer that `from_torch` supports; for other layers returns the first result of `layer(x)`."""
     if isinstance(layer, torch.nn.MultiheadAttention):
         arranged = x if layer.batch_first else x.transpose(0, 1)
         out = layer(arranged, arranged, arranged, need_weights=False)[0]
@@ -36,7 +36,7 @@ def call(layer: Any, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
 
 
 def new_cache(layer: Any) -> Any | None:
-    """The layer's own cache, or None if `call` knows of none."""
+    """An empty cache for the layer, or None if `call` does not support caches of its class."""
     if type(layer).__name__ not in _CALLS:
         return None
     from transformers import DynamicCache
@@ -49,13 +49,13 @@ def _length(layer: Any, cache: Any) -> int:
 
 
 def _cached(layer: Any, cache: Any) -> dict[str, Any]:
-    """The cache, under the name that this layer has for it: by class, and by version of transformers."""
+    """The cache as a keyword argument, whose name depends on the class and on the version of transformers."""
     names = inspect.signature(layer.forward).parameters
     return {next(name for name in ("cache", "past_key_values", "layer_past") if name in names): cache}
 
 
 def _hidden(layer: Any, x: torch.Tensor, cache: Any, window: int | None = None) -> torch.Tensor:
-    """True where a token may not attend, `[T, S]`: to what follows it, and beyond a window that counts itself."""
+    """True where a token may not attend, `[T, S]`: to later tokens, and beyond a window that includes the token."""
     start = _length(layer, cache)
     query, key = torch.arange(start, start + x.shape[1])[:, None], torch.arange(start + x.shape[1])
     hidden = key > query
@@ -94,7 +94,7 @@ def _falcon(layer: Any, x: torch.Tensor, cache: Any) -> torch.Tensor:
 
     keys = torch.ones(1, mask.shape[-1], dtype=torch.int64)
     alibi = build_alibi_tensor(keys, layer.num_heads, x.dtype)
-    # In the mask, as "sdpa" has it; "eager", which would add it once more, is given 0.
+    # Added to the mask, as "sdpa" does; "eager", which would add it again, gets zeros.
     nothing = torch.zeros(len(x), *alibi.shape, dtype=x.dtype)
     return layer(x, nothing, mask + alibi / math.sqrt(layer.head_dim), **_cached(layer, cache))[0]
 

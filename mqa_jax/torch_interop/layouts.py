@@ -1,7 +1,7 @@
-"""How PyTorch attention layers lay out their weights: one table, read from left to right and from right to left.
+"""The layouts of weights in PyTorch attention layers: one table for conversions in both directions.
 
-A layout says, for each tensor of a state dict, which heads its rows belong to, in order. Everything else follows: the
-parameters of our modules, the state dict back again (bitwise, since nothing is computed), and which shapes are right.
+A layout is, for each tensor of a state dict, the list of heads that its rows belong to, in order. From it follow the
+parameters of a Flax module, the state dict of these parameters (bitwise, since nothing is computed), and all shapes.
 
     name          rows of its tensors                                             layers
     fused         Wqkv: q of all heads | k of all | v of all                      mqa, zeta, llm-foundry, MPT, FlashMHA
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Params = dict[str, Any]
-Block = tuple[str, int]  # the rows of one head: "query", "key" or "value", and its number
+Block = tuple[str, int]  # the rows of one head: "query", "key" or "value", and the number of the head
 Rows = Mapping[str, list[Block]]
 
 
@@ -36,10 +36,10 @@ class Layout:
     """One row of the table above, for given numbers of heads.
 
     Attributes:
-      weights, biases: tensor -> heads of its rows. All weights have to be there; biases are all there, or none.
-      out: the output projection, None without one; its weight is `[D, N * H]`.
-      folded: two output projections one after the other, of each group and of all: a name with the group's number.
-      others: tensor -> where it is among our parameters, and how many heads it is split into (None: as it is).
+      weights, biases: tensor -> heads of its rows. All weights are required; either all biases are present, or none.
+      out: name of the output projection, None without one; its weight is `[D, N * H]`.
+      folded: name, with the group's number, of each group's output projection before that of all groups, or None.
+      others: tensor -> its path in the parameters, and the number of heads it is split into (None: not split).
       transposed: weights are `[in, out]`.
     """
 
@@ -52,19 +52,19 @@ class Layout:
 
     @property
     def heads(self) -> dict[str, int]:
-        """How many there are of each kind."""
+        """The number of heads of each kind."""
         counts = collections.Counter(kind for blocks in self.weights.values() for kind, _ in blocks)
         return dict(counts)
 
     @property
     def folded_names(self) -> list[str]:
-        """One for each group."""
+        """The name of each group's output projection."""
         groups = sum(kind == "key" for blocks in self.weights.values() for kind, _ in blocks)
         return [] if self.folded is None else [self.folded.format(group) for group in range(groups)]
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors that it may have."""
+        """The names of all tensors that the layout may have."""
         outer = [] if self.out is None else [f"{self.out}.weight", f"{self.out}.bias"]
         return {*self.weights, *self.biases, *self.others, *self.folded_names, *outer}
 
@@ -74,15 +74,15 @@ def _all(kind: str, count: int) -> list[Block]:
 
 
 def _linear(rows: Rows, out: str | None, **more: Any) -> Layout:
-    """Linear layers, each with `.weight` and perhaps `.bias`."""
+    """The layout of linear layers, each with a `.weight` and optionally a `.bias`."""
     suffixed = lambda suffix: {f"{name}.{suffix}": blocks for name, blocks in rows.items()}
     return Layout(suffixed("weight"), suffixed("bias"), out, **more)
 
 
 NORMS = {
-    f"{norm}.{theirs}": ((norm, ours), None)
+    f"{norm}.{tensor}": ((norm, parameter), None)
     for norm in ("q_ln", "k_ln")
-    for theirs, ours in (("weight", "scale"), ("bias", "bias"))
+    for tensor, parameter in (("weight", "scale"), ("bias", "bias"))
 }
 
 
@@ -123,7 +123,7 @@ def _separate(query: str, key: str, value: str, out: str) -> Callable[[int, int]
 
 
 def _by_group(fused: str, out: str) -> Callable[[int, int], Layout]:
-    """Also right for MQA, all of whose heads are one group, and MHA, whose groups have one head."""
+    """Also for MQA, with one group of all heads, and MHA, with groups of one head."""
 
     def layout(heads: int, kv_heads: int) -> Layout:
         group = heads // kv_heads
@@ -166,8 +166,8 @@ def _knotgrass_grouped(heads: int, kv_heads: int) -> Layout:
     return _linear(rows, "proj", folded="grouped.{}.proj.weight")
 
 
-# A tensor that tells the layout by its name, and the layout. Of several tensors that are there the first counts; where
-# several layouts have one, shapes decide, or the caller.
+# For each layout, a tensor whose name identifies it. If several of these tensors are present, the first one counts; if
+# several layouts have the same tensor, the shapes or the caller select one.
 LAYOUTS: dict[str, tuple[str, Callable[[int, int], Layout]]] = {
     "fused": ("Wqkv.weight", _fused("Wqkv", "out_proj", others=NORMS)),
     "unfused": ("Wk.weight", _unfused),
@@ -189,23 +189,23 @@ LAYOUTS: dict[str, tuple[str, Callable[[int, int], Layout]]] = {
 }
 
 
-# Tensors that some files hold beside the weights: what a RoPE or a causal mask is made of, and BERT's norm behind it.
+# Tensors in some files that are not weights of attention: RoPE frequencies, causal masks, and BERT's norm after it.
 IGNORED = re.compile(r"rotary_emb\.inv_freq|(attn\.)?masked_bias|output\.LayerNorm\.(weight|bias)")
 
 
 def is_ignored(name: str, x: Any) -> bool:
-    """Whether a tensor says nothing of the attention layer; GPT-2's and nanoGPT's causal mask is called `bias`."""
+    """Whether a tensor is not part of the attention layer; GPT-2's and nanoGPT's causal mask is called `bias`."""
     return bool(IGNORED.fullmatch(name)) or (name == "bias" and x.ndim == 4)
 
 
 def find(name: str | None, tensors: Mapping[str, Any], heads: int, kv_heads: int) -> tuple[str, Layout]:
-    """The layout of this name, or the one that the tensors tell."""
+    """The layout of this name, or the one recognised by the tensors."""
     name = _recognised(tensors, heads, kv_heads) if name is None else name
     if name not in LAYOUTS:
         raise ValueError(f"Unknown layout={name!r}: use one of {list(LAYOUTS)}, or None to have it recognised.")
     layout = LAYOUTS[name][1](heads, kv_heads)
-    wanted = {"query": heads, "key": kv_heads, "value": kv_heads}
-    if any(count != wanted[kind] for kind, count in layout.heads.items()):
+    counts = {"query": heads, "key": kv_heads, "value": kv_heads}
+    if any(count != counts[kind] for kind, count in layout.heads.items()):
         raise ValueError(
             f"layout={name!r} has these numbers of heads: {layout.heads}; given were heads={heads}, "
             f"kv_heads={kv_heads}."
@@ -239,7 +239,7 @@ def _order(blocks: list[Block], count: int) -> str:
 
 
 def knotgrass_settings(names: Iterable[str]) -> dict[str, Any]:
-    """Its classes have a tensor for each head, so that the names tell how many there are. None of them is causal."""
+    """Settings from the names: knotgrass's classes have a tensor for each head. None of them is causal."""
     names = list(names)
     heads, kv_heads = (sum(bool(kind.fullmatch(name)) for name in names) for kind in (KNOTGRASS_QUERY, KNOTGRASS_KEY))
     return dict(heads=heads, kv_heads=kv_heads, causal=False) if heads else {}
@@ -255,7 +255,7 @@ def _has_shapes_of(layout: Layout, tensors: Mapping[str, Any], heads: int) -> bo
 
 
 def upright(layout: Layout, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Weights as `[out, in]`; the way there and back."""
+    """Transposes the weights of a transposed layout, from and to `[out, in]`."""
     if not layout.transposed:
         return tensors
     return {name: x.T if name.endswith(".weight") else x for name, x in tensors.items()}
@@ -267,7 +267,7 @@ def head_dim_of(layout: Layout, tensors: Mapping[str, Any]) -> int:
 
 
 def expected(layout: Layout, tensors: Mapping[str, Any], head_dim: int, heads: int) -> dict[str, tuple]:
-    """The shape of every tensor that the layout knows."""
+    """The shape of every tensor of the layout; None is any length."""
     known: dict[str, tuple] = {name: (len(blocks) * head_dim, None) for name, blocks in layout.weights.items()}
     known |= {name: (len(blocks) * head_dim,) for name, blocks in layout.biases.items()}
     if layout.out is not None:

@@ -1,7 +1,7 @@
-"""A live PyTorch attention layer as one of our modules with its weights, and the weights back into one.
+"""Converts a live PyTorch attention layer to a Flax module with its weights, and the weights back to a torch layer.
 
-Classes of transformers tell their settings by their config, `torch.nn.MultiheadAttention` by its attributes. Of any
-other class the weights say how many features and biases there are, and the caller says the rest.
+Classes of transformers have their settings in their config, `torch.nn.MultiheadAttention` in its attributes. For all
+other classes the numbers of features and the biases follow from the weights, and the caller passes the other settings.
 """
 
 import copy
@@ -17,95 +17,95 @@ from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 def from_torch(
     module: Any, *, heads: int | None = None, kv_heads: int | None = None, layout: str | None = None, **settings: Any
 ) -> tuple[GroupedQueryAttention, dict[str, Any]]:
-    """Our module and its variables, which compute what a torch layer does in evaluation mode.
+    """A Flax module and its variables that compute the same as a torch layer in evaluation mode.
 
-    In training mode too, but for dropout of the layer's output (GPTBigCode's `resid_pdrop`), which is left to the
-    caller. Two weights that are one tensor in torch become two.
+    Also in training mode, except for dropout of the layer's output (GPTBigCode's `resid_pdrop`), which the caller must
+    add. Two weights that are one tensor in torch become two.
 
     Args:
       module: a `torch.nn.MultiheadAttention`, an attention layer of a Hugging Face model
         (`hugging_face.attention.FAMILIES`), or any other whose state dict is in `torch_interop.layouts`.
-      heads, kv_heads: of the other classes; kv_heads is as heads by default.
-      layout: how the weights lie, if their names do not tell.
-      **settings: of `GroupedQueryAttention`, where the class does not tell them: causal, rope, clip_qkv, ...
+      heads, kv_heads: for the other classes; kv_heads is equal to heads by default.
+      layout: a name of `torch_interop.layouts`, if the names of the weights do not identify it.
+      **settings: of `GroupedQueryAttention`, where the class does not declare them: causal, rope, clip_qkv, ...
 
     Returns:
       The module, and `{"params": ...}` in the dtype of the weights.
 
     Raises:
-      NotImplementedError: the layer has settings that our module has not, or is a class of transformers that is not
-        known; or its weights are quantised, or are computed by what is wrapped around them (LoRA, weight norm).
-      ValueError: something about the layer is not told; or its weights are in no memory, or in no known layout.
+      NotImplementedError: the layer has settings that the Flax module does not have, or is an unknown class of
+        transformers; or its weights are quantised, or are computed by a wrapper (LoRA, weight norm).
+      ValueError: a setting of the layer is missing; or its weights are not in memory, or not in a known layout.
     """
     wrappers.check(module)
-    told = _told_by_class(module)
+    declared = _declared_by_class(module)
     given = {name: x for name, x in dict(heads=heads, kv_heads=kv_heads).items() if x is not None}
-    wrong = {name: told[name] for name, x in given.items() if told.get(name, x) not in (None, x)}
+    wrong = {name: declared[name] for name, x in given.items() if declared.get(name, x) not in (None, x)}
     if wrong:
         raise ValueError(f"{type(module).__name__} has other numbers of heads: its {wrong}, given {given}.")
-    counts = {name: given.get(name, told.pop(name, None)) for name in ("heads", "kv_heads")}
-    told = {name: x for name, x in told.items() if name not in counts}
+    counts = {name: given.get(name, declared.pop(name, None)) for name in ("heads", "kv_heads")}
+    declared = {name: x for name, x in declared.items() if name not in counts}
     if counts["heads"] is None:
         raise ValueError(
-            f"{type(module).__name__} does not tell its number of heads: heads=None. Pass heads=, and kv_heads= "
-            "where keys and values have fewer."
+            f"{type(module).__name__} does not declare its number of heads: heads=None. Pass heads=, and kv_heads= "
+            "if keys and values have fewer heads."
         )
     rotary = wrappers.rotary(module)
-    if rotary and "rope" not in {*told, *settings}:
+    if rotary and "rope" not in {*declared, *settings}:
         raise ValueError(
-            f"{type(module).__name__} has rotary positions in {rotary}, and does not tell which: pass rope=."
+            f"{type(module).__name__} has rotary positions in {rotary}, but does not declare them: pass rope=."
         )
     params = state_dict.from_state_dict(module.state_dict(), layout=layout_of(module, layout), **counts)
-    return GroupedQueryAttention(**counts, **{**settings_of(params), **told, **settings}), {"params": params}
+    return GroupedQueryAttention(**counts, **{**settings_of(params), **declared, **settings}), {"params": params}
 
 
 def to_torch(
     module: GroupedQueryAttention, variables: Mapping[str, Any], *, like: Any, layout: str | None = None
 ) -> Any:
-    """A copy of the torch layer `like` that has our weights, each in the dtype that it has there.
+    """A copy of the torch layer `like` with the weights of a Flax module, each in the dtype that it has in `like`.
 
     Args:
-      layout: how its weights lie, if their names do not tell.
+      layout: a name of `torch_interop.layouts`, if the names of the weights do not identify it.
 
     Raises:
-      ValueError: the layer says that it has other heads, or the parameters do not fit it.
+      ValueError: the layer declares other numbers of heads, or the parameters do not fit it.
     """
     wrappers.check(like)
-    theirs, told = like.state_dict(), _told_by_class(like)
-    ours = dict(heads=module.heads, kv_heads=module.kv_heads or module.heads)
-    other = {name: told[name] for name, count in ours.items() if told.get(name) not in (None, count)}
+    torch_state, declared = like.state_dict(), _declared_by_class(like)
+    counts = dict(heads=module.heads, kv_heads=module.kv_heads or module.heads)
+    other = {name: declared[name] for name, count in counts.items() if declared.get(name) not in (None, count)}
     if other:
-        raise ValueError(f"{type(like).__name__} has other heads than our module: its {other}, ours {ours}.")
-    name, _ = layouts.find(layout_of(like, layout), theirs, **ours)
+        raise ValueError(f"{type(like).__name__} has other heads than the Flax module: {other} instead of {counts}.")
+    name, _ = layouts.find(layout_of(like, layout), torch_state, **counts)
     written = state_dict.to_state_dict(variables["params"], layout=name)
     wrong = {
-        name: (x.shape, tuple(theirs[name].shape) if name in theirs else None)
+        name: (x.shape, tuple(torch_state[name].shape) if name in torch_state else None)
         for name, x in written.items()
-        if name not in theirs or x.shape != tuple(theirs[name].shape)
+        if name not in torch_state or x.shape != tuple(torch_state[name].shape)
     }
     if wrong:
-        raise ValueError(f"These parameters do not fit {type(like).__name__}; ours and its shapes: {wrong}.")
-    unwritten = [name for name, x in theirs.items() if name not in written and not layouts.is_ignored(name, x)]
+        raise ValueError(f"These parameters do not fit {type(like).__name__}; Flax and torch shapes: {wrong}.")
+    unwritten = [name for name, x in torch_state.items() if name not in written and not layouts.is_ignored(name, x)]
     if unwritten:
-        raise ValueError(f"These parameters of {type(like).__name__} have no counterpart among ours: {unwritten}.")
+        raise ValueError(f"These parameters of {type(like).__name__} have no Flax counterpart: {unwritten}.")
     result = copy.deepcopy(like)
     state = result.state_dict()
     for name, x in written.items():
         state[name].copy_(arrays.to_tensor(x))
     lost = [name for name, x in written.items() if not bool((state[name] == arrays.to_tensor(x).to(state[name])).all())]
     if lost:
-        raise ValueError(f"{type(like).__name__} has one tensor where ours are several and differ: {lost}.")
+        raise ValueError(f"{type(like).__name__} has one tensor for several Flax parameters that differ: {lost}.")
     return result
 
 
 def layout_of(module: Any, layout: str | None = None) -> str | None:
-    """How the weights of a live layer lie: `layout` if given, or what its class tells."""
+    """The layout of a live layer's weights: `layout` if given, else that of its class, or None."""
     family = _family_of(module)
     return family.layout if family is not None and layout is None else layout
 
 
 def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What parameters say of the module that they belong to."""
+    """The settings of a module that follow from its parameters."""
     dim, _, head_dim = params["query"]["kernel"].shape
     settings: dict[str, Any] = dict(dim=dim, head_dim=head_dim, use_bias="bias" in params["query"])
     settings["output_projection"] = "out" in params
@@ -119,7 +119,7 @@ def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-# What mqa, zeta, llm-foundry, FlashMHA, nanoGPT and transformers' MPT call the settings that they keep.
+# The attribute names of settings in mqa, zeta, llm-foundry, FlashMHA, nanoGPT and transformers' MPT.
 ATTRIBUTES = {
     "heads": ("n_heads", "heads", "num_heads", "n_head"),
     "kv_heads": ("kv_n_heads", "num_kv_heads", "n_kv_heads"),
@@ -130,7 +130,7 @@ ATTRIBUTES = {
     "local_window_size": ("sliding_window_size",),
     "logits_soft_cap": ("attn_logit_softcapping",),
 }
-TOLD_BY_CONFIG = (
+CONFIG_SETTINGS = (
     "heads",
     "kv_heads",
     "rope",
@@ -143,57 +143,57 @@ TOLD_BY_CONFIG = (
 )
 
 
-def _told_by_class(module: Any) -> dict[str, Any]:
-    """Settings that a live layer of a known class tells."""
+def _declared_by_class(module: Any) -> dict[str, Any]:
+    """The settings that a live layer declares by its class, config, attributes or names of weights."""
     kind = type(module).__name__
     if kind == "MultiheadAttention" and type(module).__module__.startswith("torch.nn."):
         return dict(heads=module.num_heads, causal=False, attn_pdrop=module.dropout, add_zero_attn=module.add_zero_attn)
     config = config_of(module)
     if config is not None:
-        return _told_by_config(module, config)
-    told = {
-        ours: getattr(module, theirs)
-        for ours, names in ATTRIBUTES.items()
-        for theirs in names
-        if isinstance(getattr(module, theirs, None), int | float)
+        return _declared_by_config(module, config)
+    declared = {
+        setting: getattr(module, attribute)
+        for setting, attributes in ATTRIBUTES.items()
+        for attribute in attributes
+        if isinstance(getattr(module, attribute, None), int | float)
     }
-    if told.get("local_window_size") == -1:  # llm-foundry's word for none
-        told["local_window_size"] = None
+    if declared.get("local_window_size") == -1:  # no window, in llm-foundry
+        declared["local_window_size"] = None
     if isinstance(getattr(module, "attn_temperature_tuning", None), Mapping):  # llm-foundry's
-        told["attn_temperature_tuning"] = TemperatureTuning(**module.attn_temperature_tuning)
+        declared["attn_temperature_tuning"] = TemperatureTuning(**module.attn_temperature_tuning)
     if kind == "MultiQueryAttention":
-        told["kv_heads"] = 1
+        declared["kv_heads"] = 1
     if kind == "MptAttention":
-        told["alibi"] = True
-    return layouts.knotgrass_settings(module.state_dict()) | told
+        declared["alibi"] = True
+    return layouts.knotgrass_settings(module.state_dict()) | declared
 
 
-def _told_by_config(module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def _declared_by_config(module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     kind, number = type(module).__name__, getattr(module, "layer_idx", None) or 0
     cross = getattr(module, "is_cross_attention", False)
     try:
         layer, family = hf_attention.attention_of(config, number)
     except NotImplementedError as error:
-        raise NotImplementedError(f"{error} {_way_out(module)}") from error
+        raise NotImplementedError(f"{error} {_remedy(module)}") from error
     if kind not in family.classes:
         raise NotImplementedError(
-            f"{kind} is not the attention of {config['model_type']}, {family.classes}. {_way_out(module)}"
+            f"{kind} is not the attention of {config['model_type']}, {family.classes}. {_remedy(module)}"
         )
     if cross and kind != "BertAttention":
         raise NotImplementedError(
-            f"Cross-attention of {kind} has a projection of its own: is_cross_attention=True. {_way_out(module)}"
+            f"Cross-attention of {kind} has a projection of its own: is_cross_attention=True. {_remedy(module)}"
         )
-    told = {name: getattr(layer, name) for name in TOLD_BY_CONFIG}
-    return told | dict(causal=False) if cross else told
+    declared = {name: getattr(layer, name) for name in CONFIG_SETTINGS}
+    return declared | dict(causal=False) if cross else declared
 
 
 def config_of(module: Any) -> Mapping[str, Any] | None:
-    """Of transformers' classes; others may have a `config` of another kind.
+    """The config of a layer of transformers, else None; other libraries may have a `config` of another kind.
 
-    Without `quantization_config`, which says what a file had (of GGUF files transformers makes plain floats): the
-    tensors of a live layer say what they are.
+    Without `quantization_config`, which describes the file (transformers converts GGUF files to floats): the dtypes of
+    the live tensors count.
     """
-    config: Any = getattr(getattr(module, "self", module), "config", None)  # BERT's is one module further in
+    config: Any = getattr(getattr(module, "self", module), "config", None)  # BERT has it in a submodule
     if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
         return None
     return config.to_dict() | {"quantization_config": None}
@@ -204,9 +204,9 @@ def _family_of(module: Any) -> hf_attention.Family | None:
     return next((family for family in hf_attention.FAMILIES.values() if kind in family.classes), None)
 
 
-def _way_out(module: Any) -> str:
+def _remedy(module: Any) -> str:
     return (
-        "A way that remains: GroupedQueryAttention(...) with the settings that the layer has, and its weights by "
+        "Instead, make GroupedQueryAttention(...) with the settings of the layer, and convert its weights with "
         "torch_interop.from_state_dict(tensors, heads=..., kv_heads=..., layout=...), with a layout of "
         f"{list(layouts.LAYOUTS)} and tensors under its names (mqa_jax/torch_interop/layouts.py). The layer has "
         f"{layouts.shapes(module.state_dict())}."

@@ -1,8 +1,8 @@
-"""Proves that one of our modules computes what a PyTorch layer does: outputs, every gradient, cached decoding.
+"""Compares a Flax module with the PyTorch layer that it was converted from: outputs, gradients, cached decoding.
 
     python -m mqa_jax.parity PATH_TO_HF_FOLDER --layer 3 --dtype bfloat16 --json parity.json --plot parity.png
 
-Both are also compared with the torch layer in float64, so that a reader sees whose rounding a difference is.
+Both are also compared with the torch layer in float64, which shows the rounding error of each.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from mqa_jax.torch_interop import arrays, layouts, modules, state_dict
 if TYPE_CHECKING:
     import torch
 
-# Of the largest entry of a tensor, unless torch's own error is larger.
+# Tolerances relative to the largest entry of a tensor, unless torch's own error is larger.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
-ZERO = 1e-9  # a gradient in float64 that is that much smaller than the others is 0
+ZERO = 1e-9  # a gradient in float64 counts as 0 if it is smaller than this, relative to the largest gradient
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Difference:
     """One tensor, computed by both.
 
     Attributes:
-      name: "output", "decoded", "context" (what goes into the output projection), "d_x" or "d_" and a name of torch's.
+      name: "output", "decoded", "context" (the input of the output projection), "d_x", or "d_" and a name of torch's.
       shape: of the tensor.
       max_abs: largest difference between the two.
-      max_relative: that, over the largest entry, which counts as at least a hundredth of the largest of all gradients.
-        A gradient that is 0, as that of a key bias without RoPE, is nothing but rounding: over the largest of all.
+      max_relative: max_abs over the largest entry, for which at least a hundredth of the largest of all gradients is
+        used; for a gradient that is 0 up to rounding, as that of a key bias without RoPE, the largest of all.
       cosine: of the angle between the two.
-      ours, theirs: largest error of each, over the largest entry, against torch in float64.
-      worst: where the two differ most.
-      tolerance: what `ours` may be, over the largest entry.
+      ours, theirs: largest error of the Flax module and of torch, over the largest entry, against torch in float64.
+      worst: index of the largest difference.
+      tolerance: limit of `ours`.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        """NaN never passes."""
+        """Whether the error is within the tolerance or twice torch's error; NaN never passes."""
         return self.ours <= max(self.tolerance, 2 * self.theirs)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All differences, and `errors`: |ours - theirs| of the context, `[N, B * T]`, or None where torch shows none."""
+    """All differences, and `errors`: |Flax - torch| of the context, `[N, B * T]`, or None if torch has no context."""
 
     differences: tuple[Difference, ...]
     errors: np.ndarray | None = None
@@ -75,9 +75,9 @@ class Report:
 
     @property
     def worst(self) -> Difference:
-        """That which is furthest beyond what it may be."""
-        share = lambda x: x.ours / max(x.tolerance, 2 * x.theirs)
-        return max(self.differences, key=lambda x: np.inf if np.isnan(x.ours) else share(x))
+        """The difference with the largest ratio of error to limit."""
+        ratio = lambda x: x.ours / max(x.tolerance, 2 * x.theirs)
+        return max(self.differences, key=lambda x: np.inf if np.isnan(x.ours) else ratio(x))
 
     def table(self) -> str:
         """A line for each tensor."""
@@ -95,9 +95,9 @@ class Report:
         return json.dumps({"passed": self.passed, "differences": rows}, indent=2)
 
     def plot(self, path: Path) -> None:
-        """A heat map as PNG: where in (head, row) the context differs, on a logarithmic scale."""
+        """A heat map as PNG: the difference of the context by head and row, on a logarithmic scale."""
         if self.errors is None:
-            raise ValueError("There is nothing to plot: this torch layer does not show what goes into its projection.")
+            raise ValueError("There is nothing to plot: this torch layer has no single output projection.")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -125,39 +125,40 @@ def compare(
     """Runs both on `x` and compares everything that they compute.
 
     Args:
-      flax_module, variables: ours, as `from_torch` gives them.
-      torch_module: theirs. It is run in evaluation mode.
-      x: hidden states `[batch, length, features]`; the dtype of the torch layer's weights is taken.
-      layout: how its weights lie, if their names do not tell; gradients of weights are compared under torch's names.
-      call: `call(torch_module, x, cache)`, how it is called; default `mqa_jax.torch_interop.calls.call`.
-      prompt: tokens that go into the caches at once, before one token at a time. Default half; 0 for no decoding.
-        Where `call` knows of no cache of torch's, and in any case in float64, torch's full pass is compared with.
+      flax_module, variables: as `from_torch` returns them.
+      torch_module: the torch layer. It runs in evaluation mode.
+      x: hidden states `[batch, length, features]`; they are converted to the dtype of the torch layer's weights.
+      layout: a name of `torch_interop.layouts`, if the names of the weights do not identify it. Gradients of weights
+        are compared under torch's names.
+      call: `call(torch_module, x, cache)` calls the torch layer; default `mqa_jax.torch_interop.calls.call`.
+      prompt: number of tokens that are cached at once, before one token at a time. Default half; 0 for no decoding.
+        If `call` does not support a cache of the torch layer, and always in float64, torch's full pass is used.
       tolerance: of errors, over the largest entry. Default: by dtype, see TOLERANCES.
-      seed: of the cotangent whose gradients are compared.
+      seed: of the random cotangent of the gradients.
     """
     arrays.import_torch()
     from mqa_jax.torch_interop import calls
 
-    theirs = _Torch(torch_module, call or calls.call, layout, flax_module)
-    dtype = theirs.dtype_name
+    torch_layer = _TorchLayer(torch_module, call or calls.call, layout, flax_module)
+    dtype = torch_layer.dtype_name
     limit = tolerance_of(dtype) if tolerance is None else tolerance
     x = np.asarray(x, np.float64)
-    cotangent = np.random.default_rng(seed).standard_normal((*x.shape[:-1], theirs.out_features))
-    exact = theirs.in_float64().results(x, cotangent)
-    found = theirs.results(x, cotangent)
-    ours = _our_results(flax_module, variables, jnp.asarray(x, dtype), cotangent, theirs)
+    cotangent = np.random.default_rng(seed).standard_normal((*x.shape[:-1], torch_layer.out_features))
+    exact = torch_layer.in_float64().results(x, cotangent)
+    expected = torch_layer.results(x, cotangent)
+    actual = _flax_results(flax_module, variables, jnp.asarray(x, dtype), cotangent, torch_layer)
     if flax_module.causal and prompt != 0:
         prompt = x.shape[1] // 2 if prompt is None else prompt
-        ours["decoded"] = _decoded(flax_module, variables, jnp.asarray(x, dtype), prompt)
-        found["decoded"] = theirs.decoded(x, prompt) if call is None else found["output"]
+        actual["decoded"] = _decoded(flax_module, variables, jnp.asarray(x, dtype), prompt)
+        expected["decoded"] = torch_layer.decoded(x, prompt) if call is None else expected["output"]
         exact["decoded"] = exact["output"]
     sizes = {name: float(np.abs(x).max(initial=0.0)) for name, x in exact.items() if name.startswith("d_")}
-    most = max(sizes.values())
-    least = {name: most if size < ZERO * most else most / 100 for name, size in sizes.items()}
+    largest = max(sizes.values())
+    scales = {name: largest if size < ZERO * largest else largest / 100 for name, size in sizes.items()}
     differences = tuple(
-        _difference(name, ours[name], found[name], exact[name], limit, least.get(name, 0.0)) for name in found
+        _difference(name, actual[name], expected[name], exact[name], limit, scales.get(name, 0.0)) for name in expected
     )
-    errors = np.abs(np.float64(ours["context"]) - found["context"]) if "context" in found else None
+    errors = np.abs(np.float64(actual["context"]) - expected["context"]) if "context" in expected else None
     if errors is not None:
         errors = errors.reshape(-1, flax_module.heads, errors.shape[-1] // flax_module.heads).max(-1).T
     return Report(differences, errors)
@@ -171,39 +172,43 @@ def tolerance_of(dtype: str) -> float:
     return TOLERANCES[dtype]
 
 
-def _difference(name: str, ours: Any, theirs: Any, exact: Any, tolerance: float, least: float) -> Difference:
-    ours, theirs, exact = (np.float64(x) for x in (ours, theirs, exact))
-    largest = max(np.abs(exact).max(initial=0.0), least, np.finfo(np.float64).tiny)
-    apart = np.abs(ours - theirs)
-    lengths = np.linalg.norm(ours) * np.linalg.norm(theirs)
+def _difference(name: str, actual: Any, expected: Any, exact: Any, tolerance: float, min_scale: float) -> Difference:
+    actual, expected, exact = (np.float64(x) for x in (actual, expected, exact))
+    scale = max(np.abs(exact).max(initial=0.0), min_scale, np.finfo(np.float64).tiny)
+    difference = np.abs(actual - expected)
+    norms = np.linalg.norm(actual) * np.linalg.norm(expected)
     return Difference(
         name,
-        ours.shape,
-        max_abs=float(apart.max(initial=0.0)),
-        max_relative=float(apart.max(initial=0.0) / largest),
-        cosine=float(np.vdot(ours, theirs) / lengths) if lengths else 1.0,
-        ours=float(np.abs(ours - exact).max(initial=0.0) / largest),
-        theirs=float(np.abs(theirs - exact).max(initial=0.0) / largest),
-        worst=tuple(map(int, np.unravel_index(apart.argmax(), apart.shape))),
+        actual.shape,
+        max_abs=float(difference.max(initial=0.0)),
+        max_relative=float(difference.max(initial=0.0) / scale),
+        cosine=float(np.vdot(actual, expected) / norms) if norms else 1.0,
+        ours=float(np.abs(actual - exact).max(initial=0.0) / scale),
+        theirs=float(np.abs(expected - exact).max(initial=0.0) / scale),
+        worst=tuple(map(int, np.unravel_index(difference.argmax(), difference.shape))),
         tolerance=tolerance,
     )
 
 
-# -- ours -------------------------------------------------------------------------------------------------------------
+# -- the Flax module --------------------------------------------------------------------------------------------------
 
 
-def _our_results(
-    module: GroupedQueryAttention, variables: Mapping[str, Any], x: jax.Array, cotangent: np.ndarray, theirs: "_Torch"
+def _flax_results(
+    module: GroupedQueryAttention,
+    variables: Mapping[str, Any],
+    x: jax.Array,
+    cotangent: np.ndarray,
+    torch_layer: "_TorchLayer",
 ) -> dict[str, Any]:
     """Output, context and gradients, those of weights under torch's names."""
     params = jax.tree.map(jnp.asarray, variables["params"])
     out, (d_params, d_x) = _with_gradients(module, params, x, cotangent)
-    # The conversion backwards, also where it multiplies: knotgrass's two output projections.
-    options: dict[str, Any] = dict(heads=module.heads, kv_heads=module.kv_heads, layout=theirs.layout)
-    _, to_torchs = jax.vjp(functools.partial(state_dict.from_state_dict, **options), theirs.weights())
-    (gradients,) = to_torchs(d_params)
+    # The derivative of the conversion, which multiplies knotgrass's two output projections.
+    options: dict[str, Any] = dict(heads=module.heads, kv_heads=module.kv_heads, layout=torch_layer.layout)
+    _, convert = jax.vjp(functools.partial(state_dict.from_state_dict, **options), torch_layer.weights())
+    (gradients,) = convert(d_params)
     results = {"output": out, "d_x": d_x, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
-    if module.output_projection and theirs.shows_context:
+    if module.output_projection and torch_layer.shows_context:
         without = {name: x for name, x in params.items() if name != "out"}
         headless = module.clone(output_projection=False, out_features=None, use_out_bias=None)
         results["context"], _ = _with_gradients(headless, without, x, None)
@@ -227,7 +232,7 @@ def _step(module: GroupedQueryAttention, variables: Any, cache: Any, x: jax.Arra
 
 
 def _decoded(module: GroupedQueryAttention, variables: Mapping[str, Any], x: jax.Array, prompt: int) -> np.ndarray:
-    """A prompt, and then one token at a time, through the `cache` collection."""
+    """The outputs for a prompt, and then for one token at a time, with the `cache` collection."""
     cache: Any = module.init_cache(x.shape[0], x.shape[1], x.dtype)
     outputs = []
     for chunk in _chunks(x, prompt):
@@ -240,19 +245,19 @@ def _chunks(x: Any, prompt: int) -> list[Any]:
     return [x[:, :prompt], *(x[:, i : i + 1] for i in range(prompt, x.shape[1]))]
 
 
-# -- theirs -----------------------------------------------------------------------------------------------------------
+# -- the torch layer --------------------------------------------------------------------------------------------------
 
 
-class _Torch:
-    """A torch layer that is to be compared with."""
+class _TorchLayer:
+    """The torch layer of a comparison, and the Flax module it is compared with."""
 
-    def __init__(self, module: Any, call: Callable[..., Any], layout: str | None, ours: GroupedQueryAttention):
-        self.module, self.call, self.ours = copy.deepcopy(module).eval(), call, ours
-        heads, kv_heads = ours.heads, ours.kv_heads or ours.heads
+    def __init__(self, module: Any, call: Callable[..., Any], layout: str | None, flax: GroupedQueryAttention):
+        self.module, self.call, self.flax = copy.deepcopy(module).eval(), call, flax
+        heads, kv_heads = flax.heads, flax.kv_heads or flax.heads
         layout = modules.layout_of(module, layout)
         self.layout, self.known = layouts.find(layout, module.state_dict(), heads, kv_heads)
-        self.out_features = ours.out_features or (
-            ours.dim if ours.output_projection else ours.heads * (ours.head_dim or 0)
+        self.out_features = flax.out_features or (
+            flax.dim if flax.output_projection else flax.heads * (flax.head_dim or 0)
         )
 
     @property
@@ -263,12 +268,12 @@ class _Torch:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def in_float64(self) -> "_Torch":
-        return _Torch(copy.deepcopy(self.module).double(), self.call, self.layout, self.ours)
+    def in_float64(self) -> "_TorchLayer":
+        return _TorchLayer(copy.deepcopy(self.module).double(), self.call, self.layout, self.flax)
 
     @property
     def shows_context(self) -> bool:
-        """Whether what goes into its output projection is our context."""
+        """Whether the input of its output projection is the context of the Flax module."""
         return self.known.out is not None and self.known.folded is None
 
     def weights(self) -> dict[str, jax.Array]:
@@ -293,7 +298,7 @@ class _Torch:
         return {name: x.detach().double().numpy() for name, x in (seen | found).items()}
 
     def decoded(self, x: np.ndarray, prompt: int) -> np.ndarray:
-        """By torch's own cache, or, if it has none that is known, by the full pass."""
+        """The outputs with torch's own cache, or, if `calls` does not support one, of the full pass."""
         import torch
 
         from mqa_jax.torch_interop import calls
@@ -327,13 +332,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[int, Report]:
-    """Status 1: a layer differs. Status 2: nothing could be compared; stderr says why."""
+    """Exit status 1: a layer differs. Exit status 2: nothing could be compared; the reason is on stderr."""
     options = parse_arguments(arguments)
     try:
         reports = _compare_folder(options)
     except (ImportError, OSError, ValueError, NotImplementedError) as error:
-        wants = ". This command wants PyTorch: pip install 'mqa-jax[torch]'." if isinstance(error, ImportError) else ""
-        print(f"python -m mqa_jax.parity: {' '.join(str(error).split())}{wants}", file=sys.stderr)
+        hint = ". This command needs PyTorch: pip install 'mqa-jax[torch]'." if isinstance(error, ImportError) else ""
+        print(f"python -m mqa_jax.parity: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         raise SystemExit(2) from error
     if options.json is not None:
         texts = {layer: json.loads(report.to_json()) for layer, report in reports.items()}
@@ -370,8 +375,8 @@ def _compare_folder(options: argparse.Namespace) -> dict[int, Report]:
         family = hf_attention.FAMILIES[checkpoint.config["model_type"]]
         path = family.prefix.format(layer).rstrip(".")
         names = {name for name, _ in model.named_modules()}
-        theirs = model.get_submodule(path if path in names else path.partition(".")[2])
+        torch_module = model.get_submodule(path if path in names else path.partition(".")[2])
         x = np.random.default_rng(layer).standard_normal((1, options.length, module.dim))
-        reports[layer] = compare(module.clone(parent=None), variables, theirs, x)
+        reports[layer] = compare(module.clone(parent=None), variables, torch_module, x)
         print(f"layer {layer}\n{reports[layer].table()}\n", flush=True)
     return reports

@@ -1,6 +1,6 @@
-"""Parameters of our modules from the tensors of a PyTorch layer, and back, by its layout (`layouts`).
+"""Parameters of Flax modules from the tensors of a PyTorch layer, and back, by its layout (`layouts`).
 
-Nothing is computed, so that both ways together are bitwise; but for two output projections, which become their product.
+Nothing is computed, so a conversion there and back is bitwise; except that two output projections become their product.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from mqa_jax.torch_interop.layouts import Layout, Params, Rows
 
 
 def read(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv_heads: int) -> Params:
-    """Parameters of our modules."""
+    """The parameters of a Flax module."""
     tensors = {name: x for name, x in tensors.items() if not layouts.is_ignored(name, x)}
     _check_dtypes(tensors)
     tensors = layouts.upright(layout, tensors)
@@ -35,9 +35,9 @@ def read(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv_h
         params["out"] = {"kernel": weight.T.reshape(heads, head_dim, -1)}
         if f"{layout.out}.bias" in tensors:
             params["out"]["bias"] = tensors[f"{layout.out}.bias"]
-    for theirs, (ours, split) in layout.others.items():
-        if theirs in tensors:
-            _put(params, ours, tensors[theirs] if split is None else tensors[theirs].reshape(split, -1))
+    for tensor, (path, split) in layout.others.items():
+        if tensor in tensors:
+            _put(params, path, tensors[tensor] if split is None else tensors[tensor].reshape(split, -1))
     return params
 
 
@@ -50,7 +50,7 @@ def _by_head(rows: Rows, tensors: Mapping[str, Any], head_dim: int) -> dict[str,
 
 
 def _output_weight(layout: Layout, tensors: Mapping[str, Any]) -> Any:
-    """Where there are two one after the other, their product."""
+    """The weight of the output projection; of two successive ones, their product."""
     outer, names = tensors[f"{layout.out}.weight"], layout.folded_names
     if not names:
         return outer
@@ -63,12 +63,12 @@ def _output_weight(layout: Layout, tensors: Mapping[str, Any]) -> Any:
 
 def write(layout: Layout, params: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict from which `read` makes these parameters."""
-    wanted = {kind for blocks in layout.weights.values() for kind, _ in blocks} | ({"out"} if layout.out else set())
-    others = {ours[0] for ours, _ in layout.others.values()}
-    if not wanted <= set(params) <= wanted | others:
+    required = {kind for blocks in layout.weights.values() for kind, _ in blocks} | ({"out"} if layout.out else set())
+    optional = {path[0] for path, _ in layout.others.values()}
+    if not required <= set(params) <= required | optional:
         raise ValueError(
-            f"These parameters do not fit the layout: found {sorted(params)}, expected {sorted(wanted)} and perhaps "
-            f"{sorted(others)}."
+            f"These parameters do not fit the layout: found {sorted(params)}, expected {sorted(required)} and "
+            f"optionally {sorted(optional)}."
         )
     tensors = {}
     for rows, part in ((layout.weights, "kernel"), (layout.biases, "bias")):
@@ -81,10 +81,10 @@ def write(layout: Layout, params: Mapping[str, Any]) -> dict[str, Any]:
         tensors |= _output(layout, kernel.reshape(-1, kernel.shape[-1]).T)
         if "bias" in params["out"]:
             tensors[f"{layout.out}.bias"] = params["out"]["bias"]
-    for theirs, (ours, split) in layout.others.items():
-        if ours[0] in params and (len(ours) == 1 or ours[1] in params[ours[0]]):
-            found = params[ours[0]] if len(ours) == 1 else params[ours[0]][ours[1]]
-            tensors[theirs] = found if split is None else found.reshape(1, 1, -1)
+    for tensor, (path, split) in layout.others.items():
+        if path[0] in params and (len(path) == 1 or path[1] in params[path[0]]):
+            found = params[path[0]] if len(path) == 1 else params[path[0]][path[1]]
+            tensors[tensor] = found if split is None else found.reshape(1, 1, -1)
     return dict(layouts.upright(layout, tensors))
 
 
@@ -94,7 +94,7 @@ def _head(x: Any, head: int) -> Any:
 
 
 def _output(layout: Layout, weight: Any) -> dict[str, Any]:
-    """A folded projection is unfolded into itself, of the groups, and a sum over them."""
+    """The output projection; a folded one as the projections of the groups, and a sum over them."""
     if layout.folded is None:
         return {f"{layout.out}.weight": weight}
     names = layout.folded_names
@@ -107,7 +107,7 @@ def _output(layout: Layout, weight: Any) -> dict[str, Any]:
 
 
 def _check(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv_heads: int) -> int:
-    """Names and shapes; returns the head size H."""
+    """Checks names and shapes; returns the head size H."""
     first, blocks = next(iter(layout.weights.items()))
     rows = tensors[first].shape[0] if first in tensors else len(blocks)
     head_dim = layouts.head_dim_of(layout, tensors)
@@ -121,9 +121,9 @@ def _check(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv
         "not divisible by heads": [first] if rows % len(blocks) else [],
     }
     if any(faults.values()):
-        told = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+        listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
         raise ValueError(
-            f"These tensors are no attention layer of layout={name!r} with heads={heads}, kv_heads={kv_heads}. {told}. "
+            f"These tensors do not fit layout={name!r} with heads={heads}, kv_heads={kv_heads}. {listed}. "
             f"Found {layouts.shapes(tensors)}, expected {expected}, where None is any length"
             f"{', both transposed' if layout.transposed else ''}."
         )
@@ -131,7 +131,7 @@ def _check(name: str, layout: Layout, tensors: Mapping[str, Any], heads: int, kv
 
 
 def _check_dtypes(tensors: Mapping[str, Any]) -> None:
-    """Integers and floats of 8 bits and fewer have scales, which no layout has."""
+    """Refuses integers and floats of at most 8 bits: they need scales, which no layout has."""
     wrong = {
         name: str(x.dtype)
         for name, x in tensors.items()

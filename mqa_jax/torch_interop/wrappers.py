@@ -1,10 +1,10 @@
-"""What may stand between the weights of a torch layer and what it computes: found by names and types, and refused."""
+"""Detects wrappers that change the weights or the results of a torch layer, by names and types, and refuses them."""
 
 import re
 import warnings
 from typing import Any
 
-# In a tensor's name, and what takes it away.
+# Patterns of tensor names, and how to remove the wrapper.
 WRAPPED = {
     r"(^|\.)parametrizations\.": "torch.nn.utils.parametrize.remove_parametrizations(part, 'weight')",
     r"weight_[gv]$": "torch.nn.utils.remove_weight_norm(part)",
@@ -17,13 +17,13 @@ PLAIN = ("Tensor", "Parameter", "Buffer")
 
 
 def check(module: Any) -> None:
-    """Raises where the tensors in a layer's state dict are not, as they are, its weights in memory."""
+    """Raises if the tensors in a layer's state dict are not its plain weights in memory."""
     kind, state = type(module).__name__, module.state_dict()
     for pattern, remedy in WRAPPED.items():
         names = [name for name in state if re.search(pattern, name)]
         if names:
-            raise NotImplementedError(f"The weights of this {kind} are not its tensors alone: {names}. Take {remedy}.")
-    if not hasattr(module, "named_modules"):  # a stand-in with tensors alone
+            raise NotImplementedError(f"The weights of this {kind} are not only its tensors: {names}. Use {remedy}.")
+    if not hasattr(module, "named_modules"):  # an object with only a state dict
         return
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     types = {name: type(x).__name__ for name, x in tensors.items() if type(x).__name__ not in PLAIN}
@@ -37,8 +37,8 @@ def check(module: Any) -> None:
     changed = [name or "the layer" for name, part in module.named_modules() if _is_changed(part)]
     if changed:
         warnings.warn(
-            f"Hooks and replaced forward methods are not converted, and this {kind} has some in {changed}: where they "
-            "change results, our module has others. mqa_jax.torch_interop.parity.compare tells.",
+            f"Hooks and replaced forward methods are not converted, and this {kind} has some in {changed}: if they "
+            "change its results, the Flax module differs. Compare them with mqa_jax.torch_interop.parity.compare.",
             stacklevel=3,
         )
 

@@ -1,1 +1,1 @@
-"""Hugging Face models: what a config says of attention, and one layer of a checkpoint on disk."""
+"""Hugging Face models: attention settings from a config, and single layers of a checkpoint on disk."""

@@ -1,7 +1,8 @@
-"""What a Hugging Face `config.json` says of its attention layers: our module's settings, and where the weights are.
+"""The attention layers of a Hugging Face `config.json`: settings of the Flax module, and the names of the weights.
 
-One line for each `model_type`, as transformers 5 reads it. What transformers would silently ignore is refused, and so
-is every field that may concern attention and that nobody reads here (`mqa_jax.torch_interop.hugging_face.config`).
+One entry for each `model_type`, as transformers 5 reads it. A setting that transformers would silently ignore is an
+error, and so is every field that may concern attention and that is not read here
+(`mqa_jax.torch_interop.hugging_face.config`).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,15 +18,17 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """Attributes:
-    settings: of `GroupedQueryAttention` for a layer, from the config and the layer's number.
-    prefix: of a layer's tensors, `{}` being its number.
-    layout: how they are laid out (`mqa_jax.torch_interop.layouts`).
-    classes: of transformers' layers.
-    layers: the field that says how many there are.
-    aliases: other names of fields.
-    harmless: fields that do not concern the attention layer, though their names sound so.
-    neutral: the only values of fields with which our module computes the same.
+    """The attention layers of one `model_type`.
+
+    Attributes:
+      settings: of `GroupedQueryAttention` for a layer, from the config and the layer's number.
+      prefix: of a layer's tensors, `{}` being its number.
+      layout: of these tensors (`mqa_jax.torch_interop.layouts`).
+      classes: names of transformers' attention classes.
+      layers: the field with the number of layers.
+      aliases: other names of fields.
+      harmless: fields that do not concern the attention layer although their names match `CONCERNS_ATTENTION`.
+      neutral: the only supported values of fields that are not read.
     """
 
     settings: Callable[[Config, int], dict[str, Any]]
@@ -39,16 +42,16 @@ class Family:
 
 
 def attention_of(config: Config, layer: int = 0) -> tuple[GroupedQueryAttention, Family]:
-    """Our module for a layer of a model, and its family.
+    """The Flax module for a layer of a model, and its family.
 
-    Dropout is that of the attention weights alone: what GPTBigCode and BERT drop of the layer's output is not.
+    Dropout is only that of the attention weights, without GPTBigCode's and BERT's dropout of the layer's output.
 
     Args:
-      config: what is in `config.json`, or `transformers.PretrainedConfig.to_dict()`.
-      layer: its number; some models have windows in some of their layers alone.
+      config: the contents of `config.json`, or `transformers.PretrainedConfig.to_dict()`.
+      layer: its number; some models have windows only in some of their layers.
 
     Raises:
-      NotImplementedError: the model's type, or a value of one of its fields, is one that our module has not.
+      NotImplementedError: the model's type, or the value of a field, is not supported.
       ValueError: a field is missing, or there is no such layer.
     """
     family, model_type = _family_of(config), config["model_type"]
@@ -66,25 +69,25 @@ def attention_of(config: Config, layer: int = 0) -> tuple[GroupedQueryAttention,
         settings = family.settings(fields, layer)
     except KeyError as error:
         raise ValueError(
-            f"The config of a model_type={model_type!r} has a field that is missing here: {error}."
+            f"A required field of model_type={model_type!r} is missing: {error}. Add it to the config."
         ) from None
     unread = fields.unread(harmless=family.harmless, neutral=family.neutral)
     if unread:
-        told = ", ".join(f"{name}={value!r}" for name, value in unread.items())
+        listed = ", ".join(f"{name}={value!r}" for name, value in unread.items())
         raise NotImplementedError(
             f"These fields may change what attention computes, and are not read here for model_type={model_type!r}: "
-            f"{told}. Set up GroupedQueryAttention yourself, and convert the weights with "
-            f"torch_interop.from_state_dict(..., layout={family.layout!r}); or drop fields that do nothing."
+            f"{listed}. Set up GroupedQueryAttention yourself, and convert the weights with "
+            f"torch_interop.from_state_dict(..., layout={family.layout!r}); or remove fields that have no effect."
         )
     return GroupedQueryAttention(**{"use_bias": False, **settings}), family
 
 
 def layers_of(config: Config) -> int:
-    """How many layers a model has."""
+    """The number of layers of a model."""
     family = _family_of(config)
     count = Fields(config, family.aliases).get(family.layers)
     if count is None:
-        raise ValueError(f"The config does not say how many layers there are: {family.layers}=None.")
+        raise ValueError(f"The config does not have the number of layers: {family.layers}=None.")
     return count
 
 
@@ -96,11 +99,11 @@ def _family_of(config: Config) -> Family:
 
 
 # -- families ---------------------------------------------------------------------------------------------------------
-# Where a field is missing, the defaults are those of transformers, which differ from family to family.
+# The defaults of missing fields are those of transformers, which differ from family to family.
 
 
 def _rotary(config: Config, kv_heads: int | None = None) -> dict[str, Any]:
-    """What Llama, Mistral and Qwen2 have in common. `kv_heads`: the default, None for as many as queries."""
+    """The common settings of Llama, Mistral and Qwen2. `kv_heads`: the default, None for the number of query heads."""
     heads = config["num_attention_heads"]
     return dict(
         dim=config["hidden_size"],
@@ -131,12 +134,12 @@ def _mistral(config: Config, layer: int) -> dict[str, Any]:
 def _qwen2(config: Config, layer: int) -> dict[str, Any]:
     size, used = config.get("sliding_window", 4096), config.get("use_sliding_window", False)
     kinds, first = config.get("layer_types"), config.get("max_window_layers", 28)
-    slides = used and size is not None and layer >= first  # as transformers fills `layer_types` in
+    slides = used and size is not None and layer >= first  # the default of `layer_types` in transformers
     if kinds is not None:
         slides = _kind(kinds, layer) == "sliding_attention"
     if slides and not (used and size):
         raise NotImplementedError(
-            f"This layer has a window of no size: layer_types[{layer}]='sliding_attention', sliding_window={size}, "
+            f"This layer has a window without a size: layer_types[{layer}]='sliding_attention', sliding_window={size}, "
             f"use_sliding_window={used}."
         )
     window = _window(size if slides else None)
@@ -152,7 +155,7 @@ def _kind(kinds: Any, layer: int) -> str:
 
 
 def _check_kinds(config: Config, layer: int, slides: bool) -> None:
-    """Llama and Mistral of transformers do not read `layer_types`."""
+    """Refuses `layer_types` that Llama and Mistral of transformers would ignore."""
     kinds = config.get("layer_types")
     if kinds is not None and (_kind(kinds, layer) == "sliding_attention") != slides:
         raise NotImplementedError(
@@ -162,7 +165,7 @@ def _check_kinds(config: Config, layer: int, slides: bool) -> None:
 
 
 def _window(size: int | None) -> tuple[int, int] | None:
-    """Theirs counts the query itself."""
+    """`local_window_size`; the window of transformers includes the query itself."""
     if size is not None and size < 1:
         raise ValueError(f"A window counts the query itself, so it has at least one key: sliding_window={size}.")
     return None if size is None else (size - 1, 0)
@@ -209,7 +212,7 @@ def _falcon(config: Config, layer: int) -> dict[str, Any]:
 
 
 def _mpt(config: Config, layer: int) -> dict[str, Any]:
-    """ALiBi always, with alibi_bias_max=8: transformers ignores what else the config may say."""
+    """Always ALiBi with alibi_bias_max=8: transformers ignores other settings of the config, which are errors here."""
     attention = Fields(config.get("attn_config") or {})
     settings = dict(
         dim=config["d_model"],

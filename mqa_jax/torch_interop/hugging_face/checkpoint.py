@@ -1,9 +1,9 @@
-"""Attention layers of a Hugging Face checkpoint on disk: `config.json` and weights. Only what is asked for is read.
+"""Attention layers of a Hugging Face checkpoint on disk: `config.json` and weights. Only requested tensors are read.
 
-Weights are safetensors files, one or many. A `pytorch_model.bin` is read by `torch.load(weights_only=True)` and in no
-other way: a pickle may run any code. `pip install mqa-jax[torch]` has what both want.
+Weights are safetensors files, one or many. A `pytorch_model.bin` is only read with `torch.load(weights_only=True)`,
+because a pickle may run any code. `pip install mqa-jax[torch]` installs the requirements of both.
 
-What is in the files and is not understood is an error: settings, dtypes, files that an index does not agree with.
+Unknown settings and dtypes, and files that do not match their index, are errors.
 """
 
 import functools
@@ -28,7 +28,7 @@ LAYER_COUNTS = "num_hidden_layers", "n_layer", "n_layers"
 QUANTIZATION = "quantization_config", "compression_config"
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}  # in safetensors
 ROTARY = "rotary_emb.inv_freq"  # in files of transformers before 4.32
-FOREIGN = {  # how files begin that are often found in the place of weights
+FOREIGN = {  # the first bytes of files that are often found instead of weights
     b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces by the file",
     b"<": "a web page",
     b"PK\x03\x04": "a zip archive, as torch.save writes",
@@ -39,7 +39,7 @@ FOREIGN = {  # how files begin that are often found in the place of weights
 
 
 class Config(dict[str, Any]):
-    """What is in a `config.json`; a setting that is needed and not there is an error that names it."""
+    """The contents of a `config.json`; reading a missing setting raises a ValueError with its name."""
 
     def __init__(self, settings: Mapping[str, Any], path: Path):
         super().__init__(settings)
@@ -51,7 +51,7 @@ class Config(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with `config.json` and weights. Files that are replaced are read anew.
+    """A folder with `config.json` and weights. Files that have changed are read again.
 
     Attributes: folder, in which "~" is the home folder.
     """
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """Of the folder."""
+        """The folder's path, with "~" expanded."""
         return Path(self.folder).expanduser()
 
     @property
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def files(self) -> dict[str, Path]:
-        """In which file each tensor is; from the index and the headers of the files, so that nothing else is read."""
+        """The file of each tensor, from the index and the headers of the files; no tensor is read."""
         if (self.path / "adapter_config.json").exists():
             raise NotImplementedError(
                 f"There is an adapter_config.json in {str(self.path)!r}: transformers would add the adapter to the "
@@ -94,18 +94,18 @@ class Checkpoint:
     def tensors(self, prefix: str) -> dict[str, Any]:
         """The tensors whose names start with `prefix`, under the rest of their names, in their own dtypes.
 
-        They are numpy arrays, so that float64 stays what it is whatever `jax_enable_x64` says.
+        They are numpy arrays, so that float64 is kept also without `jax_enable_x64`.
         """
-        wanted: dict[Path, list[str]] = {}
+        names_by_file: dict[Path, list[str]] = {}
         for name, path in self.files.items():
             if name.startswith(prefix):
-                wanted.setdefault(path, []).append(name)
-        found = {name: x for path, names in wanted.items() for name, x in _read(path, names)}
+                names_by_file.setdefault(path, []).append(name)
+        found = {name: x for path, names in names_by_file.items() for name, x in _read(path, names)}
         return {name.removeprefix(prefix): x for name, x in found.items()}
 
     @property
     def layers(self) -> int:
-        """How many there are."""
+        """The number of layers."""
         config = self.config
         counts = {name: config[name] for name in LAYER_COUNTS if name in config}
         if len(set(counts.values())) != 1:
@@ -116,7 +116,7 @@ class Checkpoint:
         return count
 
     def attention(self, layer: int) -> tuple[GroupedQueryAttention, dict[str, Any]]:
-        """Our module for the attention of a layer, and its variables."""
+        """The Flax module for the attention of a layer, and its variables."""
         config = self.config
         _check_not_quantized(config)
         if not 0 <= layer < self.layers:
@@ -130,7 +130,7 @@ class Checkpoint:
         return module, {"params": params}
 
     def _prefix(self, family: hf_attention.Family, layer: int) -> str:
-        """A model without a head is saved without the name that it has in one with a head, or the other way round."""
+        """The prefix in this file: models with and without a head are saved with and without the model's name."""
         files = self.files
         prefix = family.prefix.format(layer)
         shorter, longer = prefix.partition(".")[2], f"{self.config['model_type']}.{prefix}"
@@ -158,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def foreign(path: Path) -> str | None:
-    """What a file is that should be weights or settings, if its first bytes say so."""
+    """The kind of a file that is not weights or settings, if its first bytes are those of a known kind."""
     with path.open("rb") as file:
         start = file.read(32).lstrip().lower()
     if not start:
@@ -183,30 +183,30 @@ def _check_not_quantized(config: Config) -> None:
 
 
 def _check_complete(module: GroupedQueryAttention, params: dict[str, Any], where: str) -> None:
-    """Flax ignores parameters that a module does not have: biases that config.json denies, say."""
+    """Compares with the module's own parameters: Flax ignores those that a module does not have, such as biases."""
     x = jax.ShapeDtypeStruct((1, 1, module.dim), jnp.float32)
     initialise = functools.partial(module.init, deterministic=True)
-    wanted = jax.eval_shape(initialise, jax.random.key(0), x)["params"]
+    expected = jax.eval_shape(initialise, jax.random.key(0), x)["params"]
     shapes = lambda tree: {jax.tree_util.keystr(at): x.shape for at, x in jax.tree_util.tree_leaves_with_path(tree)}
-    settings, file = shapes(wanted), shapes(params)
+    settings, file = shapes(expected), shapes(params)
     differing = {name: (settings.get(name), file.get(name)) for name in settings | file}
     differing = {name: pair for name, pair in differing.items() if pair[0] != pair[1]}
     if differing:
         raise ValueError(
-            f"The tensors {where} are not those of the attention that config.json describes. Our names, with shapes by "
-            f"config.json and in the file: {differing}. One of the two is another model's."
+            f"The tensors {where} are not those of the attention that config.json describes. Flax names, with shapes "
+            f"by config.json and in the file: {differing}. One of the two belongs to another model."
         )
 
 
 def _without_frequencies(tensors: dict[str, Any], rope: Rope | None, prefix: str) -> dict[str, Any]:
-    """Old files also hold the frequencies of RoPE, which transformers computes from the config, as we do."""
+    """Removes the frequencies of RoPE in old files, if they are those that follow from the config."""
     if ROTARY not in tensors:
         return tensors
     stored = np.asarray(tensors[ROTARY], np.float32)
     if rope is None or not np.allclose(
         stored, rope.frequencies(2 * stored.size), rtol=0.01
     ):  # it may be half precision
-        raise NotImplementedError(f"{prefix}{ROTARY} has other frequencies than config.json says: rope={rope}.")
+        raise NotImplementedError(f"{prefix}{ROTARY} has other frequencies than those of config.json: rope={rope}.")
     return {name: x for name, x in tensors.items() if name != ROTARY}
 
 
@@ -214,7 +214,7 @@ def _without_frequencies(tensors: dict[str, Any], rope: Rope | None, prefix: str
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """What the `weight_map` of an index says, if the files agree."""
+    """The file of each tensor from the `weight_map` of an index, after a comparison with the files."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{str(index)!r} has a weight_map, from the names of tensors to those of files.")
@@ -225,7 +225,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     inside = {name: set(_names(path)) for name, path in paths.items()}
     missing = {tensor: name for tensor, name in places.items() if tensor not in inside[name]}
     unnamed = {tensor: name for name, tensors in inside.items() for tensor in tensors if tensor not in places}
-    for wrong, what in ((missing, "are not in the file that it says"), (unnamed, "it does not name")):
+    for wrong, what in ((missing, "are not in the file of its weight_map"), (unnamed, "are not in its weight_map")):
         if wrong:
             raise ValueError(
                 f"{index.name} and its files in {str(index.parent)!r} are not of one model: {len(wrong)} tensors "
@@ -235,7 +235,7 @@ def _indexed(index: Path) -> dict[str, Path]:
 
 
 def _shard(index: Path, name: str) -> Path:
-    """The file that an index names, which must be beside it, and of its kind: others may be anything, a pickle too."""
+    """The file that an index names: in its own folder and of its own kind, because other files may be pickles."""
     path, suffix = index.parent / name, Path(index.name.removesuffix(".index.json")).suffix
     if Path(name).name != name or name.startswith(".") or "\\" in name:
         raise ValueError(f"An index names files in its own folder: {name!r} in {str(index)!r}.")
@@ -245,7 +245,7 @@ def _shard(index: Path, name: str) -> Path:
     if target.parent not in (folder, folder.parents[1] / "blobs"):  # huggingface_hub's cache links to its blobs
         raise ValueError(
             f"An index names files in its own folder: {name!r} in {str(index)!r} is a link to {str(target)!r}. "
-            "Copy the file, or give the folder that it is in."
+            "Copy the file, or pass the folder that it is in."
         )
     return path
 
@@ -285,7 +285,7 @@ def _check_dtype(path: Path, name: str, dtype: str, known: bool) -> None:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Another one for a file that has been replaced or written to."""
+    """Identifies the contents of a file; it changes if the file is replaced or written to."""
     status = path.stat()
     return status.st_ino, status.st_mtime_ns, status.st_size
 
@@ -294,9 +294,9 @@ def _open(path: Path) -> Any:
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError("Reading .safetensors files wants safetensors: pip install 'mqa-jax[torch]'.") from error
+        raise ImportError("Reading .safetensors files needs safetensors: pip install 'mqa-jax[torch]'.") from error
     try:
-        return safetensors.safe_open(path, framework="numpy")  # "flax" narrows what is in 64 bits
+        return safetensors.safe_open(path, framework="numpy")  # "flax" would narrow 64 bits
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"Truncated or damaged: {path.name} ({error}){_instead(path)}. Fetch the file again."
@@ -310,12 +310,11 @@ def _unpickled(path: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, by version of torch and kind of damage
         raise ValueError(
-            f"{path.name} is damaged, or holds more than tensors, which only weights_only=False would load, running "
-            f"whatever code is in it: {type(error).__name__}{_instead(path)}. Convert it to safetensors where you "
-            "trust it."
+            f"{path.name} is damaged, or holds more than tensors. weights_only=False would load it and run any code in "
+            f"it: {type(error).__name__}{_instead(path)}. If you trust the file, convert it to safetensors."
         ) from error
     entries = tensors if isinstance(tensors, dict) else {type(tensors).__name__: tensors}
     others = [name for name, x in entries.items() if not isinstance(x, torch.Tensor)]
     if others:
-        raise ValueError(f"{path.name} holds more than named tensors: {others[:3]}. Save a model's state_dict() alone.")
+        raise ValueError(f"{path.name} holds more than named tensors: {others[:3]}. Save only a model's state_dict().")
     return tensors

@@ -1,4 +1,4 @@
-"""The fields of a `config.json`. They note who reads them: what concerns attention and nobody reads is refused."""
+"""The fields of a `config.json`, with a record of reads: a field about attention that no code reads is an error."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ CONCERNS_ATTENTION = re.compile(
     r"attn|attention|rope|rotary|sliding|window|alibi|causal|qkv|qk_|kv|query|quant|compression|softcap|^bias$|use_bias"
     r"|layer_types|position_embedding_type|heads?$|head_dim|head_size|n_head|is_encoder_decoder|prefix_lm|no_bias"
 )
-# How attention is computed or what else is returned, not what comes out. Softmax is float32 here in any case.
+# Fields that select an implementation or additional results, and do not change the output. Softmax is always float32.
 HARMLESS = {
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -16,14 +16,14 @@ HARMLESS = {
     "_flash_attn_2_enabled",
     "attn_implementation",
     "attention_softmax_in_fp32",
-    "max_window_layers",  # says something where a family reads it
+    "max_window_layers",  # only has a meaning for families that read it
     "output_attentions",
     "pre_allocate_kv_cache",
     "scale_attention_softmax_in_fp32",
     "use_flash_attn",
     "use_flash_attention",
 }
-# Values of fields that no family here reads, with which they change nothing. None never does.
+# Values with which fields that no family here reads do not change the output. None never changes it.
 NEUTRAL: Mapping[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0,
@@ -44,10 +44,10 @@ NEUTRAL: Mapping[str, Any] = {
 
 
 class Fields(Mapping[str, Any]):
-    """A config, and which of its fields have been read.
+    """A config, and the set of its fields that have been read.
 
     Args:
-      config: what is in `config.json`.
+      config: the contents of `config.json`.
       aliases: other names for fields, as transformers' `attribute_map`.
     """
 
@@ -70,11 +70,11 @@ class Fields(Mapping[str, Any]):
         return len(self._values)
 
     def unread(self, *, harmless: frozenset[str], neutral: Mapping[str, Any]) -> dict[str, Any]:
-        """What concerns attention by its name, has been read by nobody, and may change something.
+        """Fields whose names concern attention, that have not been read, and that may change the output.
 
         Args:
-          harmless: fields of which no value does.
-          neutral: values of fields that do not.
+          harmless: fields that never change the output.
+          neutral: values of fields that do not change the output.
         """
         neutral = {**NEUTRAL, **neutral}
         known = self._read | HARMLESS | harmless

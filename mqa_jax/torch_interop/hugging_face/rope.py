@@ -1,11 +1,11 @@
-"""What a Hugging Face `config.json` says of rotary positions."""
+"""The rotary positions of a Hugging Face `config.json`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mqa_jax.positions import LinearScaling, Llama3Scaling, Rope, Scaling, YarnScaling
 
-# By `rope_type`: what scales the frequencies, the fields that it wants, and those that it may have.
+# For each `rope_type`: the class that scales the frequencies, its required fields, and its optional fields.
 CONTEXT = "original_max_position_embeddings"
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", CONTEXT)
 YARN = ("factor", CONTEXT)
@@ -19,7 +19,7 @@ SCALINGS: dict[str, tuple[Callable[..., Scaling] | None, tuple[str, ...], tuple[
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope:
-    """Both spellings: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
+    """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     if new and old and new != old:
         raise ValueError(f"These are one field: rope_parameters={new!r}, rope_scaling={old!r}.")
@@ -34,10 +34,12 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
     neutral = {"type": rope.get("type"), "partial_rotary_factor": 1}
     wrong = {name: x for name, x in given.items() if name not in required + optional and x != neutral.get(name)}
     if wrong:
-        raise NotImplementedError(f"RoPE of rope_type={kind!r} has no {wrong}: it reads {[*required, *optional]}.")
+        raise NotImplementedError(
+            f"RoPE of rope_type={kind!r} does not support {wrong}: its fields are {[*required, *optional]}."
+        )
     missing = [name for name in required if name not in given]
     if missing:
-        raise ValueError(f"RoPE of rope_type={kind!r} wants {missing}: found {given}.")
+        raise ValueError(f"RoPE of rope_type={kind!r} needs {missing}: found {given}.")
     if scaling is None:
         return Rope(theta=theta)
     return Rope(theta=theta, scaling=scaling(**{name: given[name] for name in required + optional if name in given}))

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import environment
 from benchmarks.candidate import Candidate
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # imported where they are used: they need more packages
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # imported where they are used: they need more packages
 
 
 @dataclass(frozen=True)

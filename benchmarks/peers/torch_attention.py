@@ -14,7 +14,7 @@ import numpy as np
 import mqa_jax
 from benchmarks import environment, timing
 from benchmarks.candidate import Candidate, NotApplicable
-from benchmarks.jax_peers import KEPT, random_arrays, repeats, without_gradients
+from benchmarks.peers.jax_attention import KEPT, random_arrays, repeats, without_gradients
 from benchmarks.problems import Problem
 
 Attend = Callable[..., Any]  # query, key, value

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 import mqa_jax
 from benchmarks import judge
 from benchmarks.candidate import Candidate
-from benchmarks.jax_peers import KEPT, candidate_of, compile_timed, precision_of
+from benchmarks.peers.jax_attention import KEPT, candidate_of, compile_timed, precision_of
 
 LEARNING_RATE = 1.0  # such that parameters move by their whole gradients, and what is compared is these
 

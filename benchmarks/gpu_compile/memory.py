@@ -5,8 +5,6 @@ takes in all is that and its arguments and results, which are the same for every
 benchmarks` where `make cuda-compiler` has installed the compiler.
 """
 
-import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +12,12 @@ from typing import Any
 
 import jax
 
-from benchmarks import environment, gpu_compile, jax_peers
+from benchmarks import environment, gpu_compile
 from benchmarks.measure import failure_of
 from benchmarks.model_shapes import MULTI_QUERY, SHAPES
+from benchmarks.peers import jax_attention
 from benchmarks.problems import FORWARD, Problem, attention_of
 from benchmarks.progress import progress_bar
-from benchmarks.table import figures, in_columns
 
 GRADIENTS = "gradients"  # alone, for a cotangent that comes from outside
 GPUS = ("a100", "h100", "b200")
@@ -48,7 +46,7 @@ class Row:
     message: str = ""
 
 
-WORKER = "from benchmarks import gpu_memory; gpu_memory.work()"
+WORKER = "from benchmarks import processes; from benchmarks.gpu_compile import memory; processes.serve(memory.answer)"
 
 
 def main(quick: bool = False) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def main(quick: bool = False) -> dict[str, Any]:
 
 def pairs() -> list[tuple[str, str]]:
     """Cases with their peers."""
-    peers = lambda problem: [*jax_peers.names_for(problem, "cpu"), "flax.linen"]
+    peers = lambda problem: [*jax_attention.names_for(problem, "cpu"), "flax.linen"]
     return [(name, peer) for name, problem in PROBLEMS.items() for peer in peers(problem)]
 
 
@@ -88,41 +86,22 @@ def row_of(gpu: str, case: str, peer: str, **fields: Any) -> Row:
     return Row(gpu, case, str(problem), GRADIENTS if problem.gradients else FORWARD, peer, **fields)
 
 
-def work() -> None:
-    """The worker: prints a row as a line of JSON for each pair. Its arguments are a GPU and the pairs."""
-    gpu, chosen = sys.argv[1], json.loads(sys.argv[2])
-    for case, peer in chosen:
-        try:
-            row = row_of(gpu, case, peer, status="measured", temporaries=temporaries(gpu, peer, PROBLEMS[case]))
-        except Exception as error:  # whatever a compiler raises is the result
-            row = row_of(gpu, case, peer, **failure_of(error))
-        print(json.dumps(asdict(row)), flush=True)
+def answer(gpu: str, pair: tuple[str, str]) -> dict[str, Any]:
+    """What a process finds for a case and a peer: the fields of a row."""
+    case, peer = pair
+    try:
+        row = row_of(gpu, case, peer, status="measured", temporaries=temporaries(gpu, peer, PROBLEMS[case]))
+    except Exception as error:  # whatever a compiler raises is the result
+        row = row_of(gpu, case, peer, **failure_of(error))
+    return asdict(row)
 
 
 def temporaries(gpu: str, peer: str, problem: Problem) -> int:
     """Of the output, or of the gradients alone."""
-    program = jax_peers.program_of(jax_peers.PEERS[jax_peers.program_name(peer, "gpu")], problem)
+    program = jax_attention.program_of(jax_attention.PEERS[jax_attention.program_name(peer, "gpu")], problem)
     wanted = slice(1, None) if problem.gradients else slice(None)
     device = gpu_compile.topology_of(gpu).devices[0]  # tokamax asks the default device whether it is a GPU
     with jax.default_device(device):
-        structs = jax_peers.structs(problem)
+        structs = jax_attention.structs(problem)
         compiled = gpu_compile.compile_program(gpu, lambda *arrays: program(*arrays)[wanted], structs)
     return compiled.memory_analysis().temp_size_in_bytes
-
-
-def lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Titles, and a line for each case and peer, with MiB on each GPU or why there are none."""
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in found["rows"]:
-        size = row["temporaries"]
-        text = f"{row['status']}: {row['message']}" if size is None else f"{figures(size / 2**20)} MiB"
-        key = (row["case"], f"{row['problem']} {row['direction']}", row["peer"])
-        cells.setdefault(key, {})[row["gpu"]] = text
-    return [
-        ("case", "problem", "peer", *(gpu.upper() for gpu in GPUS)),
-        *((*key, *(sizes.get(gpu, "") for gpu in GPUS)) for key, sizes in cells.items()),
-    ]
-
-
-def aligned(found: dict[str, Any]) -> str:
-    return f"memory on GPUs: absent: {found['missing']}" if found["missing"] else in_columns(lines(found))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 import mqa_jax
 from benchmarks import judge
 from benchmarks.candidate import Candidate
-from benchmarks.jax_peers import KEPT, candidate_of, compile_timed, precision_of
+from benchmarks.peers.jax_attention import KEPT, candidate_of, compile_timed, precision_of
 
 STEPS = 16  # of decoding in one call: in the first the cache is copied, as it is not donated
 Params = dict[str, dict[str, Any]]
