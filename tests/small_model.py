@@ -62,5 +62,7 @@ def write(path: Path) -> Path:
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     )
-    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "</s>"}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     return path
