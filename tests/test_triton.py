@@ -168,7 +168,7 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     bias, mask = options.pop("bias", None), options.pop("mask", None)
     sizes: Any = dict(batch=(1,), rows=19, columns=35, heads=2, kv_heads=1, features=24, value_features=20)
     problem = oracle.random_problem(np.random.default_rng(0), **sizes)
-    inputs = inputs_of(**problem.arrays, bias=bias, mask=mask, **options)
+    inputs = inputs_of(**problem.arrays, bias=bias, mask=mask, return_residual=True, **options)
     cotangents = problem.cotangents
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
@@ -209,7 +209,7 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
         problem = oracle.quantized(problem, "int8")
         lengths = jnp.array([50, 17], jnp.int32)
         options |= problem.options | dict(key_value_ring_lengths=lengths, query_offset=lengths - 3)
-    inputs = inputs_of(**problem.arrays, bias=bias, mask=mask, **options)
+    inputs = inputs_of(**problem.arrays, bias=bias, mask=mask, return_residual=True, **options)
     with jax.disable_jit():
         ran = strict_gpu(monkeypatch)
         out, normalizer = triton.forward(inputs, interpret=True)
