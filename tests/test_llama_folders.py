@@ -118,7 +118,7 @@ NOT_UNDERSTOOD: dict[str, tuple[dict[str, Any], Any, str]] = {
     "a head of its own": (
         dict(tie_word_embeddings=True),
         None,
-        "Tied embeddings must be equal: tie_word_embeddings=True, and lm_",
+        "Tied embeddings must be equal: tie_word_embeddings=True, lm_",
     ),
     "no biases": ({}, plain, "missing in .*: model.layers.0.self_attn.q_proj.bias"),
     "biases unsaid": (dict(attention_bias=False), None, "does not use, in .*: model.layers.0.self_attn.k_proj.bias"),
