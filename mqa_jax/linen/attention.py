@@ -1,7 +1,6 @@
 """Multi-query, grouped-query, multi-head and single-head attention as `flax.linen` modules."""
 
 import flax.linen as nn
-import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -12,6 +11,7 @@ from mqa_jax.layer.calls import Call
 from mqa_jax.linen.bridge import check_bridge
 from mqa_jax.linen.init_cache import wanted
 from mqa_jax.linen.norms import make_norm
+from mqa_jax.linen.random import dropout_key
 
 
 class GroupedQueryAttention(AttentionLayer, nn.Module):
@@ -59,10 +59,8 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         initializer, shape = self._weight_settings(name)
         return None if shape is None else self.param(name, initializer, shape, self.param_dtype)
 
-    def _dropout_key(self, deterministic: bool | None) -> jax.Array | None:
-        if nn.merge_param("deterministic", self.deterministic, deterministic):
-            return None
-        return self.make_rng("dropout")
+    def _dropout_key(self, deterministic: bool | None) -> Array | None:
+        return dropout_key(self, deterministic)
 
     def _cache(self, call: Call) -> Cache | None:
         """Also makes it where `mqa_jax.init_cache` traces the model, and one more for each further call in a step."""

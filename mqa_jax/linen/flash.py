@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from mqa_jax.layer.flash import FlashAttentionLayer, FlashMHASettings
 from mqa_jax.linen.attention import GroupedQueryAttention
+from mqa_jax.linen.random import dropout_key
 from mqa_jax.setting_types import check_types
 
 
@@ -19,9 +20,7 @@ class FlashAttention(FlashAttentionLayer, nn.Module):
     __call__ = nn.compact(FlashAttentionLayer.__call__)
 
     def _dropout_key(self, deterministic: bool | None) -> Array | None:
-        if nn.merge_param("deterministic", self.deterministic, deterministic):
-            return None
-        return self.make_rng("dropout")
+        return dropout_key(self, deterministic)
 
 
 class FlashMHA(FlashMHASettings, nn.Module):
