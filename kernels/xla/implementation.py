@@ -11,7 +11,8 @@ from mqa_jax.kernels.xla.backward import backward_in_tiles
 from mqa_jax.kernels.xla.decode import forward_few_queries
 from mqa_jax.kernels.xla.forward import forward_in_tiles
 from mqa_jax.kernels.xla.tile import TileShape
-from mqa_jax.shapes import Length, LogSumExp, Output
+from mqa_jax.kernels.xla.tile_choice import known
+from mqa_jax.shapes import LogSumExp, Output
 
 
 def forward(inputs: Inputs) -> tuple[Output, Normalizer]:
@@ -35,14 +36,9 @@ def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs 
 
 def tiles_for_accelerator(size: Sizes) -> TileShape:
     """Every step starts several GPU kernels, so steps are large: up to 2**25 scores, 128 MiB. Not tuned on any GPU."""
-    rows, columns = min(_length(size.T), 512), min(_length(size.S), 1024)
+    rows, columns = min(known(size.T), 512), min(known(size.S), 1024)
     heads = _heads(size, rows, columns, scores=1 << 25)
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=False)
-
-
-def _length(n: Length, symbol: int = 1 << 20) -> int:
-    """A length for choosing tiles: `symbol` where it is a symbol of `jax.export`."""
-    return n if isinstance(n, int) else symbol
 
 
 def _heads(size: Sizes, rows: int, columns: int, scores: int) -> int:
@@ -56,7 +52,7 @@ def steps_for_cpu(size: Sizes) -> decode.Steps:
 
     At most 512 keys, because a short row computes a whole block; and a multiple of 8, the parts of `summed_values`.
     """
-    columns = max(8, min(512, (1 << 15) // (_length(size.B, symbol=1) * size.T * size.N)) // 8 * 8)
+    columns = max(8, min(512, (1 << 15) // (known(size.B, symbol=1) * size.T * size.N)) // 8 * 8)
     columns = min(columns, size.S // 8 * 8) or size.S
     return decode.Steps(columns, decode.summed_scores, decode.summed_values)
 
@@ -69,7 +65,7 @@ def _forward_on_cpu(inputs: Inputs) -> tuple[Output, Normalizer]:
     size = inputs.sizes
     # Measured on 2 AVX2 cores: beyond 16 rows, transposing a tile of keys costs less than `summed_scores`; and a step
     # of up to 3 heads is too small for it.
-    in_blocks = _length(size.T) * size.G <= 16 and _length(size.B) * size.K > 3
+    in_blocks = known(size.T) * size.G <= 16 and known(size.B) * size.K > 3
     if in_blocks and isinstance(size.S, int):  # blocks have a constant length
         return forward_few_queries(inputs, steps_for_cpu(size))
     return forward_in_tiles(inputs, tiles_for_cpu(size, inputs.mask.is_causal))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from mqa_jax.inputs import Sizes
 from mqa_jax.shapes import Length
 
-SYMBOL = 1 << 12  # the assumed length where it is a symbol (`jax.export`)
+SYMBOL = 1 << 12
 ALIGNED = 8  # rows and keys of a tile are multiples of this, a vector of AVX2
 MIN_SIDE, MAX_SIDE = 128, 512  # rows of scores, and keys: products of fewer are slower, more only add masked pairs
 MAX_SCORES = 3 << 18  # of a step: 3 MiB for each array of scores
@@ -98,5 +98,6 @@ def even(length: int, max_size: int) -> int:
     return min(length, -(-length // (count * ALIGNED)) * ALIGNED)
 
 
-def known(length: Length) -> int:
-    return length if isinstance(length, int) else SYMBOL
+def known(length: Length, symbol: int = SYMBOL) -> int:
+    """A length for choosing tiles: `symbol` where it is a symbol of `jax.export`."""
+    return length if isinstance(length, int) else symbol
