@@ -88,9 +88,9 @@ MUTANTS = [
     Noticed("triton.mask.visible", "program.ragged_columns()", "False", "ragged"),
     Noticed("triton.mask.query_positions", " + _query_offset(program)", "", "rows that see nothing"),
     # Guards of loads and stores.
-    Noticed("triton.io._load_piece", "tile, limit, piece", "tile, None, piece", "ragged"),
-    Noticed("triton.io.store_rows", "limit, piece)", "None, piece)", "ragged"),
-    Noticed("triton.io.store_columns", "limit, piece)", "None, piece)", "ragged"),
+    Noticed("triton.io._load_tile", "tile, limit, piece", "tile, None, piece", "ragged"),
+    Noticed("triton.io.store_rows", "program.sizes.T, leading", "program.config.rows, leading", "ragged"),
+    Noticed("triton.io.store_columns", "program.sizes.S, leading", "program.config.columns, leading", "ragged"),
     Noticed("triton.io.store_row_numbers", "if program.sizes.T % rows else", "if False else", "ragged"),
     Noticed("triton.io._inside", "< piece.existing", "<= piece.existing", "odd heads"),
     # Scores, and what is differentiated.

@@ -48,15 +48,13 @@ def zeros(tile: int, features: int, config: TileConfig) -> Pieces:
 def load_queries(program: Program, x: Any, start: Array, masked: bool) -> Pieces:
     """A tile of a query-side array `[B, T, N, X]`."""
     limit = program.row_limit() if masked and program.ragged_rows() else None
-    parts = pieces(x.shape[-1], program.config.features)
-    return tuple(_load_piece(program, x, start, program.config.rows, program.head, part, limit) for part in parts)
+    return _load_tile(program, x, start, program.config.rows, program.head, limit)
 
 
 def load_keys(program: Program, x: Any, start: Array, masked: bool) -> Pieces:
     """A tile of a key-side array `[B, S, K, X]`."""
     limit = program.column_limit() if masked and program.ragged_columns() else None
-    parts = pieces(x.shape[-1], program.config.features)
-    return tuple(_load_piece(program, x, start, program.config.columns, program.kv_head, part, limit) for part in parts)
+    return _load_tile(program, x, start, program.config.columns, program.kv_head, limit)
 
 
 def load_scales(program: Program, x: Any, start: Array, masked: bool) -> Float[Array, "1 bk"]:
@@ -82,9 +80,12 @@ def load_head_numbers(program: Program, x: Any, row: Array) -> Float[Array, "...
     return load(x, program.head, span(row, rows), where=row + line(rows) < program.sizes.T)[:, None]
 
 
-def _load_piece(program: Program, x: Any, start: Array, tile: int, head: Array, piece: Piece, limit: Any) -> Array:
-    where = _inside(start, tile, limit, piece)
-    return load(x, program.batch, span(start, tile), head, span(piece.start, piece.width), where=where)
+def _load_tile(program: Program, x: Any, start: Array, tile: int, head: Array, limit: Any) -> Pieces:
+    def load_piece(piece: Piece) -> Array:
+        where = _inside(start, tile, limit, piece)
+        return load(x, program.batch, span(start, tile), head, span(piece.start, piece.width), where=where)
+
+    return tuple(map(load_piece, pieces(x.shape[-1], program.config.features)))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -92,21 +93,28 @@ def _load_piece(program: Program, x: Any, start: Array, tile: int, head: Array, 
 
 def store_rows(program: Program, into: Any, values: Pieces, start: Array, *leading: Array) -> None:
     """Writes a tile of `[..., B, T, N, X]`."""
-    rows = program.config.rows
-    limit = program.sizes.T if program.sizes.T % rows else None
-    for value, piece in zip(values, pieces(into.shape[-1], program.config.features)):
-        where = _inside(start, rows, limit, piece)
-        index = *leading, program.batch, span(start, rows), program.head, span(piece.start, piece.width)
-        store(into, value, *index, where=where)
+    _store_tile(program, into, values, start, program.config.rows, program.head, program.sizes.T, leading)
 
 
 def store_columns(program: Program, into: Any, values: Pieces, start: Array, *leading: Array) -> None:
     """Writes a tile of `[..., B, S, K, X]`."""
-    columns = program.config.columns
-    limit = program.sizes.S if program.sizes.S % columns else None
+    _store_tile(program, into, values, start, program.config.columns, program.kv_head, program.sizes.S, leading)
+
+
+def _store_tile(
+    program: Program,
+    into: Any,
+    values: Pieces,
+    start: Array,
+    tile: int,
+    head: Array,
+    length: int,
+    leading: tuple[Array, ...],
+) -> None:
+    limit = length if length % tile else None
     for value, piece in zip(values, pieces(into.shape[-1], program.config.features)):
-        where = _inside(start, columns, limit, piece)
-        index = *leading, program.batch, span(start, columns), program.kv_head, span(piece.start, piece.width)
+        where = _inside(start, tile, limit, piece)
+        index = *leading, program.batch, span(start, tile), head, span(piece.start, piece.width)
         store(into, value, *index, where=where)
 
 
