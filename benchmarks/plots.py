@@ -9,6 +9,7 @@
 It rewrites the tables as well, so that they and the pictures show the same numbers.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -296,5 +297,8 @@ def draw(file: Path, folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for path in [*table.write(), *(path for file in table.result_files() for path in draw(file, FOLDER))]:
         print(path.relative_to(table.ROOT))

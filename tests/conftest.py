@@ -4,12 +4,17 @@ import collections
 import functools
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
 import jax
 import jaxlib
 import pytest
+
+ROOT = Path(__file__).parents[1]
+# `benchmarks` lies here. pytest finds it through pyproject.toml, `python tests/emulate.py` through this line.
+sys.path.append(str(ROOT))
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -37,7 +42,6 @@ hypothesis.settings.load_profile("suite")
 
 
 # As warnings name them. Files in `tests` and `examples` are modules by themselves.
-ROOT = Path(__file__).parents[1]
 FILES = (path.stem for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py"))
 NAMES = "|".join(["mqa_jax", "benchmarks", "__main__", r"test_\w+", *sorted(FILES)])
 OUR_MODULES = rf"({NAMES})(\.|$)"
