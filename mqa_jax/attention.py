@@ -16,6 +16,7 @@ from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.checks import checked_inputs
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import flash
+from mqa_jax.kernels.platforms import Kernels, by_platform
 from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.kernels.xla import implementation as xla
 
@@ -32,7 +33,7 @@ class Implementation:
       in_reach: whether a program traced now may run on that platform; if not, `implementation=None` does not trace it.
     """
 
-    compute: flash.Kernels | Callable[[Inputs], tuple[Array, Array | None]]
+    compute: Kernels | Callable[[Inputs], tuple[Array, Array | None]]
     cannot: Callable[[Inputs], str | None] = lambda inputs: None
     platform: str | None = None
     in_reach: Callable[[], bool] = lambda: True
@@ -42,11 +43,11 @@ class Implementation:
 IMPLEMENTATIONS = {
     # Hand-written for NVIDIA GPUs. JAX has deprecated Pallas-Triton; Mosaic GPU kernels would go above this entry.
     "triton": Implementation(
-        flash.Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda", in_reach=triton.in_reach
+        Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda", in_reach=triton.in_reach
     ),
     # Runs on every platform, supports every option, uses linear memory; the platform selects its tiles at lowering.
-    "xla": Implementation(flash.Kernels(xla.forward, xla.backward)),
-    # The oracle; also for second derivatives and forward mode. It builds [B, N, T, S].
+    "xla": Implementation(Kernels(xla.forward, xla.backward)),
+    # The oracle. It builds [B, N, T, S].
     "reference": Implementation(jax.jit(reference.forward)),
     # NVIDIA's kernel, through jax.nn. It needs the GPU at tracing time, so it cannot be selected at lowering.
     "cudnn": Implementation(cudnn.forward, cudnn.cannot),
@@ -125,7 +126,7 @@ def dot_product_attention(
 
     Returns:
       The output `[..., T, N, V]` in the dtype of the query; with return_residual also the log-sum-exp, float32
-      (float64 for float64) `[..., T, N]`. Both are differentiable.
+      (float64 for float64) `[..., T, N]`. Both are differentiable, to any order, in forward and reverse mode.
 
     Raises:
       ValueError: the call is wrong; the message has the rule, the values and the remedy. Integers are checked where
@@ -136,11 +137,11 @@ def dot_product_attention(
       None: the first of these that can compute the call and runs on the platform that the program is lowered for:
         'triton' on an NVIDIA GPU, else 'xla', which supports every call. (A machine without such a GPU traces 'triton'
         only inside `mqa_jax.kernels.gpu.assuming`, to compile for another machine.)
-      'triton': FlashAttention-2 as Pallas-Triton kernels, for NVIDIA GPUs from compute capability 8.0; one derivative,
-        in reverse mode. K/V, dK and dV exist at the size of the key/value heads only.
+      'triton': FlashAttention-2 as Pallas-Triton kernels, for NVIDIA GPUs from compute capability 8.0. K/V, dK and dV
+        exist at the size of the key/value heads only.
       'xla': FlashAttention-2 in plain XLA, on every platform. Memory linear in T and S; tiles that the mask hides
-        entirely are not computed; one derivative, in reverse mode.
-      'reference': textbook attention, memory N * T * S; derivatives of any order and mode.
+        entirely are not computed. Second derivatives of both are computed by the reference, in blocks of queries.
+      'reference': textbook attention, memory N * T * S.
       'cudnn': `jax.nn`'s cuDNN kernel, where it supports the call.
 
     Example:
@@ -182,14 +183,14 @@ def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tup
     """The function that computes these inputs."""
     if implementation is None:
         able = [entry for entry in IMPLEMENTATIONS.values() if entry.in_reach() and entry.cannot(inputs) is None]
-        kernels = tuple((entry.platform, entry.compute) for entry in able if isinstance(entry.compute, flash.Kernels))
-        return functools.partial(flash.attend, flash.by_platform(None, *kernels))
+        kernels = tuple((entry.platform, entry.compute) for entry in able if isinstance(entry.compute, Kernels))
+        return functools.partial(flash.attend, by_platform(None, *kernels))
     if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}.")
     entry = IMPLEMENTATIONS[implementation]
     reason = entry.cannot(inputs)
     if reason is not None:
         raise NotImplementedError(f"implementation={implementation!r} cannot compute this call: {reason}.")
-    if not isinstance(entry.compute, flash.Kernels):
+    if not isinstance(entry.compute, Kernels):
         return entry.compute
-    return functools.partial(flash.attend, flash.by_platform(implementation, (entry.platform, entry.compute)))
+    return functools.partial(flash.attend, by_platform(implementation, (entry.platform, entry.compute)))

@@ -1,11 +1,11 @@
 """Leading batch axes: callers may pass any number of them, the implementations get exactly one."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs
@@ -16,19 +16,49 @@ Results = TypeVar("Results")  # a tuple of arrays, each with the batch axis firs
 def over_flat_batch(run: Callable[[Inputs], Results], inputs: Inputs) -> Results:
     """Calls `run` on inputs with one batch axis; its results get the leading axes of the query.
 
-    A bias or mask that is shared along some leading axes but not along others cannot be flattened without copying it.
-    In that case the first axis is mapped over with `jax.vmap`, and the same rule applies to the remaining axes.
+    All axes but the last are mapped over with `jax.vmap`, whose rule for attention makes one axis of them (`as_rows`).
+    A bias or mask that is shared along an axis is not mapped over.
     """
     batch = inputs.operands.query.shape[:-3]
-    pairs = [x for x in (inputs.operands.bias, inputs.mask.allowed) if x is not None]
-    if all(x.shape[:-3] in (batch, (1,) * len(batch)) for x in pairs):
-        flatten = lambda x: x.reshape(math.prod(x.shape[: len(batch)]), *x.shape[len(batch) :])
-        flat = _map_arrays(inputs, flatten, for_all_rows=lambda x: x)
-        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), run(flat))
+    if not batch:
+        one_row = _map_arrays(inputs, lambda x: x[None], for_all_rows=lambda x: x)
+        return jax.tree.map(lambda x: x[0], run(one_row))
+    if len(batch) == 1:
+        return run(inputs)
     is_shared = lambda x: x.shape[0] != batch[0]
     axes = _map_arrays(inputs, lambda x: None if is_shared(x) else 0, for_all_rows=lambda x: None)
     inputs = _map_arrays(inputs, lambda x: x[0] if is_shared(x) else x, for_all_rows=lambda x: x)
     return jax.vmap(lambda row: over_flat_batch(run, row), in_axes=(axes,))(inputs)
+
+
+def as_rows(inputs: Inputs, axes: Sequence[int | None]) -> list[Array] | None:
+    """The leaves of inputs with one batch axis, into which the first of the two axes of some leaves goes.
+
+    `axes` has 0 for each leaf with the additional axis. None where a large array would have to be copied, or an array
+    for all rows differs along the axis.
+    """
+    query, pairs = inputs.operands.query, (inputs.operands.bias, inputs.mask.allowed)
+    for_all = jax.tree.leaves(_map_arrays(inputs, lambda x: False, for_all_rows=lambda x: True))
+    leaves = jax.tree.leaves(inputs)
+    if axes[0] is None:
+        return None
+    count, batch = query.shape[:2]
+    flat = []
+    for x, axis, is_for_all in zip(leaves, axes, for_all, strict=True):
+        if is_for_all:
+            fits = axis is None
+        elif axis == 0:
+            fits = x.shape[1] == batch
+            x = x.reshape(count * x.shape[1], *x.shape[2:])
+        elif any(x is pair for pair in pairs) or x.shape[0] != batch:
+            fits = x.shape[0] == 1  # shared by all rows
+        else:
+            fits = x.ndim <= 2  # a few numbers for each row
+            x = jnp.broadcast_to(x, (count, *x.shape)).reshape(count * batch, *x.shape[1:]) if fits else x
+        if not fits:
+            return None
+        flat.append(x)
+    return flat
 
 
 def _map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Callable[[Array], Any]) -> Any:

@@ -25,15 +25,21 @@ class Dropout:
       seed: uint32 `[2]`.
       batch: int32 `[B]`, the number of each batch row.
       threshold: how many of LEVELS mean that the weight is dropped; static.
+      first: int32 `[3]`, the numbers of the first head, query row and key column where the arrays are a part of larger
+        ones; None is 0, 0, 0.
     """
 
     seed: UInt32[Array, "2"] = field(metadata={"for_all_rows": True})
     batch: Int[Array, " B"]
     threshold: int = field(metadata={"static": True})
+    first: Int[Array, "3"] | None = field(default=None, metadata={"for_all_rows": True})
 
     @classmethod
     def make(cls, rng: PRNGKeyArray, rate: float, batch: Int[Array, "..."]) -> "Dropout":
         return cls(jax.random.bits(rng, (2,), jnp.uint32), batch, round(rate * LEVELS))
+
+    def numbers_of_first(self) -> Int[Array, "3"]:
+        return jnp.zeros(3, jnp.int32) if self.first is None else self.first
 
     @property
     def scale(self) -> float:
@@ -44,11 +50,13 @@ class Dropout:
 def keep(dropout: Dropout, batch: Array, head: Array, row: Array, column: Array) -> Bool[Array, "..."]:
     """True where a weight is kept. The indices are integers that broadcast against each other."""
     unsigned = lambda index: jnp.asarray(index).astype(jnp.uint32)
+    head, row, column = map(unsigned, (head, row, column))
+    if dropout.first is not None:
+        head, row, column = (index + unsigned(first) for index, first in zip((head, row, column), dropout.first))
     stream = _mix(dropout.seed[1] + unsigned(batch))
     stream = _mix(dropout.seed[0] ^ stream)
-    stream = _mix(stream + unsigned(head) * _GOLDEN)
-    stream = _mix(stream ^ unsigned(row))
-    column = unsigned(column)
+    stream = _mix(stream + head * _GOLDEN)
+    stream = _mix(stream ^ row)
     word = _mix(stream + (column >> 1) * _GOLDEN)
     half = (word >> ((column & 1) * 16)) & np.uint32(LEVELS - 1)
     return half >= np.uint32(dropout.threshold) if dropout.threshold < LEVELS else jnp.zeros(half.shape, bool)

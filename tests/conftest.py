@@ -150,11 +150,11 @@ def skin(request, monkeypatch):
 def kernels(monkeypatch, request):
     """The Triton kernels as the implementation "kernels": in interpret mode, or with --gpu compiled, on the GPU."""
     from mqa_jax import attention  # not before jaxtyping has hooked into the import of the kernels
-    from mqa_jax.kernels import flash
+    from mqa_jax.kernels import platforms
     from mqa_jax.kernels.triton import implementation as triton
 
     interpret = not request.config.getoption("--gpu")
     forward = functools.partial(triton.forward, interpret=interpret)
     backward = functools.partial(triton.backward, interpret=interpret)
-    way = attention.Implementation(flash.Kernels(forward, backward), triton.cannot)
+    way = attention.Implementation(platforms.Kernels(forward, backward), triton.cannot)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "kernels", way)

@@ -8,7 +8,7 @@ from unittest import mock
 
 from mqa_jax import attention
 from mqa_jax.inputs import Inputs, Sizes
-from mqa_jax.kernels import flash
+from mqa_jax.kernels import platforms
 from mqa_jax.kernels.triton import decode, grid, tile_config
 from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.kernels.triton.tile_config import TileConfig
@@ -20,38 +20,38 @@ from mqa_jax.kernels.xla.tile import TileShape
 
 
 @contextlib.contextmanager
-def registered(kernels: flash.Kernels) -> Iterator[str]:
+def registered(kernels: platforms.Kernels) -> Iterator[str]:
     """The name under which these kernels can be called."""
     with mock.patch.dict(attention.IMPLEMENTATIONS, {"tiled": attention.Implementation(kernels)}):
         yield "tiled"
 
 
-def plain_xla(shape: TileShape) -> flash.Kernels:
-    return flash.Kernels(
+def plain_xla(shape: TileShape) -> platforms.Kernels:
+    return platforms.Kernels(
         functools.partial(forward_in_tiles, shape=shape), functools.partial(backward_in_tiles, shape=shape)
     )
 
 
-def plain_xla_with(tiles: Callable[[Sizes], TileShape]) -> flash.Kernels:
+def plain_xla_with(tiles: Callable[[Sizes], TileShape]) -> platforms.Kernels:
     """With the tiles of a platform, whatever the platform."""
 
     def backward(inputs: Inputs, *saved: Any) -> Any:
         return functools.partial(backward_in_tiles, shape=tiles(inputs.sizes))(inputs, *saved)
 
-    return flash.Kernels(lambda inputs: forward_in_tiles(inputs, tiles(inputs.sizes)), backward)
+    return platforms.Kernels(lambda inputs: forward_in_tiles(inputs, tiles(inputs.sizes)), backward)
 
 
-def few_queries(columns: int, on_cpu: bool) -> flash.Kernels:
+def few_queries(columns: int, on_cpu: bool) -> platforms.Kernels:
     """Blocks of so many keys; the backward pass, which knows no few queries, has tiles of as many."""
     cpu = Steps(columns, xla_decode.summed_scores, xla_decode.summed_values)
     steps = cpu if on_cpu else Steps(columns, xla_decode.plain_scores, xla_decode.plain_values)
     tiles = lambda size: TileShape(min(size.T, 2), columns, 1, upcast=on_cpu)
     backward = plain_xla_with(tiles).backward
-    return flash.Kernels(functools.partial(forward_few_queries, steps=steps), backward)
+    return platforms.Kernels(functools.partial(forward_few_queries, steps=steps), backward)
 
 
-def triton_kernels(interpret: bool) -> flash.Kernels:
-    return flash.Kernels(
+def triton_kernels(interpret: bool) -> platforms.Kernels:
+    return platforms.Kernels(
         functools.partial(triton.forward, interpret=interpret), functools.partial(triton.backward, interpret=interpret)
     )
 

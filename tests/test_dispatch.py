@@ -12,7 +12,7 @@ from cuda_programs import lowered_for_cuda
 
 import mqa_jax
 from mqa_jax import attention
-from mqa_jax.kernels import flash
+from mqa_jax.kernels import platforms
 from mqa_jax.kernels.online_softmax import Normalizer
 
 HALF = [jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, n, 8)), jnp.bfloat16) for n in (4, 2, 2)]
@@ -31,7 +31,7 @@ def ran(monkeypatch):
         return run
 
     for name, way in attention.IMPLEMENTATIONS.items():
-        if isinstance(way.compute, flash.Kernels):
+        if isinstance(way.compute, platforms.Kernels):
             compute: Any = replace(way.compute, forward=watched(name, way.compute.forward))
         else:
             compute = watched(name, way.compute)
@@ -53,14 +53,16 @@ def test_a_name_is_that_one(ran, name):
     assert ran == [name]
 
 
-def _answer(number: float) -> flash.Kernels:
+def _answer(number: float) -> platforms.Kernels:
     """Kernels that say who they are."""
 
     def forward(inputs):
         rows = jnp.zeros(inputs.operands.query.shape[:3], jnp.float32)
         return jnp.full_like(inputs.operands.query, number), Normalizer(rows, rows)
 
-    return flash.Kernels(forward, lambda inputs, *_: jax.tree.map(lambda x: jnp.full_like(x, number), inputs.operands))
+    return platforms.Kernels(
+        forward, lambda inputs, *_: jax.tree.map(lambda x: jnp.full_like(x, number), inputs.operands)
+    )
 
 
 def test_none_takes_the_first_that_can_on_this_platform(monkeypatch):

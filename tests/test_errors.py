@@ -894,13 +894,6 @@ NOT_POSSIBLE: dict[str, Any] = {
         ),
         r"transformers ignores these settings of MPT: attn_config=\{'alibi_bias_max': 4, 'qk_ln': True\}",
     ),
-    "jvp": (lambda: jax.jvp(attend, (QUERY,), (QUERY,)), r"no forward-mode derivative.*implementation='reference'"),
-    "linearize": (lambda: jax.linearize(attend, QUERY)[1](QUERY), r"forward-mode.*implementation='reference'"),
-    "second derivative": (
-        lambda: grad(lambda q: grad(lambda q: attend(q).sum())(q).sum())(QUERY),
-        r"no second derivative.*implementation='reference' \(modules: attn_impl='reference'\)",
-    ),
-    "hessian": (lambda: jax.hessian(lambda q: attend(q).sum())(QUERY), r"implementation='reference'"),
     "batch_first": (
         lambda: mqa_jax.FlashMHA(16, 4, batch_first=False).init(RNG, ones((2, 5, 16))),
         r"batch_first=False is not supported: swap the first two axes",
@@ -937,13 +930,6 @@ def test_what_an_implementation_cannot_do(name):
     impossible, message = NOT_POSSIBLE[name]
     with pytest.raises(NotImplementedError, match=r"(?s)" + message):
         impossible()
-
-
-def test_everything_that_is_refused_to_the_fused_implementation_works_in_the_reference():
-    attend_ = functools.partial(attend, implementation="reference")
-    jax.jvp(attend_, (QUERY,), (QUERY,))
-    jax.linearize(attend_, QUERY)[1](QUERY)
-    assert jax.hessian(lambda q: attend_(q).sum())(QUERY).shape == QUERY.shape * 2
 
 
 @needs_modes

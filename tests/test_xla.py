@@ -17,7 +17,7 @@ import pytest
 import mqa_jax
 from mqa_jax import attention
 from mqa_jax.inputs import Inputs, Operands, Sizes
-from mqa_jax.kernels import flash
+from mqa_jax.kernels import platforms
 from mqa_jax.kernels.xla import decode, forward
 from mqa_jax.kernels.xla import implementation as xla
 from mqa_jax.kernels.xla.backward import backward_in_tiles
@@ -29,7 +29,7 @@ from mqa_jax.masks import Mask
 
 def tiled(monkeypatch, shape: TileShape) -> str:
     """Registers the kernels with tiles of this shape, however small, under a name of their own."""
-    kernels = flash.Kernels(
+    kernels = platforms.Kernels(
         functools.partial(forward_in_tiles, shape=shape), functools.partial(backward_in_tiles, shape=shape)
     )
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "tiled", attention.Implementation(kernels))

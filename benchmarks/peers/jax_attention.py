@@ -24,7 +24,7 @@ from benchmarks import timing
 from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.problems import Problem
 from mqa_jax.attention import inputs_of
-from mqa_jax.kernels import flash, gpu
+from mqa_jax.kernels import flash, gpu, platforms
 from mqa_jax.kernels.triton import implementation as triton
 
 Attend = Callable[..., Array]  # problem, query, key, value
@@ -88,7 +88,7 @@ def for_gpu() -> bool:
     return jax.default_backend() == "gpu" or gpu.is_assumed()
 
 
-INTERPRETED = flash.Kernels(
+INTERPRETED = platforms.Kernels(
     functools.partial(triton.forward, interpret=True), functools.partial(triton.backward, interpret=True)
 )
 

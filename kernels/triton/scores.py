@@ -81,7 +81,8 @@ def drop(program: Program, weights: Float[Array, "..."], place: Place) -> Float[
     if spec is None:
         return weights
     seed: Any = load(spec.seed, 0), load(spec.seed, 1)  # a kernel cannot index an array that it has loaded
-    loaded, batch = replace(spec, seed=seed), load(spec.batch, program.batch)
+    first: Any = None if spec.first is None else tuple(load(spec.first, i) for i in range(3))
+    loaded, batch = replace(spec, seed=seed, first=first), load(spec.batch, program.batch)
     head = program.head
     if program.group > 1:
         head = head * program.group + divided(program.rows(place), program.group)[1]
