@@ -21,13 +21,13 @@ def over_flat_batch(run: Callable[[Inputs], Results], inputs: Inputs) -> Results
     """
     batch = inputs.operands.query.shape[:-3]
     if not batch:
-        one_row = _map_arrays(inputs, lambda x: x[None], for_all_rows=lambda x: x)
+        one_row = map_arrays(inputs, lambda x: x[None], for_all_rows=lambda x: x)
         return jax.tree.map(lambda x: x[0], run(one_row))
     if len(batch) == 1:
         return run(inputs)
     is_shared = lambda x: x.shape[0] != batch[0]
-    axes = _map_arrays(inputs, lambda x: None if is_shared(x) else 0, for_all_rows=lambda x: None)
-    inputs = _map_arrays(inputs, lambda x: x[0] if is_shared(x) else x, for_all_rows=lambda x: x)
+    axes = map_arrays(inputs, lambda x: None if is_shared(x) else 0, for_all_rows=lambda x: None)
+    inputs = map_arrays(inputs, lambda x: x[0] if is_shared(x) else x, for_all_rows=lambda x: x)
     return jax.vmap(lambda row: over_flat_batch(run, row), in_axes=(axes,))(inputs)
 
 
@@ -38,7 +38,7 @@ def as_rows(inputs: Inputs, axes: Sequence[int | None]) -> list[Array] | None:
     for all rows differs along the axis.
     """
     query, pairs = inputs.operands.query, (inputs.operands.bias, inputs.mask.allowed)
-    for_all = jax.tree.leaves(_map_arrays(inputs, lambda x: False, for_all_rows=lambda x: True))
+    for_all = jax.tree.leaves(map_arrays(inputs, lambda x: False, for_all_rows=lambda x: True))
     leaves = jax.tree.leaves(inputs)
     if axes[0] is None:
         return None
@@ -61,7 +61,7 @@ def as_rows(inputs: Inputs, axes: Sequence[int | None]) -> list[Array] | None:
     return flat
 
 
-def _map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Callable[[Array], Any]) -> Any:
+def map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Callable[[Array], Any]) -> Any:
     """Changes the arrays of a dataclass: `with_batch` those with leading batch axes, `for_all_rows` the others."""
     changes = {}
     for each in fields(node):
@@ -69,7 +69,7 @@ def _map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Cal
         if x is None or each.metadata.get("static"):
             continue
         if is_dataclass(x):
-            changes[each.name] = _map_arrays(x, with_batch, for_all_rows)
+            changes[each.name] = map_arrays(x, with_batch, for_all_rows)
         else:
             changes[each.name] = (for_all_rows if each.metadata.get("for_all_rows") else with_batch)(x)
     return replace(node, **changes)

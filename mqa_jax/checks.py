@@ -52,9 +52,14 @@ def checked_inputs(call: Call) -> Inputs:
         dropout=_checked_dropout(call, tuple(batch)),
         scale=_scale_of_scores(call.scale, features),
         logits_soft_cap=_checked_soft_cap(call.logits_soft_cap),
-        precision=call.precision,
+        precision=_precision(call.precision),
         residual=flag("return_residual", call.return_residual),
     )
+
+
+def _precision(precision: jax.lax.PrecisionLike) -> jax.lax.PrecisionLike:
+    """JAX's setting counts where the function is called; the kernels are traced when they are lowered, without it."""
+    return jax.config.jax_default_matmul_precision if precision is None else precision  # type: ignore[attr-defined]
 
 
 def of_batch(x: Any, batch: tuple, axes: int) -> Any:

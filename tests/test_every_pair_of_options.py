@@ -22,7 +22,7 @@ from ways import WAYS, Way
 import mqa_jax
 from mqa_jax import masks
 from mqa_jax.attention import inputs_of
-from mqa_jax.batch_axes import over_flat_batch
+from mqa_jax.batch_axes import map_arrays
 from mqa_jax.inputs import Inputs
 from mqa_jax.shapes import positions
 
@@ -186,15 +186,9 @@ def test_masks_leave_something_to_judge(way):
 def masking(problem: oracle.Problem) -> Inputs:
     """With one batch axis."""
     query, key, value = (problem.arrays[name] for name in ("query", "key", "value"))
-    options = dict(problem.options)
+    options = {name: x for name, x in problem.options.items() if name != "bias"}
     mask = options.pop("mask", None)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]))
-    inputs: list[Inputs] = []
-
-    def keep(flat: Inputs) -> tuple[Any]:
-        inputs.append(flat)
-        return (flat.operands.query,)
-
-    over_flat_batch(keep, inputs_of(query, key, value, mask=mask, **options))
-    return inputs[0]
+    flat = lambda x: x.reshape(-1, *x.shape[query.ndim - 3 :])
+    return map_arrays(inputs_of(query, key, value, mask=mask, **options), flat, for_all_rows=lambda x: x)

@@ -69,8 +69,6 @@ def test_every_precision_has_a_meaning_or_is_refused(wish, dtype):
         if expected is None:
             assert reason is not None
             assert f"(precision={wish.name})" in reason
-            with pytest.raises(NotImplementedError, match=r"products of .* with float32 sums only"):
-                precision.products_of(inputs)
         else:
             assert reason is None
             assert precision.products_of(inputs) == NAMES[expected]
@@ -209,7 +207,7 @@ def test_what_vmap_puts_out_of_reach_is_refused(name, rows):
     """The checker saw an eighth of it; with wrong offsets the numbers would be wrong."""
     arrays, call = in_8_bits(rows, batch=1, keys=3 << 17)
     run = jax.vmap(functools.partial(call, name=name))
-    with pytest.raises(NotImplementedError, match=r"key of mqa_.* shape=\(8, 1, 393216, 8, 128\), dtype=int8, .*xla'"):
+    with pytest.raises(NotImplementedError, match=r"key of mqa_.* shape=\(8, 393216, 8, 128\), dtype=int8, .*xla'"):
         lowered_for_cuda(run, *mapped(arrays, 8))
     kernels = {1: ["mqa_decode", "mqa_merge"], 20: ["mqa_forward"]}[rows]
     for times in (2, 16):  # 0.75 and 6 GiB, on both sides of what is wrong
@@ -227,7 +225,7 @@ def test_a_mapped_mask(axes):
     if axes is None:
         assert kernels_in(lowered_for_cuda(run, *arrays).as_text()) == ["mqa_forward"]
         return
-    with pytest.raises(NotImplementedError, match=r"allowed of mqa_forward has shape=\(20, 1, 8, 2048, 8192\)"):
+    with pytest.raises(NotImplementedError, match=r"allowed of mqa_forward has shape=\(20, 8, 2048, 8192\)"):
         lowered_for_cuda(run, *arrays)
 
 

@@ -8,7 +8,6 @@ the sums. The weights are rounded to 16 bits before the product with the values,
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -47,8 +46,7 @@ KINDS = {FULL: "float32", TF32: "tf32", TF32_3X: "tf32x3", EXACT: "16-bit"}  # t
 
 def products_of(inputs: Inputs) -> Products:
     found = _found(inputs)
-    if found is None:  # the backward pass may be traced under another configuration than the one `refusal` checked
-        raise NotImplementedError(f"The Triton kernels compute {refusal(inputs)}.")
+    assert found is not None  # `refusal` had no reason
     return found
 
 
@@ -68,9 +66,8 @@ def _found(inputs: Inputs) -> Products | None:
 
 
 def requested(inputs: Inputs) -> list[Any]:
-    """The precision of each side of a product, or one of both; by default JAX's configuration."""
-    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    precision: Any = default if inputs.precision is None else inputs.precision
+    """The precision of each side of a product, or one of both."""
+    precision: Any = inputs.precision
     is_pair = isinstance(precision, tuple | list) and not isinstance(precision, lax.DotAlgorithm)  # a tuple, too
     return [_by_name(one) for one in (precision if is_pair else (precision,))]
 
