@@ -41,9 +41,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
-# As warnings name them. Files in `tests` and `examples` are modules by themselves.
-FILES = (path.stem for folder in ("tests", "examples") for path in (ROOT / folder).glob("*.py"))
-NAMES = "|".join(["mqa_jax", "benchmarks", "__main__", r"test_\w+", *sorted(FILES)])
+# As warnings name them. Files are modules by themselves, unless their folder is a package.
+FOLDERS = [ROOT / "examples", ROOT / "tests", *(ROOT / "tests").glob("*/")]
+FILES = {path.stem for folder in FOLDERS if not (folder / "__init__.py").exists() for path in folder.glob("*.py")}
+NAMES = "|".join(["mqa_jax", "benchmarks", "ptx_emulator", "__main__", r"test_\w+", *sorted(FILES)])
 OUR_MODULES = rf"({NAMES})(\.|$)"
 
 

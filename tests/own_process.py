@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(program: str) -> None:
-    """Runs Python code, with the modules of tests and examples, without the suite's settings of XLA."""
-    folders = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "examples"), str(ROOT)])
+    """Runs Python code, which finds the modules that tests find, without the suite's settings of XLA."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": folders}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program], env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True
+    )
 
 
 def read_gguf_once(monkeypatch) -> None:

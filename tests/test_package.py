@@ -129,11 +129,9 @@ def test_public_names():
         assert getattr(mqa_jax, name).__doc__, name
 
 
-def test_the_kernels_are_not_a_package_of_their_own():
+def test_the_kernels_are_not_a_package_of_their_own(tmp_path):
     code = "import importlib.util, mqa_jax.kernels.xla.implementation; print(importlib.util.find_spec('kernels'))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout.strip() == "None"
 
 

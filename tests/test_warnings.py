@@ -32,7 +32,9 @@ def test_called(kind):
 def test_other_kinds():
     another_package.inside(UserWarning)
 
-@pytest.mark.parametrize("name", ["mqa_jax.kernels.flash", "mqa_jax", "benchmarks.run", "sentences", "hf_layers"])
+OURS = "mqa_jax.kernels.flash", "mqa_jax", "benchmarks.run", "sentences", "oracle", "strict_gpu", "ptx_emulator.bits"
+
+@pytest.mark.parametrize("name", OURS)
 def test_ours(name):
     import warnings
     warnings.warn_explicit("x", FutureWarning, "x.py", 1, module=name)
