@@ -21,6 +21,7 @@ from mqa_jax.kernels import row_blocks
 RNG = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 ARRAYS = normal(2, 13, 4, 8), normal(2, 17, 2, 8), normal(2, 17, 2, 4)
+ARRAYS_1 = tuple(x[:1] for x in ARRAYS)
 MOVED = tuple(normal(*x.shape) for x in ARRAYS)
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": dict(is_causal=True, query_offset=3),
@@ -88,16 +89,13 @@ MAPPED = {
     "keys shared, second": lambda f: jax.vmap(gradient(gradient(f)), in_axes=(0, None, None))(
         one_row(ARRAYS[0]), *ARRAYS_1[1:]
     ),
-    "keys alone": lambda f: jax.vmap(gradient(f), in_axes=(None, 1, None))(
-        ARRAYS_1[0], ARRAYS[1][:, None], ARRAYS_1[2]
-    ),
+    "keys alone": lambda f: jax.vmap(gradient(f), in_axes=(None, 1, None))(ARRAYS_1[0], ARRAYS[1][None], ARRAYS_1[2]),
     "twice": lambda f: jax.vmap(jax.vmap(gradient(f), in_axes=(0, None, 0)), in_axes=(None, 0, 0))(
         one_row(ARRAYS[0]), one_row(ARRAYS[1]), jnp.stack([ARRAYS[2][:, None]] * 2)
     ),
     "gradient of mapped": lambda f: gradient(jax.vmap(f, in_axes=(0, None, None)))(one_row(ARRAYS[0]), *ARRAYS_1[1:]),
     "jvp of mapped": lambda f: jax.jvp(jax.vmap(f), tuple(map(one_row, ARRAYS)), tuple(map(one_row, MOVED))),
 }
-ARRAYS_1 = tuple(x[:1] for x in ARRAYS)
 
 
 def f_like(function, number):
