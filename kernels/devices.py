@@ -129,8 +129,8 @@ def _check_automatic(module: Any) -> None:
     reasons = {"jax.export": module.lowering_parameters.for_export, "a TPU": "tpu" in module.platforms}
     if found := [name for name, is_one in reasons.items() if is_one]:
         raise NotImplementedError(
-            f"Attention cannot be cut over Auto mesh axes for {' on '.join(found)}, which JAX's custom_partitioning does "
-            f"not support (num_devices={module.axis_context.num_devices}). Use Explicit mesh axes, or jax.shard_map."
+            f"Attention cannot be cut over Auto mesh axes for {' on '.join(found)}: custom_partitioning does "
+            f"not support it (num_devices={module.axis_context.num_devices}). Use Explicit mesh axes, or jax.shard_map."
         )
 
 

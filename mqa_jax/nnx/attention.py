@@ -188,8 +188,6 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,  # type: ignore[arg-type]
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
             kernel_metadata=kernel,
             bias_metadata=bias,
             rngs=rngs,

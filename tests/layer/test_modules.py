@@ -76,6 +76,16 @@ def test_the_initialisation_is_that_of_flax():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.std(), b.std(), rtol=0.25), ours, flax)
 
 
+def test_initializers_of_the_output_projection():
+    value = nn.initializers.constant
+    own = dict(out_kernel_init=value(3.0), out_bias_init=value(4.0))
+    module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, kernel_init=value(1.0), bias_init=value(2.0), **own)
+    params = module.init(RNG, X)["params"]
+    values = {name: {each: set(np.ravel(x).tolist()) for each, x in layer.items()} for name, layer in params.items()}
+    others = dict.fromkeys(("query", "key", "value"), {"kernel": {1.0}, "bias": {2.0}})
+    assert values == {**others, "out": {"kernel": {3.0}, "bias": {4.0}}}
+
+
 def test_d_model_is_dim():
     by_position, by_alias = mqa_jax.MultiQueryAttention(24, 6), mqa_jax.MultiQueryAttention(d_model=24, heads=6)
     np.testing.assert_array_equal(run(by_position)[0], run(by_alias)[0])
