@@ -78,7 +78,7 @@ def test_the_initialisation_is_that_of_flax():
 
 def test_initializers_of_the_output_projection():
     value = nn.initializers.constant
-    own = dict(out_kernel_init=value(3.0), out_bias_init=value(4.0))
+    own: dict[str, Any] = dict(out_kernel_init=value(3.0), out_bias_init=value(4.0))
     module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, kernel_init=value(1.0), bias_init=value(2.0), **own)
     params = module.init(RNG, X)["params"]
     values = {name: {each: set(np.ravel(x).tolist()) for each, x in layer.items()} for name, layer in params.items()}
