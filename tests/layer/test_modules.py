@@ -82,7 +82,7 @@ def test_initializers_of_the_output_projection():
     module = mqa_jax.GroupedQueryAttention(24, 6, kv_heads=2, kernel_init=value(1.0), bias_init=value(2.0), **own)
     params = module.init(RNG, X)["params"]
     values = {name: {each: set(np.ravel(x).tolist()) for each, x in layer.items()} for name, layer in params.items()}
-    others = dict.fromkeys(("query", "key", "value"), {"kernel": {1.0}, "bias": {2.0}})
+    others = {name: {"kernel": {1.0}, "bias": {2.0}} for name in ("query", "key", "value")}
     assert values == {**others, "out": {"kernel": {3.0}, "bias": {4.0}}}
 
 
