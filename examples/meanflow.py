@@ -57,7 +57,7 @@ class Settings:
     learning_rate: float = option(2e-3, "its peak; it rises for a twentieth of the steps, then falls along a cosine")
     apart: float = option(0.5, "share of the samples whose times r and t differ; the others learn the velocity at t")
     seed: int = option(0, "of the parameters, the batches and the samples")
-    attn_impl: str = option("flash", "attention: flash (the fastest), xla, triton, or reference (the textbook's)")
+    attn_impl: str = option("flash", "attention: flash (the fastest), xla, or reference (the textbook's)")
 
     @property
     def model(self) -> "MeanVelocity":

@@ -45,14 +45,9 @@ def tangent_in_tiles(
         place = tiling.at_row_tile(place, index % tiling.row_tiles)
         place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, with equal results
         query = tiling.queries(inputs.operands.query, place)
-        moved: Array | None = tangents.query
-        rows = Rows(
-            query,
-            side_by_side(
-                None if moved is None else tiling.queries(moved, place), None if tangents.key is None else query
-            ),
-            Normalizer(*(tiling.queries(x[..., None], place) for x in normalizer)),
-        )
+        moved = None if tangents.query is None else tiling.queries(tangents.query, place)
+        moving = side_by_side(moved, None if tangents.key is None else query)
+        rows = Rows(query, moving, Normalizer(*(tiling.queries(x[..., None], place) for x in normalizer)))
         zeros = lambda width: jnp.zeros((shape.heads, shape.rows * size.G, width), inputs.score_dtype)
         step = functools.partial(add_tile, tiling, tangents, rows)
         sums = tiling.over_column_tiles(place, step, Sums(zeros(1), zeros(size.V)))
@@ -77,12 +72,9 @@ def add_tile(
     key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
     score, tanh = scores(tiling, rows.query, key, may_attend, place)
     weight = rows.normalizer.weight(tiling.as_matrix(score))
-    d_score = moved_scores(tiling, tangents, rows, key, tanh, place)
+    d_score = moved_scores(tiling, tangents, rows, key, tanh, may_attend, place)
     mean, weighted = sums
     if d_score is not None:
-        if may_attend is not None:  # a hidden key, and the tangent of a hidden bias, may hold anything, as in `scores`
-            hidden = ~tiling.as_matrix(jnp.broadcast_to(may_attend, score.shape))
-            d_score = jnp.where(hidden, 0.0, d_score)
         by_score = weight * d_score
         mean = mean + jnp.sum(by_score, axis=-1, keepdims=True)
         weighted = weighted + product(tiling, "prk,pkv->prv", drop(tiling, by_score, place), value)
@@ -93,15 +85,19 @@ def add_tile(
 
 
 def moved_scores(
-    tiling: Tiling, tangents: Operands, rows: Rows, key: Array, tanh: Scores | None, place: Place
+    tiling: Tiling,
+    tangents: Operands,
+    rows: Rows,
+    key: Array,
+    tanh: Scores | None,
+    may_attend: Array | None,
+    place: Place,
 ) -> Float[Array, "P R bk"] | None:
-    """The tangents of the scores; None where they are zero."""
+    """The tangents of the scores; None where they are zero. What is hidden may hold anything, as in `scores`."""
     terms = []
     if rows.moving is not None:  # both products as one, with twice the features
-        moved: Array | None = tangents.key
-        keys = side_by_side(
-            None if tangents.query is None else key, None if moved is None else tiling.keys(moved, place)
-        )
+        moved = None if tangents.key is None else tiling.keys(tangents.key, place)
+        keys = side_by_side(None if tangents.query is None else key, moved)
         d_score = tiling.as_tile(product(tiling, "prh,pkh->prk", rows.moving, keys)) * tiling.inputs.scale
         terms.append(d_score if tanh is None else d_score * (1 - tanh**2))
     if tangents.bias is not None:
@@ -110,8 +106,11 @@ def moved_scores(
         terms.append(-tiling.heads(tangents.alibi_slopes, place) * distance(tiling, place))
     if not terms:
         return None
+    total = sum(terms[1:], start=terms[0])
+    if may_attend is not None:
+        total = jnp.where(may_attend, total, 0.0)
     shape = tiling.shape.heads, tiling.shape.rows, tiling.sizes.G, tiling.shape.columns
-    return tiling.as_matrix(jnp.broadcast_to(sum(terms[1:], start=terms[0]), shape))
+    return tiling.as_matrix(jnp.broadcast_to(total, shape))
 
 
 def side_by_side(*arrays: Array | None) -> Any:
