@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from command_line import Parser, exit_with_a_sentence
 from jaxtyping import Array, Float, PRNGKeyArray
-from lobed_curves import LOBES, draw, nearest, plot
+from lobed_curves import LOBES, curves, draw, nearest, plot
 from tqdm import tqdm
 from train_report import Params, aligned, smooth
 
@@ -194,14 +194,14 @@ def train(settings: Settings) -> tuple[State, Float[np.ndarray, " steps"]]:
 
 
 def report(settings: Settings, params: Params, count: int = 1000) -> str:
-    """How far samples are from curves of the data, beside the noise that they are made of; and their lobes."""
-    key = jax.random.key(settings.seed + 1)
-    of_noise, _ = nearest(jax.random.normal(key, (count, settings.points, 2)))
-    distance, lobes = nearest(sample(settings, params, key, count))
+    """How far samples are from curves of the data, beside the mean of all data, a circle; and their lobes."""
+    samples = sample(settings, params, jax.random.key(settings.seed + 1), count)
+    distance, lobes = nearest(samples)
+    of_circle, _ = nearest(curves(jnp.zeros(1, jnp.int32), jnp.zeros(1), settings.points) / 1.5)
     shares = ", ".join(f"{n} lobes {np.mean(lobes == n):.0%}" for n in LOBES)
     return (
         f"distance from the nearest curve, whose mean radius is 1: {np.median(distance):.3f} in the median of {count} "
-        f"samples, {np.median(of_noise):.3f} of noise\n{shares} (of data: a third each)"
+        f"samples, {of_circle[0]:.3f} of a circle\n{shares} (of data: a third each)"
     )
 
 

@@ -186,7 +186,7 @@ def test_rows_that_attend_to_no_key(with_sinks):
     assert (found["out"][0, :5] == 0).all()
     expected = jnp.broadcast_to(moving["sinks"], (5, 4)) if with_sinks else jnp.zeros((5, 4))
     np.testing.assert_allclose(found["log_sum_exp"][0, :5], expected, rtol=1e-6)
-    assert (found["out"][0, 5:] != 0).all()
+    assert (found["out"][0, 5:] != 0).any(axis=(1, 2)).all()  # a head may have dropped the only key that it sees
 
 
 def test_hidden_keys_may_hold_anything():
