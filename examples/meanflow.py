@@ -4,7 +4,7 @@
     python examples/meanflow.py --steps 6000 --layers 4 --out runs/longer
     python examples/meanflow.py --memory    # of a training step, for 1024, 2048 and 4096 tokens; trains nothing
 
-A sample is a closed curve with three, four or five lobes, turned by any angle; its tokens are points of the plane. The
+A sample is a closed curve with two, three or four lobes, turned by any angle; its tokens are points of the plane. The
 network u(z, r, t) is a transformer like DiT (Peebles and Xie 2023, arXiv 2212.09748) that learns the mean velocity from
 time t to time r, so that one step from noise at time 1 is a sample: x = z - u(z, 0, 1) (Geng et al. 2025, arXiv
 2505.13447, algorithms 1 and 2). It takes about a minute on two CPU cores, and draws the loss and samples beside data.
@@ -47,14 +47,14 @@ def option(default: Any, meaning: str) -> Any:
 class Settings:
     """The settings that determine a loss curve."""
 
-    points: int = option(24, "points of a curve, the tokens of a sample")
+    points: int = option(16, "points of a curve, the tokens of a sample")
     heads: int = option(4, "query heads")
     kv_heads: int = option(1, "key/value heads")
     layers: int = option(2, "layers")
     dim: int = option(64, "features of the model")
     batch: int = option(64, "samples a step")
-    steps: int = option(1500, "steps to train")
-    learning_rate: float = option(2e-3, "its peak; it rises for a twentieth of the steps, then falls along a cosine")
+    steps: int = option(2000, "steps to train")
+    learning_rate: float = option(4e-3, "its peak; it rises for a twentieth of the steps, then falls along a cosine")
     apart: float = option(0.5, "share of the samples whose times r and t differ; the others learn the velocity at t")
     seed: int = option(0, "of the parameters, the batches and the samples")
     attn_impl: str = option("flash", "attention: flash (the fastest), xla, or reference (the textbook's)")

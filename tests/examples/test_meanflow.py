@@ -53,8 +53,9 @@ def test_the_gradient_is_that_with_textbook_attention():
         model = replace(SMALL, attn_impl=attn_impl).model
         return jax.jit(jax.grad(lambda params: meanflow.mean_flow_loss(model, params, data, key, 0.5)[0]))(params)
 
-    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(y))))
-    jax.tree.map(close, gradient("flash"), gradient("reference"))
+    found, expected = gradient("flash"), gradient("reference")
+    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(expected))  # those of the keys' biases are 0
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * largest), found, expected)
 
 
 def test_the_target_fits_a_flow_that_is_known():
@@ -70,16 +71,17 @@ def test_the_target_fits_a_flow_that_is_known():
 
 
 def test_data_are_nearest_to_themselves():
-    distance, lobes = lobed_curves.nearest(lobed_curves.curves(jnp.array([3, 4, 5]), jnp.array([0.1, 0.2, 0.3]), 24))
+    distance, lobes = lobed_curves.nearest(lobed_curves.curves(jnp.array(lobed_curves.LOBES), jnp.array([0.1, 0.2, 0.3]), 24))
     assert (distance < 0.05).all()
     np.testing.assert_array_equal(lobes, lobed_curves.LOBES)
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_grows_less_than_the_textbooks():
-    table = meanflow.memory_table(SMALL, (256, 512)).splitlines()[2:]
+    table = meanflow.memory_table(SMALL, (1024, 2048)).splitlines()[2:]
     ours, plain = ([int(line.split()[column]) for line in table] for column in (1, 3))
-    assert plain[1] > 3 * plain[0]
-    assert ours[1] < 2.5 * ours[0] < plain[0]
+    assert plain[1] > 3.5 * plain[0]
+    assert ours[1] < 2.2 * ours[0] < plain[0]
 
 
 @pytest.mark.parametrize(
