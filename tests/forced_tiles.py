@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from mqa_jax.kernels.xla import decode as xla_decode
 from mqa_jax.kernels.xla.backward import backward_in_tiles
 from mqa_jax.kernels.xla.decode import Steps, forward_few_queries
 from mqa_jax.kernels.xla.forward import forward_in_tiles
+from mqa_jax.kernels.xla.tangent import tangent_in_tiles
 from mqa_jax.kernels.xla.tile import TileShape
 
 
@@ -27,9 +29,7 @@ def registered(kernels: platforms.Kernels) -> Iterator[str]:
 
 
 def plain_xla(shape: TileShape) -> platforms.Kernels:
-    return platforms.Kernels(
-        functools.partial(forward_in_tiles, shape=shape), functools.partial(backward_in_tiles, shape=shape)
-    )
+    return plain_xla_with(lambda _: shape)
 
 
 def plain_xla_with(tiles: Callable[[Sizes], TileShape]) -> platforms.Kernels:
@@ -38,16 +38,18 @@ def plain_xla_with(tiles: Callable[[Sizes], TileShape]) -> platforms.Kernels:
     def backward(inputs: Inputs, *saved: Any) -> Any:
         return functools.partial(backward_in_tiles, shape=tiles(inputs.sizes))(inputs, *saved)
 
-    return platforms.Kernels(lambda inputs: forward_in_tiles(inputs, tiles(inputs.sizes)), backward)
+    def tangent(inputs: Inputs, *saved: Any) -> Any:
+        return functools.partial(tangent_in_tiles, shape=tiles(inputs.sizes))(inputs, *saved)
+
+    return platforms.Kernels(lambda inputs: forward_in_tiles(inputs, tiles(inputs.sizes)), backward, tangent)
 
 
 def few_queries(columns: int, on_cpu: bool) -> platforms.Kernels:
-    """Blocks of so many keys; the backward pass, which knows no few queries, has tiles of as many."""
+    """Blocks of so many keys; the other passes, which know no few queries, have tiles of as many."""
     cpu = Steps(columns, xla_decode.summed_scores, xla_decode.summed_values)
     steps = cpu if on_cpu else Steps(columns, xla_decode.plain_scores, xla_decode.plain_values)
     tiles = lambda size: TileShape(min(size.T, 2), columns, 1, upcast=on_cpu)
-    backward = plain_xla_with(tiles).backward
-    return platforms.Kernels(functools.partial(forward_few_queries, steps=steps), backward)
+    return replace(plain_xla_with(tiles), forward=functools.partial(forward_few_queries, steps=steps))
 
 
 def triton_kernels(interpret: bool) -> platforms.Kernels:

@@ -1,4 +1,4 @@
-"""Faults put into the decision which tiles are visited, and which of them go without a mask: one term at a time.
+"""Faults put into the choice of tiles, of those that go without a mask, and into tangents: one term at a time.
 
 Each is a change of the text of one function under `mqa_jax.kernels`. `test_mutants` shows that the table of options
 (or, where a fault costs time and changes no number, a test that counts tiles) notices every one of them.
@@ -547,7 +547,45 @@ TRITON = [
     ),
 ]
 
-MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON]
+# -- the terms of tangents in plain XLA -------------------------------------------------------------------------------
+
+_MOVED = "test_xla_tangent.test_everything_at_once"
+
+XLA_TANGENT = [
+    Mutant("xla.tangent.tangent_in_tiles", "weighted - mean[..., None]", "weighted + mean[..., None]", _MOVED),
+    Mutant(
+        "xla.tangent.tangent_in_tiles",
+        "weighted - mean[..., None] * out.astype(weighted.dtype)",
+        "weighted",
+        _MOVED,
+    ),
+    Mutant(
+        "xla.tangent.tangent_in_tiles",
+        " + row_terms.moved_by_sinks(inputs.operands.sinks, tangents.sinks, normalizer)",
+        "",
+        _MOVED,
+    ),
+    Mutant("row_terms.moved_by_sinks", "_weight_of_sinks(sinks, normalizer) * ", "", _MOVED),
+    Mutant("xla.tangent.add_tile", "drop(tiling, by_score, place)", "by_score", _MOVED),
+    Mutant("xla.tangent.add_tile", "drop(tiling, weight, place)", "weight", _MOVED),
+    Mutant("xla.tangent.add_tile", "jnp.sum(by_score", "jnp.sum(drop(tiling, by_score, place)", _MOVED),
+    Mutant("xla.tangent.add_tile", "if tangents.value is not None", "if False", _MOVED),
+    Mutant("xla.tangent.add_tile", "if d_score is not None", "if False", _MOVED),
+    Mutant(
+        "xla.tangent.moved_scores",
+        "if may_attend is not None",
+        "if False",
+        "test_xla_tangent.test_hidden_keys_may_hold_anything",
+    ),
+    Mutant("xla.tangent.moved_scores", " * tiling.inputs.scale", "", _MOVED),
+    Mutant("xla.tangent.moved_scores", "d_score * (1 - tanh**2)", "d_score", _MOVED),
+    Mutant("xla.tangent.moved_scores", "1 - tanh**2", "1 - tanh", _MOVED),
+    Mutant("xla.tangent.moved_scores", "if tangents.bias is not None", "if False", _MOVED),
+    Mutant("xla.tangent.moved_scores", "if tangents.alibi_slopes is not None", "if False", _MOVED),
+    Mutant("xla.tangent.moved_scores", "-tiling.heads(", "tiling.heads(", _MOVED),
+]
+
+MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON, *XLA_TANGENT]
 
 # Terms whose loss changes neither a number nor how many tiles are visited.
 WITHOUT_EFFECT = {

@@ -5,7 +5,7 @@ of the output is sum(p * s' * v) + sum(p * v') - mean * out. A sink is a score w
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     """Query-side arrays of a tile, `[P, R, ...]`."""
 
     query: Array
-    moved: Array | None  # the tangent of the query
+    moving: Array | None  # the factors of the moved keys: [tangent of the query, query], of which either may be absent
     normalizer: Normalizer
 
 
@@ -44,12 +44,10 @@ def tangent_in_tiles(
         place = tiling.place(index // tiling.row_tiles)
         place = tiling.at_row_tile(place, index % tiling.row_tiles)
         place = place._replace(owned_row=place.row)  # rows covered twice are computed twice, with equal results
-        moved: Array | None = tangents.query
-        rows = Rows(
-            tiling.queries(inputs.operands.query, place),
-            None if moved is None else tiling.queries(moved, place),
-            Normalizer(*(tiling.queries(x[..., None], place) for x in normalizer)),
-        )
+        query = tiling.queries(inputs.operands.query, place)
+        moved = None if tangents.query is None else tiling.queries(tangents.query, place)
+        moving = side_by_side(moved, None if tangents.key is None else query)
+        rows = Rows(query, moving, Normalizer(*(tiling.queries(x[..., None], place) for x in normalizer)))
         zeros = lambda width: jnp.zeros((shape.heads, shape.rows * size.G, width), inputs.score_dtype)
         step = functools.partial(add_tile, tiling, tangents, rows)
         sums = tiling.over_column_tiles(place, step, Sums(zeros(1), zeros(size.V)))
@@ -74,7 +72,7 @@ def add_tile(
     key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
     score, tanh = scores(tiling, rows.query, key, may_attend, place)
     weight = rows.normalizer.weight(tiling.as_matrix(score))
-    d_score = moved_scores(tiling, tangents, rows, key, tanh, place)
+    d_score = moved_scores(tiling, tangents, rows, key, tanh, may_attend, place)
     mean, weighted = sums
     if d_score is not None:
         by_score = weight * d_score
@@ -87,18 +85,20 @@ def add_tile(
 
 
 def moved_scores(
-    tiling: Tiling, tangents: Operands, rows: Rows, key: Array, tanh: Scores | None, place: Place
+    tiling: Tiling,
+    tangents: Operands,
+    rows: Rows,
+    key: Array,
+    tanh: Scores | None,
+    may_attend: Array | None,
+    place: Place,
 ) -> Float[Array, "P R bk"] | None:
-    """The tangents of the scores; None where they are zero."""
-    left, right = [], []
-    if rows.moved is not None:
-        left, right = [rows.moved], [key]
-    if tangents.key is not None:
-        left, right = [*left, rows.query], [*right, tiling.keys(tangents.key, place)]
+    """The tangents of the scores; None where they are zero. What is hidden may hold anything, as in `scores`."""
     terms = []
-    if left:  # both products as one, with twice the features
-        joined = [jnp.concatenate(parts, axis=-1) for parts in (left, right)]
-        d_score = tiling.as_tile(product(tiling, "prh,pkh->prk", *joined)) * tiling.inputs.scale
+    if rows.moving is not None:  # both products as one, with twice the features
+        moved = None if tangents.key is None else tiling.keys(tangents.key, place)
+        keys = side_by_side(None if tangents.query is None else key, moved)
+        d_score = tiling.as_tile(product(tiling, "prh,pkh->prk", rows.moving, keys)) * tiling.inputs.scale
         terms.append(d_score if tanh is None else d_score * (1 - tanh**2))
     if tangents.bias is not None:
         terms.append(tiling.split_heads(tiling.pairs(tangents.bias, place)).astype(tiling.inputs.score_dtype))
@@ -106,5 +106,14 @@ def moved_scores(
         terms.append(-tiling.heads(tangents.alibi_slopes, place) * distance(tiling, place))
     if not terms:
         return None
+    total = sum(terms[1:], start=terms[0])
+    if may_attend is not None:
+        total = jnp.where(may_attend, total, 0.0)
     shape = tiling.shape.heads, tiling.shape.rows, tiling.sizes.G, tiling.shape.columns
-    return tiling.as_matrix(jnp.broadcast_to(sum(terms[1:], start=terms[0]), shape))
+    return tiling.as_matrix(jnp.broadcast_to(total, shape))
+
+
+def side_by_side(*arrays: Array | None) -> Any:
+    """The features of those that are there; None if none is."""
+    there = [x for x in arrays if x is not None]
+    return jnp.concatenate(there, axis=-1) if there else None
