@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.flax import save_file
 
-from mqa_jax.torch_interop.hugging_face import checkpoint as hf_checkpoint
+from mqa_jax.torch_interop.hugging_face import weight_files
 from mqa_jax.torch_interop.hugging_face.checkpoint import Checkpoint
 
 CONFIG: dict[str, Any] = dict(
@@ -55,13 +55,13 @@ def test_only_the_files_of_a_layer_are_read(tmp_path, monkeypatch):
     checkpoint = write(tmp_path, one=layer(0), two=layer(1))
     assert len(checkpoint.files) == 8
     opened: list[str] = []
-    really = hf_checkpoint._open
+    really = weight_files._open
 
     def spy(path):
         opened.append(path.name)
         return really(path)
 
-    monkeypatch.setattr(hf_checkpoint, "_open", spy)
+    monkeypatch.setattr(weight_files, "_open", spy)
     checkpoint.attention(1)
     assert opened == ["two.safetensors"]
 
