@@ -8,7 +8,7 @@ What Flax's tests check of `nnx.MultiHeadAttention` (`tests/nnx/nn/attention_tes
     init_cache missing, decode missing        MISTAKES
     qk norm                                   test_modules.py::test_norms, on every skin
     causal mask equal to is_causal            test_a_causal_mask_is_what_causal_is
-    num_kv_heads, of which some do not divide test_modules.py, test_errors.py
+    num_kv_heads, of which some do not divide test_modules.py, test_module_errors.py
     equivalence with linen                    test_the_same_bits
     keep_rngs, rngs of a call                 test_dropout_*
     kernel_metadata, ln metadata              test_metadata
@@ -30,7 +30,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import skins
-import test_errors
+import test_cache_errors
+import test_module_errors
 from flax import nnx
 from jax import export
 from nnx_errors import MISTAKES, make, through_the_bridge
@@ -120,12 +121,15 @@ def test_the_skins_of_the_tests_are_what_they_say(monkeypatch):
     assert module == mqa_jax.GroupedQueryAttention(24, 6) != mqa_jax.GroupedQueryAttention(24, 3)
 
 
+REFUSALS = test_module_errors.MODULES | test_cache_errors.CACHE
+
+
 @pytest.mark.parametrize("tree", [False, True])
-@pytest.mark.parametrize("name", [*test_errors.MODULES, *test_errors.CACHE])
+@pytest.mark.parametrize("name", REFUSALS)
 def test_mistakes_get_the_sentence_that_they_get_from_linen(name, tree, monkeypatch):
     if name in OF_LINEN:
         return
-    wrong, message = (test_errors.MODULES | test_errors.CACHE)[name]
+    wrong, message = REFUSALS[name]
     skins.put_on("nnx, tree mode" if tree else "nnx", monkeypatch)
     with pytest.raises(ValueError, match=r"(?s)" + message):
         wrong()
