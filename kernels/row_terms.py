@@ -17,6 +17,18 @@ def d_sinks(sinks: Array | None, normalizer: Normalizer, delta: Float[Array, "B 
     """A sink is a score whose value is 0: its gradient is -weight * delta. Padding rows have no sink."""
     if sinks is None:
         return None
+    return -jnp.sum(_weight_of_sinks(sinks, normalizer) * delta, axis=(0, 1)).astype(sinks.dtype)
+
+
+def moved_by_sinks(
+    sinks: Array | None, tangent: Array | None, normalizer: Normalizer
+) -> Float[Array, "B T N"] | Float[Array, ""]:
+    """What the tangent of the sinks adds to that of the log-sum-exp."""
+    if sinks is None or tangent is None:
+        return jnp.zeros((), normalizer.highest.dtype)
+    return _weight_of_sinks(sinks, normalizer) * tangent.astype(normalizer.highest.dtype)[None, None]
+
+
+def _weight_of_sinks(sinks: Array, normalizer: Normalizer) -> Float[Array, "B T N"]:
     without = normalizer.highest == -jnp.inf
-    weight = jnp.where(without, 0.0, normalizer.weight(sinks.astype(delta.dtype)[None, None]))
-    return -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)
+    return jnp.where(without, 0.0, normalizer.weight(sinks.astype(normalizer.highest.dtype)[None, None]))

@@ -46,7 +46,7 @@ IMPLEMENTATIONS = {
         Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda", in_reach=triton.in_reach
     ),
     # Runs on every platform, supports every option, uses linear memory; the platform selects its tiles at lowering.
-    "xla": Implementation(Kernels(xla.forward, xla.backward)),
+    "xla": Implementation(Kernels(xla.forward, xla.backward, xla.tangent)),
     # The oracle. It builds [B, N, T, S].
     "reference": Implementation(jax.jit(reference.forward)),
     # NVIDIA's kernel, through jax.nn. It needs the GPU at tracing time, so it cannot be selected at lowering.

@@ -10,6 +10,7 @@ from mqa_jax.kernels.xla import decode, tile_choice
 from mqa_jax.kernels.xla.backward import backward_in_tiles
 from mqa_jax.kernels.xla.decode import forward_few_queries
 from mqa_jax.kernels.xla.forward import forward_in_tiles
+from mqa_jax.kernels.xla.tangent import tangent_in_tiles
 from mqa_jax.kernels.xla.tile import TileShape
 from mqa_jax.kernels.xla.tile_choice import known
 from mqa_jax.shapes import LogSumExp, Output
@@ -25,6 +26,19 @@ def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output,
     cpu = tiles_for_cpu(inputs.sizes, inputs.mask.is_causal, tile_choice.BACKWARD)
     return lax.platform_dependent(
         *arguments, cpu=with_tiles(cpu), default=with_tiles(tiles_for_accelerator(inputs.sizes))
+    )
+
+
+def tangent(inputs: Inputs, out: Output, normalizer: Normalizer, tangents: Operands) -> tuple[Output, LogSumExp]:
+    with_tiles = lambda tiles: functools.partial(tangent_in_tiles, shape=tiles)
+    cpu = tiles_for_cpu(inputs.sizes, inputs.mask.is_causal, tile_choice.BACKWARD)
+    return lax.platform_dependent(
+        inputs,
+        out,
+        normalizer,
+        tangents,
+        cpu=with_tiles(cpu),
+        default=with_tiles(tiles_for_accelerator(inputs.sizes)),
     )
 
 
