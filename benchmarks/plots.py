@@ -162,16 +162,16 @@ def draw_memory(results: dict[str, Any]) -> Any:
     figure, axis = plt.subplots(figsize=(11, 1 + 0.27 * (len(rows) + 1.6 * len(problems))), layout="constrained")
     place, ticks = 0.0, {}
     for problem, found in problems.items():
-        axis.text(LEAST * 1.15, place, problem, va="center", fontweight="bold", fontsize=9)
+        axis.text(MIN_VISIBLE * 1.15, place, problem, va="center", fontweight="bold", fontsize=9)
         for row in found:
             place += 1
             ticks[place] = row["peer"]
             size = row["temporaries"]
-            length = max((size or 0) / 2**20, LEAST)  # nothing has no place on such an axis
+            length = max((size or 0) / 2**20, MIN_VISIBLE)  # nothing has no place on such an axis
             axis.barh(place, length, color=COLOURS[0] if row["peer"] == "ours" else "#9A9A9A")
             axis.annotate(f" {table.temporaries(row)}", (length, place), va="center", fontsize=9)
         place += 1.6
-    axis.set(xscale="log", xlim=(LEAST, 1e6), xlabel="MiB of temporaries at the peak, as compiled for an H100")
+    axis.set(xscale="log", xlim=(MIN_VISIBLE, 1e6), xlabel="MiB of temporaries at the peak, as compiled for an H100")
     axis.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
     axis.set_ylim(place - 0.8, -0.8)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, position: f"{x:,.12g}"))
@@ -180,7 +180,7 @@ def draw_memory(results: dict[str, Any]) -> Any:
     return figure
 
 
-LEAST = 0.1  # MiB that can be seen
+MIN_VISIBLE = 0.1  # MiB that can be seen
 
 
 DRAWINGS = {

@@ -88,7 +88,7 @@ def test_flops():
 def steps():
     """What a process of the command finds for some steps of decoding."""
     names = ["decode-one", "decode-window", "decode-int8"]
-    return dict(gpu.work(names, True, QUICK, time.monotonic() + gpu.LONGEST_CASE))
+    return dict(gpu.work(names, True, QUICK, time.monotonic() + gpu.MAX_CASE_SECONDS))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_bytes_of_a_cache():
 
 def test_the_numbers_of_a_long_cache_repeat(monkeypatch):
     """In JAX and in PyTorch the same, with scales and without."""
-    monkeypatch.setattr(jax_attention, "LONGEST_CACHE", 8)
+    monkeypatch.setattr(jax_attention, "MAX_CACHE", 8)
     problem = Problem(batch=3, queries=1, keys=32, heads=4, kv_heads=2, head_dim=8)
     arrays = jax_attention.on_device(problem)
     assert [x.shape for x in arrays] == problem.shapes()
@@ -221,7 +221,7 @@ def test_a_process_that_has_lost_its_gpu_is_replaced(monkeypatch):
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(gpu, "LONGEST_CASE", 0.2)
+    monkeypatch.setattr(gpu, "MAX_CASE_SECONDS", 0.2)
     assert messages(work(monkeypatch, "time.sleep(60)")) == ["its process ended with status -9: "] * 3
 
 
@@ -330,6 +330,4 @@ def test_the_search_starts_from_the_table_and_stays_within_the_registers():
                 inputs = inputs_of(array, array, array, precision=tile_space.PRECISIONS.get(dtype))
                 assert first == tile_config.choose(direction, inputs)
                 assert others
-                assert all(
-                    tile_space.numbers_of_a_thread(entry, config) <= tile_space.MOST_NUMBERS for config in others
-                )
+                assert all(tile_space.numbers_of_a_thread(entry, config) <= tile_space.MAX_NUMBERS for config in others)
