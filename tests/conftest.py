@@ -147,6 +147,15 @@ def skin(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=["graph", "tree"])
+def mode(request):
+    """Which of its two modes `flax.nnx` is in."""
+    import skins
+
+    with skins.mode(tree=request.param == "tree"):
+        yield request.param
+
+
 @pytest.fixture
 def kernels(monkeypatch, request):
     """The Triton kernels as the implementation "kernels": in interpret mode, or with --gpu compiled, on the GPU."""

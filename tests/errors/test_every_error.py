@@ -14,7 +14,7 @@ import pytest
 import test_cache_errors as caches
 import test_function_errors as function
 import test_hf_attention
-import test_hf_checkpoint
+import test_hf_files
 import test_implementation_errors as implementations
 import test_module_errors as modules
 import test_torch_errors as torch
@@ -56,7 +56,7 @@ def _raised() -> set[tuple[str, int | None]]:
         implementations.NOT_POSSIBLE,
         nnx_errors.MISTAKES,
     ]
-    on_disk = test_hf_checkpoint.WRONG | test_hf_checkpoint.NEEDS_TORCH
+    on_disk = test_hf_files.WRONG | test_hf_files.NEEDS_TORCH
     calls: list[Callable[[], object]] = [
         *(wrong for table in tables for wrong, _ in table.values()),
         *(functools.partial(_in_a_folder, wrong) for wrong, *_ in on_disk.values()),
