@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import nnx_errors
+import odd_layers
 import pytest
 import test_cache_errors as caches
 import test_function_errors as function
-import test_hf_attention
+import test_hf_configs
 import test_hf_files
 import test_implementation_errors as implementations
 import test_module_errors as modules
 import test_torch_errors as torch
 import test_torch_interop
-import test_torch_modules
 from skins import needs_modes
 
 import mqa_jax
@@ -60,10 +60,10 @@ def _raised() -> set[tuple[str, int | None]]:
     calls: list[Callable[[], object]] = [
         *(wrong for table in tables for wrong, _ in table.values()),
         *(functools.partial(_in_a_folder, wrong) for wrong, *_ in on_disk.values()),
-        *(functools.partial(hf_attention.attention_of, config) for config, *_ in test_hf_attention.FIELDS.values()),
+        *(functools.partial(hf_attention.attention_of, config) for config, *_ in test_hf_configs.FIELDS.values()),
         *(functools.partial(test_torch_interop.from_state, *case) for case in test_torch_interop.WRONG_STATES.values()),
-        *test_torch_modules.REFUSED,
-        *(functools.partial(test_torch_modules.spoiled, x) for x in test_torch_modules.ODD),
+        *odd_layers.REFUSED,
+        *(functools.partial(odd_layers.spoiled, x) for x in odd_layers.ODD),
         functools.partial(nnx_errors.through_the_bridge, tree=True),
         test_torch_interop.on_no_device,
     ]
