@@ -156,6 +156,16 @@ def mode(request):
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch's threads wait for each other by spinning; benchmarks that run side by side would wait long."""
+    from benchmarks import environment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "usable_cores", lambda: 1)
+        yield
+
+
 @pytest.fixture
 def kernels(monkeypatch, request):
     """The Triton kernels as the implementation "kernels": in interpret mode, or with --gpu compiled, on the GPU."""
