@@ -14,9 +14,18 @@ def delta(out: Output, d_out: Output, d_log_sum_exp: LogSumExp) -> Float[Array, 
 
 
 def d_sinks(sinks: Array | None, normalizer: Normalizer, delta: Float[Array, "B T N"]) -> Array | None:
-    """A sink is a score whose value is 0: its gradient is -weight * delta. Padding rows have no sink."""
+    """A sink is a score whose value is 0: its gradient is -weight * delta."""
     if sinks is None:
         return None
+    return -jnp.sum(_sink_weights(sinks, normalizer) * delta, axis=(0, 1)).astype(sinks.dtype)
+
+
+def tangent_of_sinks(sinks: Array, tangent: Array, normalizer: Normalizer) -> Float[Array, "B T N"]:
+    """What the sinks add to the tangent of the log-sum-exp."""
+    return _sink_weights(sinks, normalizer) * tangent.astype(normalizer.highest.dtype)
+
+
+def _sink_weights(sinks: Array, normalizer: Normalizer) -> Float[Array, "B T N"]:
+    """Padding rows have no sink."""
     without = normalizer.highest == -jnp.inf
-    weight = jnp.where(without, 0.0, normalizer.weight(sinks.astype(delta.dtype)[None, None]))
-    return -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)
+    return jnp.where(without, 0.0, normalizer.weight(sinks.astype(normalizer.highest.dtype)))
