@@ -117,7 +117,7 @@ def _one_tile(
     if visits.any_masked:
         sums = lax.fori_loop(0, visits.masked, lambda number, sums: step(number, sums, masked=True), sums)
     out = load_queries(program, saved.out, row, masked=True)
-    d_out = tuple(x - sums.d_log_sum_exp[:, None] * y for x, y in zip(sums.d_out, out))
+    d_out = tuple(x - sums.d_log_sum_exp[:, None] * y.astype(jnp.float32) for x, y in zip(sums.d_out, out))
     store_rows(program, into[0], d_out, row)
     store_row_numbers(program, into[1], sums.d_log_sum_exp, row)
 

@@ -1,0 +1,130 @@
+"""Tangents of output and log-sum-exp (forward mode): of the kernels, of the reference and of the plain computation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import option_space
+import oracle
+
+import mqa_jax
+from mqa_jax.attention import inputs_of
+from mqa_jax.batch_axes import over_flat_batch
+from mqa_jax.inputs import Inputs, Operands
+from mqa_jax.kernels.online_softmax import Normalizer
+from mqa_jax.kernels.triton import implementation as triton
+from mqa_jax.masks import Mask
+
+Arrays = dict[str, Any]
+Found = dict[str, Any]  # the tangents of "out" and "log_sum_exp"
+
+
+def random_tangents(problem: oracle.Problem, names: Any = None, seed: int = 0) -> Arrays:
+    """Of these operands, by default of all; NaN in the padding, which nothing may read."""
+    rng = np.random.default_rng(seed)
+    arrays = {name: x for name, x in problem.arrays.items() if name in (names or problem.arrays)}
+    normal = lambda x: jnp.asarray(rng.standard_normal(x.shape, dtype=np.float32)).astype(x.dtype)
+    tangents = {name: normal(x) for name, x in arrays.items()}
+    return {
+        name: x
+        for name, x in option_space.spoilt(problem.arrays | tangents, problem.options).items()
+        if name in tangents
+    }
+
+
+# -- of the kernels ---------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Moved:
+    """Inputs and the tangents of their operands, which `over_flat_batch` takes as it takes inputs."""
+
+    inputs: Inputs
+    tangents: Operands
+
+    @property
+    def operands(self) -> Operands:
+        return self.inputs.operands
+
+    @property
+    def mask(self) -> Mask:
+        return self.inputs.mask
+
+
+def moved(arrays: Arrays, tangents: Arrays, options: dict[str, Any]) -> Moved:
+    """The tangents with as many axes as the operands have."""
+    inputs = inputs_of(**arrays, **options, return_residual=True)
+    filled = inputs_of(**arrays | tangents, **options).operands
+    absent = {field.name: None for field in fields(Operands) if field.name not in tangents}
+    return Moved(inputs, replace(filled, **absent))
+
+
+def saved(inputs: Inputs, interpret: bool) -> tuple[Any, Normalizer]:
+    """Output and normalizer as a backward pass gets them."""
+    out, (highest, log_total) = triton.forward(inputs, interpret=interpret)
+    finite = jnp.where(highest == -jnp.inf, jnp.finfo(highest.dtype).max, highest)
+    return out, Normalizer(finite, log_total)
+
+
+def of_kernels(problem: oracle.Problem, interpret: bool) -> Callable[[oracle.Problem, Arrays], Found]:
+    def run(both: Any) -> tuple[Any, Any]:
+        return triton.tangent(both.inputs, *saved(both.inputs, interpret), both.tangents, interpret=interpret)
+
+    return _compiled(problem, lambda arrays, tangents, options: over_flat_batch(run, moved(arrays, tangents, options)))
+
+
+# -- what they are judged by ------------------------------------------------------------------------------------------
+
+
+def of_plain(problem: oracle.Problem) -> Callable[[oracle.Problem, Arrays], Found]:
+    """In the precision of the arrays."""
+    return _compiled(problem, _differentiated(oracle.plain_attention))
+
+
+def of_reference(problem: oracle.Problem) -> Callable[[oracle.Problem, Arrays], Found]:
+    """In float64."""
+    attend = lambda arrays, options: mqa_jax.dot_product_attention(
+        **arrays, **options, implementation="reference", return_residual=True
+    )
+    compute = _compiled(problem, _differentiated(attend))
+
+    def exact(problem: oracle.Problem, tangents: Arrays) -> Found:
+        with jax.enable_x64(True):
+            tangents = {name: x.astype(jnp.float64) for name, x in tangents.items()}
+            return jax.tree.map(np.asarray, compute(problem.astype(jnp.float64), tangents))
+
+    return exact
+
+
+def _differentiated(attend: Callable[[Arrays, dict[str, Any]], Any]) -> Callable[..., Any]:
+    def tangents_of(arrays: Arrays, tangents: Arrays, options: dict[str, Any]) -> Any:
+        moving = {name: arrays[name] for name in tangents}
+        return jax.jvp(lambda moving: attend(arrays | moving, options), (moving,), (tangents,))[1]
+
+    return tangents_of
+
+
+def _compiled(problem: oracle.Problem, tangents_of: Callable) -> Callable[[oracle.Problem, Arrays], Found]:
+    """For problems that differ in the values of arrays; what is an array is an argument of the program."""
+    static = {name: x for name, x in problem.options.items() if not isinstance(x, jax.Array)}
+
+    @jax.jit
+    def compute(arrays: Arrays, tangents: Arrays, options: dict[str, Any]) -> Found:
+        return dict(zip(("out", "log_sum_exp"), tangents_of(arrays, tangents, static | options)))
+
+    def for_values(other: oracle.Problem, tangents: Arrays) -> Found:
+        options = {name: x for name, x in other.options.items() if name not in static}
+        return compute(other.arrays, tangents, options)
+
+    return for_values
+
+
+def judge(problem: oracle.Problem, tangents: Arrays | None = None, interpret: bool = True) -> None:
+    """By the rule of `oracle.judge`, against float64."""
+    tangents = random_tangents(problem) if tangents is None else tangents
+    found = [of(problem)(problem, tangents) for of in (lambda x: of_kernels(x, interpret), of_plain, of_reference)]
+    oracle.judge(*found)
