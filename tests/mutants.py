@@ -1,4 +1,4 @@
-"""Faults put into the decision which tiles are visited, and which of them go without a mask: one term at a time.
+"""Faults put into the choice of tiles, of those that go without a mask, and into tangents: one term at a time.
 
 Each is a change of the text of one function under `mqa_jax.kernels`. `test_mutants` shows that the table of options
 (or, where a fault costs time and changes no number, a test that counts tiles) notices every one of them.
@@ -547,7 +547,36 @@ TRITON = [
     ),
 ]
 
-MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON]
+# -- the terms of tangents --------------------------------------------------------------------------------------------
+
+_MOVED = "test_triton_tangent.test_everything_at_once"
+
+TANGENT = [
+    Mutant("triton.tangent._one_tile", "(d_query, key), (query, d_key)", "((d_query, key),)", _MOVED),
+    Mutant("triton.tangent._one_tile", "(d_query, key), (query, d_key)", "((query, d_key),)", _MOVED),
+    Mutant("triton.tangent._one_tile", "dropped * d_score", "weight * d_score", _MOVED),
+    Mutant("triton.tangent._one_tile", "jnp.sum(weight * d_score", "jnp.sum(dropped * d_score", _MOVED),
+    Mutant("triton.tangent._one_tile", "tangents.value is not None", "False", _MOVED),
+    Mutant("triton.tangent._one_tile", "d_out, dropped, d_value", "d_out, weight, d_value", _MOVED),
+    Mutant("triton.tangent._one_tile", "x - sums", "x + sums", _MOVED),
+    Mutant("triton.tangent._one_tile", "visits.full, ", "visits.full - 1, ", _MOVED),
+    Mutant("triton.tangent._one_tile", "visits.masked, ", "visits.masked - 1, ", _MOVED),
+    Mutant(
+        "triton.tangent._one_tile",
+        "sums: step(number, sums, masked=True)",
+        "sums: step(number, sums, masked=False)",
+        _MOVED,
+    ),
+    Mutant("triton.tangent._d_score", "d_raw * program.inputs.scale", "d_raw", _MOVED),
+    Mutant("triton.tangent._d_score", "d_raw * (1 - tanh * tanh)", "d_raw", _MOVED),
+    Mutant("triton.tangent._d_score", "tangents.bias is not None", "False", _MOVED),
+    Mutant("triton.tangent._d_score", "-slope * ", "slope * ", _MOVED),
+    Mutant("triton.tangent._d_log_sum_exp_of_sinks", "saved.of_sinks is None", "True", _MOVED),
+    Mutant("triton.scores.load_normalizer", "other=-jnp.inf", "other=0.0", _MOVED),
+    Mutant("row_terms.tangent_of_sinks", "_sink_weights(sinks, normalizer) * ", "0 + ", _MOVED),
+]
+
+MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON, *TANGENT]
 
 # Terms whose loss changes neither a number nor how many tiles are visited.
 WITHOUT_EFFECT = {

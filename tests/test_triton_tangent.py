@@ -1,5 +1,6 @@
 """The Triton kernel of the tangents, in interpret mode, against the reference that JAX differentiates forwards."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -49,12 +50,19 @@ def everything(seed: int = 0, **sizes: Any) -> oracle.Problem:
     )
 
 
-def test_everything_at_once():
-    """In several tiles on each axis; NaN in all padding."""
+@functools.cache
+def expected_of_everything() -> Any:
     problem = everything()
     problem = replace(problem, arrays=option_space.spoilt(problem.arrays, problem.options))
+    moving = tangents.random_tangents(problem)
+    return problem, moving, tangents.expected(problem, moving)
+
+
+def test_everything_at_once():
+    """In several tiles on each axis; NaN in all padding. `mutants` runs it, too."""
+    problem, moving, expected = expected_of_everything()
     with WAYS["triton"].registered(TILES):
-        tangents.judge(problem)
+        oracle.judge(tangents.of_kernels(problem, interpret=True)(problem, moving), *expected)
 
 
 @pytest.mark.sampled(4)
