@@ -100,10 +100,11 @@ def _backward(kernels: Kernels, saved, cotangents):
     likes = saved[2], saved[3].highest
     cotangents = [jnp.zeros_like(y) if isinstance(x, SymbolicZero) else x for x, y in zip(cotangents, likes)]
     (inputs, perturbed, out, normalizer), cotangents = refusals.first_derivative_only((saved, cotangents))
-    constant = tuple(name for name, x in vars(perturbed).items() if x is not None and x.size == 0)
+    is_constant = lambda x: x is not None and not any(y.size for y in jax.tree.leaves(x))
+    constant = tuple(name for name, x in vars(perturbed).items() if is_constant(x))
     inputs = replace(inputs, constant=constant)
     gradients = kernels.backward(inputs, out, normalizer, *cotangents)
-    return (replace(inputs, operands=gradients, mask=None, dropout=None, constant=()),)
+    return (replace(inputs, operands=gradients, mask=None, dropout=None, score_fn=None, constant=()),)
 
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)  # they show which operands are differentiated

@@ -31,7 +31,7 @@ def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1)
 
     `group` neighbouring rows of a tile are heads of one query; `mask.query_segments` has an id for each row.
     """
-    needs_mask = mask.allowed is not None or mask.ring is not None
+    needs_mask = _may_need_mask(mask)
 
     def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
         start, stop = tile * rows // group, jnp.minimum(-(-(tile + 1) * rows // group), sizes.T)
@@ -46,7 +46,7 @@ def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1)
 
 def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
     """For each tile of keys, the tiles of queries. The kernel masks columns beyond the last key."""
-    needs_mask = mask.allowed is not None or mask.ring is not None
+    needs_mask = _may_need_mask(mask)
 
     def of_tile(mask: Mask, tile: Array) -> tuple[tiles.Index, ...]:
         start, stop = tile * columns, jnp.minimum((tile + 1) * columns, sizes.S)
@@ -59,13 +59,18 @@ def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
     return _bounds(ranges, rows, _tiles(sizes.T, rows), related)
 
 
+def _may_need_mask(mask: Mask) -> bool:
+    """Whether every tile may have hidden pairs."""
+    return any(x is not None for x in (mask.allowed, mask.ring, mask.function))
+
+
 def _tiles(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
 def _for_each_tile(mask, of_tile, count: int) -> tuple[Array, ...]:
     """`of_tile(mask of one batch row, number of the tile)` for all, each `[#B, count]`."""
-    vectors = replace(mask, allowed=None, query_segments=None, key_segments=None)
+    vectors = replace(mask, allowed=None, query_segments=None, key_segments=None, function=None)
     batch = max([x.shape[0] for x in jax.tree.leaves(vectors)], default=1)
     vectors = jax.tree.map(lambda x: jnp.broadcast_to(x, batch)[:, None], vectors)  # one entry for each mapped row
     for_one_row = jax.vmap(of_tile, in_axes=(None, 0), out_axes=0)

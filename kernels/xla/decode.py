@@ -143,6 +143,8 @@ def _masked(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
         score = score * block.cut(operands.key_scale, 1).astype(score.dtype)[..., None, None]
     if inputs.logits_soft_cap is not None:
         score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
+    if inputs.score_fn is not None:
+        score = _of_function(inputs, score, block)
     if operands.bias is not None:
         score = score + _as_scores(block.cut(operands.bias, 3), size).astype(score.dtype)
     if operands.alibi_slopes is not None:
@@ -152,12 +154,23 @@ def _masked(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
     return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
 
 
+def _of_function(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
+    """`score_fn` of the scores."""
+    size, score_fn = inputs.sizes, inputs.score_fn
+    assert score_fn is not None
+    score_fn = score_fn.joined(inputs.operands.score_arrays)
+    batch = score_fn.batch[:, None, None, None, None]
+    head = positions(size.N).reshape(size.K, 1, size.G)
+    query, key = (_as_scores(x, size) for x in masks.of_pairs(inputs.mask, positions(size.T), block.columns))
+    return score_fn.function(score, batch, head, query, key, *score_fn.arrays)
+
+
 def _visible(inputs: Inputs, block: Block) -> Bool[Array, "#B #c #K #T #G"] | None:
     """True where a query may attend to a key that the block owns; None if nothing is removed."""
     mask, size = inputs.mask, inputs.sizes
     cut = lambda x, axis: None if x is None else block.cut(x, axis)
     mask = replace(mask, allowed=cut(mask.allowed, 3), key_segments=cut(mask.key_segments, 1))
-    may_attend = masks.visible(mask, positions(size.T), block.columns)
+    may_attend = masks.visible(mask, positions(size.T), block.columns, positions(size.N))
     may_attend = None if may_attend is None else _as_scores(may_attend, size)
     if size.S % block.columns.shape[0] == 0:
         return may_attend
