@@ -190,9 +190,7 @@ def _number(n: Length) -> int | Array:
     return n if isinstance(n, int) else jnp.asarray(n).astype(jnp.int32)
 
 
-def of_pairs(
-    mask: Mask, rows: Positions, columns: Positions
-) -> tuple[Int[Array, "#B 1 T 1"], Int[Array, "#B 1 1 S"]]:
+def of_pairs(mask: Mask, rows: Positions, columns: Positions) -> tuple[Int[Array, "#B 1 T 1"], Int[Array, "#B 1 1 S"]]:
     """The positions of queries and keys."""
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
     query = rows[None] + offset[:, None]  # [#B, T]

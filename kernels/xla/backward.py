@@ -90,21 +90,57 @@ def differentiate(
 ) -> tuple[Sums, Array, Array]:
     """Adds the contributions of one tile to every gradient."""
     sums, d_key, d_value = carry
-    query, d_out, *normalizer, delta = (tiling.queries(x, place) for x in saved)
-    score, steps = scores(tiling, query, key, may_attend, place)
-    weight = Normalizer(*normalizer).weight(tiling.as_matrix(score))  # [P, R, bk]
-    d_weight = product(tiling, "prv,pkv->prk", d_out, value)
-    d_value = d_value + product(tiling, "prk,prv->pkv", drop(tiling, weight, place), d_out)
-    d_weight = drop(tiling, d_weight, place)
-    d_score = weight * (d_weight - delta)
+    rows = Saved(*(tiling.queries(x, place) for x in saved))
+    weight, d_score, steps = d_scores(tiling, rows, key, value, place, may_attend)
+    d_value = d_value + product(tiling, "prk,prv->pkv", drop(tiling, weight, place), rows.d_out)
     sums = add_to_score_terms(tiling, place, steps, tiling.as_tile(d_score), sums)
     factor = slope(tiling, place, steps)
     if factor is not None:
         d_score = d_score * tiling.as_matrix(factor)
     d_score = d_score * tiling.inputs.scale
-    d_key = d_key + product(tiling, "prk,prh->pkh", d_score, query)
+    d_key = d_key + product(tiling, "prk,prh->pkh", d_score, rows.query)
     d_query = product(tiling, "prk,pkh->prh", d_score, key)
     return sums._replace(query=tiling.add_queries(sums.query, d_query, place)), d_key, d_value
+
+
+def d_scores(
+    tiling: Tiling,
+    rows: Saved,
+    key: Float[Array, "P bk H"],
+    value: Float[Array, "P bk V"],
+    place: Place,
+    may_attend: Array | None,
+) -> tuple[Float[Array, "P R bk"], Float[Array, "P R bk"], Steps]:
+    """The weights of a tile, the gradients of its scores, and what the derivatives of the scores need."""
+    score, steps = scores(tiling, rows.query, key, may_attend, place)
+    weight = Normalizer(rows.highest, rows.log_total).weight(tiling.as_matrix(score))
+    d_weight = drop(tiling, product(tiling, "prv,pkv->prk", rows.d_out, value), place)
+    return weight, weight * (d_weight - rows.delta), steps
+
+
+def score_arrays_in_tiles(
+    inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp, shape: TileShape
+) -> tuple[Array, ...]:
+    """The gradients of the arrays of `score_fn` and nothing else: two matrix products a tile."""
+    tiling, operands = Tiling(inputs, shape), inputs.operands
+    delta = row_terms.delta(out, d_out, d_log_sum_exp)
+    saved = Saved(operands.query, d_out, *(x[..., None] for x in (*normalizer, delta)))
+    Sum = tuple[Array, ...]
+
+    def key_tile(index: Array, sums: Sum) -> Sum:
+        place = tiling.place(index // tiling.column_tiles)
+        place = tiling.at_column_tile(place, index % tiling.column_tiles)
+        key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
+
+        def step(place: Place, may_attend: Array | None, sums: Sum) -> Sum:
+            rows = Saved(*(tiling.queries(x, place) for x in saved))
+            _, d_score, steps = d_scores(tiling, rows, key, value, place, may_attend)
+            return jax.tree.map(jnp.add, sums, d_score_arrays(tiling, place, steps, tiling.as_tile(d_score)))
+
+        return tiling.over_row_tiles(place, step, sums)
+
+    zeros = jax.tree.map(jnp.zeros_like, operands.score_arrays)
+    return lax.fori_loop(0, tiling.head_blocks * tiling.column_tiles, key_tile, zeros)
 
 
 def add_to_score_terms(tiling: Tiling, place: Place, steps: Steps, d_score: Scores, sums: Sums) -> Sums:

@@ -77,6 +77,8 @@ def forward_few_queries(inputs: Inputs, steps: Steps) -> tuple[Output, Normalize
     else:
         blocks = _BlockRange.seen(inputs, steps.columns)
         masked, step = of_block(inputs), of_block(replace(inputs, mask=_full(inputs.mask)))
+        if inputs.mask.function is not None:
+            masked = _unless_hidden(inputs, steps, masked)
         if inputs.mask.hides_pairs or inputs.mask.key_lengths is not None or size.S % steps.columns:
             full = step
             step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
@@ -101,6 +103,16 @@ def attend(
         weight = weight * _cleared(inputs, block.cut(value_scale, 1), block).astype(weight.dtype)[..., None, None]
     weighted = steps.values(inputs, weight, _cleared(inputs, value, block))
     return online_softmax.State(highest, total, state.weighted * rescale[:, None] + weighted)
+
+
+def _unless_hidden(inputs: Inputs, steps: Steps, step: Callable) -> Callable:
+    """Skips a block in which the mask hides all pairs, such as those between a beginning and a window."""
+
+    def skipping(index: Array, state: online_softmax.State) -> online_softmax.State:
+        visible = _visible(inputs, Block.number(index, steps.columns, inputs.sizes))
+        return lax.cond(jnp.any(visible), step, lambda index, state: state, index, state)
+
+    return skipping
 
 
 class _BlockRange(NamedTuple):

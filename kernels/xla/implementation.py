@@ -3,11 +3,12 @@
 import functools
 
 from jax import core, lax
+from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs, Operands, Sizes
 from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.xla import decode, tile_choice
-from mqa_jax.kernels.xla.backward import backward_in_tiles
+from mqa_jax.kernels.xla.backward import backward_in_tiles, score_arrays_in_tiles
 from mqa_jax.kernels.xla.decode import forward_few_queries
 from mqa_jax.kernels.xla.forward import forward_in_tiles
 from mqa_jax.kernels.xla.tile import TileShape
@@ -26,6 +27,11 @@ def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output,
     return lax.platform_dependent(
         *arguments, cpu=with_tiles(cpu), default=with_tiles(tiles_for_accelerator(inputs.sizes))
     )
+
+
+def d_score_arrays(inputs: Inputs, *saved: Array) -> tuple[Array, ...]:
+    """The gradients of the arrays of `score_fn` alone, which kernels for GPUs do not compute. Arguments: `backward`."""
+    return score_arrays_in_tiles(inputs, *saved, shape=tiles_for_accelerator(inputs.sizes))
 
 
 def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs = tile_choice.FORWARD) -> TileShape:
