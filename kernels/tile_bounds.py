@@ -59,7 +59,7 @@ def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
     ranges = _for_each_tile(mask, of_tile, _tiles(sizes.S, columns))
     related = _related(mask.key_segments, mask.query_segments, columns, rows)
     of_function = _of_function(mask, sizes, rows, columns)
-    turned = None if of_function is None else tuple(x.swapaxes(1, 2) for x in of_function)
+    turned = None if of_function is None else (of_function[0].swapaxes(1, 2), of_function[1].swapaxes(1, 2))
     return _bounds(ranges, rows, _tiles(sizes.T, rows), related, turned)
 
 

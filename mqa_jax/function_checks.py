@@ -29,13 +29,13 @@ def checked_function(name: str, given: Any, batch: tuple, score_dtype: DTypeLike
     """The function and its arrays, floating point ones in the dtype of the scores."""
     if given is None:
         return None
-    function, *arrays = given if isinstance(given, tuple | list) else (given,)
+    function, *given_arrays = given if isinstance(given, tuple | list) else (given,)
     if not callable(function) or not _is_hashable(function):
         raise ValueError(
             f"{name} must be a function {CALLED[name]}, hashable, or a tuple of one and the arrays that it reads: "
             f"{name}={shown(given)}. For example {name}=(function, table)."
         )
-    arrays = tuple(_array(f"{name}[{i}]", x, score_dtype) for i, x in enumerate(arrays, 1))
+    arrays = tuple(_array(f"{name}[{i}]", x, score_dtype) for i, x in enumerate(given_arrays, 1))
     _check(name, function, jnp.dtype(score_dtype), tuple((x.shape, x.dtype) for x in arrays))
     numbers = positions(math.prod(batch))
     return PairFunction(numbers.reshape(batch), arrays, function)
@@ -50,8 +50,8 @@ def _is_hashable(function: Callable) -> bool:
 
 
 def _array(name: str, x: Any, score_dtype: DTypeLike) -> Array:
-    dtype = getattr(x, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits == 64:
+    x = x if hasattr(x, "dtype") else array(name, x)
+    if jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits == 64:
         x = in_32_bits(name, x, "fit 32 bits", "as all integers in a tile do")
     x = array(name, x)
     if jnp.issubdtype(x.dtype, jnp.floating):

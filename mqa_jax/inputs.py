@@ -30,7 +30,8 @@ class Operands:
     """The arrays with respect to which attention is differentiable.
 
     The score of a pair is `score_fn(soft_cap(scale * q.k)) + bias - alibi_slope * |query position - key position|`.
-    `score_arrays` are the floating point arrays of `score_fn`, in `score_dtype`; None if it has none. Keys and values in 8 bits (`mqa_jax.quantization`) have scales: k is key * key_scale, v is value * value_scale.
+    `score_arrays` are the floating point arrays of `score_fn`, in `score_dtype`; None if it has none.
+    Keys and values in 8 bits (`mqa_jax.quantization`) have scales: k is key * key_scale, v is value * value_scale.
     """
 
     query: Query

@@ -42,7 +42,7 @@ class PairFunction:
         return replace(self, arrays=tuple(next(left) if x is None else x for x in self.arrays))
 
     def of_pairs(self, *score: Array, head: Array, query: Array, key: Array) -> Array:
-        """The result for `[B, N, T, S]` scores, of which it may share axes; heads `[N]`, positions `[#B, 1, T, 1]`..."""
+        """The result for scores `[B, N, T, S]`, whose axes it may share; `head` is `[N]`, `query` `[#B, 1, T, 1]`."""
         batch, head = self.batch[:, None, None, None], head[:, None, None]
         result = jnp.asarray(self.function(*score, batch, head, query, key, *self.arrays))
         return result.reshape((1,) * (4 - result.ndim) + result.shape)

@@ -1,7 +1,5 @@
 """The visible pairs of a tile (`mqa_jax.masks` defines them), and the distances of their positions."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -9,8 +7,8 @@ from mqa_jax import masks
 from mqa_jax.kernels.triton.call import load, span
 from mqa_jax.kernels.triton.functions import allowed
 from mqa_jax.kernels.triton.pairs import load_pairs
-from mqa_jax.kernels.triton.program import Place, Program, line
 from mqa_jax.kernels.triton.positions import key_positions, query_positions
+from mqa_jax.kernels.triton.program import Place, Program, line
 
 
 def may_mask(program: Program) -> bool:

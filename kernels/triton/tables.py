@@ -89,7 +89,6 @@ def _refusals(name: str, function: PairFunction) -> Iterator[str]:
 @functools.lru_cache(maxsize=1024)
 def _refusal(name: str, function: Callable, arrays: tuple) -> str | None:
     """Why a function cannot be part of a kernel, found by tracing it and its derivative on a tile."""
-
     struct = jax.ShapeDtypeStruct
     # Ones of the shape of the index stand for what is read.
     read = lambda array, *index: jnp.ones(jnp.broadcast_shapes(*map(jnp.shape, index)), array.dtype)

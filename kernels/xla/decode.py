@@ -110,6 +110,7 @@ def _unless_hidden(inputs: Inputs, steps: Steps, step: Callable) -> Callable:
 
     def skipping(index: Array, state: online_softmax.State) -> online_softmax.State:
         visible = _visible(inputs, Block.number(index, steps.columns, inputs.sizes))
+        assert visible is not None
         return lax.cond(jnp.any(visible), step, lambda index, state: state, index, state)
 
     return skipping

@@ -29,9 +29,12 @@ def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output,
     )
 
 
-def d_score_arrays(inputs: Inputs, *saved: Array) -> tuple[Array, ...]:
-    """The gradients of the arrays of `score_fn` alone, which kernels for GPUs do not compute. Arguments: `backward`."""
-    return score_arrays_in_tiles(inputs, *saved, shape=tiles_for_accelerator(inputs.sizes))
+def d_score_arrays(
+    inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp
+) -> tuple[Array, ...]:
+    """The gradients of the arrays of `score_fn` alone, which kernels for GPUs do not compute."""
+    tiles = tiles_for_accelerator(inputs.sizes)
+    return score_arrays_in_tiles(inputs, out, normalizer, d_out, d_log_sum_exp, tiles)
 
 
 def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs = tile_choice.FORWARD) -> TileShape:

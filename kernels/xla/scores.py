@@ -65,14 +65,14 @@ def slope(tiling: Tiling, place: Place, steps: Steps) -> Scores | None:
 
 def score_function(tiling: Tiling, place: Place) -> Callable[[Scores, Any], Scores]:
     """`score_fn` in a tile, as a function of scores and of its floating point arrays."""
-    inputs, size = tiling.inputs, tiling.sizes
-    assert inputs.score_fn is not None
-    batch, head = inputs.score_fn.batch[place.batch], tiling.query_heads(place).reshape(-1, 1, size.G, 1)
+    split, size = tiling.inputs.score_fn, tiling.sizes
+    assert split is not None
+    batch, head = split.batch[place.batch], tiling.query_heads(place).reshape(-1, 1, size.G, 1)
     pairs = masks.of_pairs(tiling.mask_of_row(place), tiling.rows(place), tiling.columns(place))
     query, key = map(tiling.split_heads, pairs)
 
     def apply(score: Scores, floats: Any) -> Scores:
-        score_fn = inputs.score_fn.joined(floats)
+        score_fn = split.joined(floats)
         return score_fn.function(score, batch, head, query, key, *score_fn.arrays)
 
     return apply
@@ -80,8 +80,9 @@ def score_function(tiling: Tiling, place: Place) -> Callable[[Scores, Any], Scor
 
 def d_score_arrays(tiling: Tiling, place: Place, steps: Steps, d_score: Scores) -> tuple[Array, ...]:
     """The gradients of the floating point arrays of `score_fn` from one tile."""
-    function = score_function(tiling, place)
-    _, pull = jax.vjp(lambda floats: function(steps.capped, floats), tiling.inputs.operands.score_arrays)
+    function, capped = score_function(tiling, place), steps.capped
+    assert capped is not None
+    _, pull = jax.vjp(lambda floats: function(capped, floats), tiling.inputs.operands.score_arrays)
     return pull(d_score)[0]
 
 

@@ -278,9 +278,9 @@ class Tiling:
 
     def mask_of_row(self, place: Place) -> masks.Mask:
         """The mask of one batch row, without the boolean mask of the caller."""
-        cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
-        whole, function = self.inputs.mask, self.inputs.mask.function
-        mask = jax.tree.map(cut, replace(whole, allowed=None, function=None), is_leaf=lambda x: x is None)
+        cut = lambda x: lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
+        function = self.inputs.mask.function
+        mask = jax.tree.map(cut, replace(self.inputs.mask, allowed=None, function=None))
         return mask if function is None else replace(mask, function=replace(function, batch=cut(function.batch)))
 
     def _mask_of_tile(self, place: Place) -> masks.Mask:
