@@ -1,4 +1,6 @@
-"""Draws docs/tile_walk.png and docs/shares.png from the tables that the kernels read: python docs/draw.py"""
+"""Draws docs/tile_walk.png and docs/shares.png from the tables that the kernels read, and docs/functions.png from the
+functions of masks: python docs/draw.py
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
+from mqa_jax import functions
 from mqa_jax.inputs import Sizes
 from mqa_jax.kernels import tile_bounds
 from mqa_jax.kernels.triton.grid import Share
@@ -69,6 +72,36 @@ def draw_shares() -> None:
     figure.savefig(FOLDER / "shares.png", dpi=110)
 
 
+def draw_functions() -> None:
+    """The masks of `mqa_jax.functions`, and what T5's buckets add to the scores of one head."""
+    ids = jnp.asarray(np.repeat([0, 1, 2], [7, 4, 13])[None])
+    parents = np.eye(12, dtype=bool)
+    for node in range(1, 12):
+        parents[node] |= parents[(node - 1) // 2]
+    masks: dict[str, tuple[Any, ...]] = {
+        "prefix of 9 keys": (functions.prefix, jnp.array([9])),
+        "documents": (functions.documents, ids),
+        "dilated, every 3rd key": (functions.dilated, 3),
+        "image of width 6, radius 1": (functions.neighbourhood, 6, 1),
+        "2 sinks, window of 6": (functions.sink_and_window, 2, 6),
+        "tree of 12 tokens after 12 keys": (functions.tree, jnp.array([12]), jnp.asarray(parents)),
+    }
+    query, key = np.ogrid[:24, :24]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 8), layout="constrained")
+    for axis, (title, (function, *arrays)) in zip(axes.flat, masks.items()):
+        visible = function(0, 0, jnp.asarray(query), jnp.asarray(key), *arrays)
+        axis.imshow(visible, cmap=ListedColormap([COLOURS["never visited"], COLOURS["visited without it"]]))
+        frame(axis, title, "key", "query")
+    table = jnp.asarray(np.random.default_rng(0).permutation(16).astype(np.float32))[:, None]
+    for axis, function in zip(axes.flat[len(masks) :], (functions.t5, functions.t5_causal)):
+        added = np.array(function(jnp.zeros((24, 24)), 0, 0, jnp.asarray(query), jnp.asarray(key), table))
+        if function is functions.t5_causal:
+            added[key > query] = np.nan
+        axis.imshow(added, cmap="Spectral")
+        frame(axis, f"{function.__name__}, a random table of 16", "key", "query")
+    figure.savefig(FOLDER / "functions.png", dpi=90)
+
+
 def frame(axis: Any, title: str, across: str, down: str) -> None:
     axis.set(title=title, xlabel=across, ylabel=down)
     axis.set_xticks(np.arange(axis.get_xlim()[1]) - 0.5, minor=True)
@@ -80,3 +113,4 @@ def frame(axis: Any, title: str, across: str, down: str) -> None:
 if __name__ == "__main__":
     draw_tile_walk()
     draw_shares()
+    draw_functions()

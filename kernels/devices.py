@@ -21,6 +21,7 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from mqa_jax import axes
 from mqa_jax.axes import Cut
 from mqa_jax.kernels import mapped
 from mqa_jax.kernels.mapped import Maps
@@ -50,13 +51,21 @@ class Call(NamedTuple):
     @property
     def letters_of_arguments(self) -> list[str]:
         """With a digit for each axis that `jax.vmap` has added."""
-        digits = lambda i: "".join(str(level) for level, axes in reversed([*enumerate(self.maps)]) if axes[i] == 0)
-        return [digits(i) + letters for i, letters in enumerate(self.letters.arguments)]
+        digits = lambda i: "".join(
+            str(level) for level, mapped_axes in reversed([*enumerate(self.maps)]) if mapped_axes[i] == 0
+        )
+        return [
+            axes.expanded(digits(i) + letters, len(x.shape))
+            for i, (letters, x) in enumerate(zip(self.letters.arguments, self.arguments, strict=True))
+        ]
 
     @property
     def letters_of_results(self) -> list[str]:
         digits = "".join(str(level) for level in reversed(range(len(self.maps))))
-        return [digits + letters for letters in self.letters.results]
+        return [
+            axes.expanded(digits + letters, len(x.shape))
+            for letters, x in zip(self.letters.results, self.results, strict=True)
+        ]
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -73,7 +82,7 @@ class Call(NamedTuple):
         sums: list[tuple[str, ...]] = [()] * len(self.results)
         if self.letters.are_gradients:
             count = len(self.maps)
-            sums = [cut.summed(one, x.shape[count:]) for one, x in zip(self.letters.results, self.results)]
+            sums = [cut.summed(one[count:], x.shape[count:]) for one, x in zip(self.letters_of_results, self.results)]
         return self.run(functools.partial(_part, self.compute, cut, self.letters, sums))
 
 
@@ -174,12 +183,15 @@ def _explicit(call: Call, mesh: Any) -> Callable[..., list]:
 def cut_of(call: Call, mesh: Any, specs: Sequence[PartitionSpec]) -> Cut:
     """The cut of the queries, and of the axes that `jax.vmap` has added."""
     found: dict[str, tuple[str, ...]] = {}
+    inputs = jax.tree.unflatten(call.parameters["tree"], call.arguments[: call.parameters["tree"].num_leaves])
+    # Functions of scores and masks get the numbers of heads, which a part does not know.
+    cuttable = "bt" if inputs.score_fn is not None or inputs.mask.function is not None else "btn"
     for letters, spec in reversed([*zip(call.letters_of_arguments, specs, strict=True)]):
         for letter, names in zip(letters, spec):
             if letter.isdigit() and names is not None:
                 found[letter] = _tuple(names)
     for letter, names in zip(call.letters_of_arguments[0], specs[0]):
-        if letter in "btn" and names is not None:
+        if letter in cuttable and names is not None:
             found[letter] = _tuple(names)
     return Cut(tuple(mesh), tuple(sorted(found.items())), *call.heads)
 

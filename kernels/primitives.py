@@ -63,14 +63,15 @@ def _tangent(*arguments: Array, kernels: Kernels, tree: Tree, wanted: Wanted) ->
 
 def _backward(*arguments: Array, kernels: Kernels, tree: Tree, wanted: Wanted) -> list[Array]:
     inputs, out, normalizer, cotangents = _split(arguments, tree)
-    numbers = _operands(inputs, dict(enumerate(range(tree.num_leaves))))
-    is_wanted = lambda field: any(number in wanted for number in jax.tree.leaves(getattr(numbers, field)))
-    constant = tuple(x.name for x in fields(Operands) if not is_wanted(x.name))
+    numbers = _operands(inputs, {number: number for number in range(tree.num_leaves)})
+    leaves_of = {field.name: jax.tree.leaves(getattr(numbers, field.name)) for field in fields(Operands)}
+    constant = tuple(name for name, leaves in leaves_of.items() if not set(leaves) & set(wanted))
     gradients = kernels.backward(replace(inputs, constant=constant), out, normalizer, *cotangents)
-    found = jax.tree.leaves(gradients, is_leaf=lambda x: x is None)
-    names = jax.tree.leaves(numbers, is_leaf=lambda x: x is None)
-    by_number = dict(zip(names, found))
-    return [by_number[number] for number in wanted]
+    found: dict[int, Array] = {}
+    for name, leaves in leaves_of.items():
+        if name not in constant:
+            found |= zip(leaves, jax.tree.leaves(getattr(gradients, name)), strict=True)
+    return [found[number] for number in wanted]
 
 
 def _split(arguments: Sequence[Any], tree: Tree) -> tuple[Inputs, Any, Normalizer, Sequence[Any]]:

@@ -20,10 +20,11 @@ from jaxtyping import Array, Bool, Int, Integer
 
 from mqa_jax.inputs import Sizes
 from mqa_jax.kernels import tiles
-from mqa_jax.masks import Mask
+from mqa_jax.masks import Mask, of_pairs
 from mqa_jax.shapes import positions
 
 Bounds = Int[Array, "#B tiles 4"]  # start, full_start, full_stop, stop
+Related = tuple[Bool[Array, "#B X Y"], Bool[Array, "#B X Y"]]  # pairs of tiles: some pairs visible, and all
 
 
 def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1) -> Bounds:
@@ -41,7 +42,8 @@ def key_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1)
 
     ranges = _for_each_tile(mask, of_tile, _tiles(sizes.T * group, rows))
     related = _related(mask.query_segments, mask.key_segments, rows, columns)
-    return _bounds(ranges, columns, _tiles(sizes.S, columns), related)
+    of_function = _of_function(mask, sizes, rows, columns, group)
+    return _bounds(ranges, columns, _tiles(sizes.S, columns), related, of_function)
 
 
 def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
@@ -56,7 +58,9 @@ def row_tiles(mask: Mask, sizes: Sizes, rows: int, columns: int) -> Bounds:
 
     ranges = _for_each_tile(mask, of_tile, _tiles(sizes.S, columns))
     related = _related(mask.key_segments, mask.query_segments, columns, rows)
-    return _bounds(ranges, rows, _tiles(sizes.T, rows), related)
+    of_function = _of_function(mask, sizes, rows, columns)
+    turned = None if of_function is None else (of_function[0].swapaxes(1, 2), of_function[1].swapaxes(1, 2))
+    return _bounds(ranges, rows, _tiles(sizes.T, rows), related, turned)
 
 
 def _tiles(length: int, tile: int) -> int:
@@ -65,7 +69,7 @@ def _tiles(length: int, tile: int) -> int:
 
 def _for_each_tile(mask, of_tile, count: int) -> tuple[Array, ...]:
     """`of_tile(mask of one batch row, number of the tile)` for all, each `[#B, count]`."""
-    vectors = replace(mask, allowed=None, query_segments=None, key_segments=None)
+    vectors = replace(mask, allowed=None, query_segments=None, key_segments=None, function=None)
     batch = max([x.shape[0] for x in jax.tree.leaves(vectors)], default=1)
     vectors = jax.tree.map(lambda x: jnp.broadcast_to(x, batch)[:, None], vectors)  # one entry for each mapped row
     for_one_row = jax.vmap(of_tile, in_axes=(None, 0), out_axes=0)
@@ -74,13 +78,13 @@ def _for_each_tile(mask, of_tile, count: int) -> tuple[Array, ...]:
     return tuple(jnp.broadcast_to(x, (batch, count)) for x in found)
 
 
-def _bounds(ranges: tuple[Array, ...], tile: int, count: int, related) -> Bounds:
+def _bounds(ranges: tuple[Array, ...], tile: int, count: int, *related: Related | None) -> Bounds:
     """From ranges of positions to ranges of tiles: rounded outwards for visited, inwards for unmasked tiles."""
     start, stop, full_start, full_stop = ranges
     start, stop = tiles.tile_range(start, stop, tile, count)
     full_start, full_stop = -(-full_start // tile), full_stop // tile
-    if related is not None:
-        some, every = _hull(related[0]), _first_run(related[1])
+    for found in filter(None, related):
+        some, every = _hull(found[0]), _first_run(found[1])
         start, stop = jnp.maximum(start, some[0]), jnp.minimum(stop, some[1])
         full_start, full_stop = jnp.maximum(full_start, every[0]), jnp.minimum(full_stop, every[1])
     stop = jnp.maximum(start, stop)
@@ -89,7 +93,7 @@ def _bounds(ranges: tuple[Array, ...], tile: int, count: int, related) -> Bounds
     return jnp.stack([start, full_start, full_stop, stop], axis=-1).astype(jnp.int32)
 
 
-def _related(own, other, own_tile: int, other_tile: int) -> tuple[Bool[Array, "B X Y"], Bool[Array, "B X Y"]] | None:
+def _related(own, other, own_tile: int, other_tile: int) -> Related | None:
     """Which pairs of tiles may share a segment, because their id ranges overlap; and which hold only one, the same."""
     if own is None:
         return None
@@ -98,6 +102,28 @@ def _related(own, other, own_tile: int, other_tile: int) -> tuple[Bool[Array, "B
     some = (own_low <= other_high) & (other_low <= own_high)
     every = (own_low == own_high) & (other_low == other_high) & (own_low == other_low)
     return some, every
+
+
+def _of_function(mask: Mask, sizes: Sizes, rows: int, columns: int, group: int = 1) -> Related | None:
+    """Tiles of queries and of keys in which the mask's function hides not all pairs of all heads, and no pair.
+
+    The pairs of a tile are the last axes, over which XLA sums while it computes them: `[T, S]` is never stored.
+    """
+    function = mask.function
+    if function is None:
+        return None
+    row_tiles, column_tiles = _tiles(sizes.T * group, rows), _tiles(sizes.S, columns)
+    tile = positions(row_tiles)[:, None]
+    start, stop = tile * rows // group, jnp.minimum(-(-(tile + 1) * rows // group), sizes.T)
+    queries = jnp.minimum(start + positions(-(-rows // group) + (group > 1)), stop - 1).reshape(-1)
+    keys = jnp.minimum(positions(column_tiles * columns), sizes.S - 1)
+    query, key = of_pairs(mask, queries, keys)  # [#B, 1, X * bq, 1], [#B, 1, 1, Y * bk]
+    query = query.reshape(query.shape[0], row_tiles, 1, 1, -1, 1)
+    key = key.reshape(key.shape[0], 1, column_tiles, 1, 1, columns)
+    head = positions(sizes.N)[:, None, None]
+    visible = function.function(function.batch.reshape(-1, 1, 1, 1, 1, 1), head, query, key, *function.arrays)
+    visible = jnp.broadcast_to(visible, jnp.broadcast_shapes(jnp.shape(visible), (1, row_tiles, column_tiles, 1, 1, 1)))
+    return jnp.any(visible, axis=(3, 4, 5)), jnp.all(visible, axis=(3, 4, 5))
 
 
 def _extremes(segments: Integer[Array, "B X"], tile: int) -> tuple[Array, Array]:

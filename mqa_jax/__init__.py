@@ -3,6 +3,7 @@
 import importlib
 import typing
 
+from mqa_jax import functions as functions
 from mqa_jax.attention import dot_product_attention as dot_product_attention
 from mqa_jax.cache.rows import cache_bytes as cache_bytes
 from mqa_jax.cache.rows import check_cache as check_cache

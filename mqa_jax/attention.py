@@ -83,12 +83,14 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,
+    score_fn: Callable | tuple | None = None,
+    mask_fn: Callable | tuple | None = None,
 ) -> Any:  # an Array, or with return_residual two
     r"""Multi-head, grouped-query or multi-query attention; a drop-in for `jax.nn.dot_product_attention`.
 
     For every query head, with the key/value head it reads (see `mqa_jax.shapes` for the letters),
 
-        score  = soft_cap(scale * q . k) + bias - alibi_slope * |query position - key position|
+        score  = score_fn(soft_cap(scale * q . k)) + bias - alibi_slope * |query position - key position|
         output = sum over the keys it may attend to of dropout(softmax(score)) * v
 
     A query that may attend to no key gets output 0, and gradient 0 in query, keys, values and what is added to its
@@ -126,6 +128,12 @@ def dot_product_attention(
         column (`mqa_jax.dropout`), so every implementation drops the same ones.
       dropout_rng: a JAX random key, may be traced; needed when dropout_rate > 0.
       precision: of the matrix products, as in `jax.lax.dot_general`.
+      score_fn: a function, or a tuple of one and the arrays that it reads, `(function, table)`. It is called with
+        `(score, batch, head, query position, key position, *arrays)` and returns the new score: elementwise, of the
+        shape and dtype of the score; -inf hides a pair. `mqa_jax.functions` has examples, says what such a function may
+        do, and what batch and positions are. Floating point arrays are differentiable.
+      mask_fn: likewise `(batch, head, query position, key position, *arrays)` -> bool, True = may attend. Tiles in
+        which it is False everywhere are not computed.
 
     Returns:
       The output `[..., T, N, V]` in the dtype of the query; with return_residual also the log-sum-exp, float32

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -22,6 +23,7 @@ from mqa_jax import masks
 from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs
 
+WHOLE = "*"  # any number of axes, none of which is cut
 QUERY, OUT, NUMBER = "btnh", "btnv", "btn"  # `k` is cut as `n` is: key/value head k serves the heads of its group
 LETTERS = {
     "query": QUERY,
@@ -42,6 +44,8 @@ LETTERS = {
     "batch": "b",  # numbers of rows, for dropout
     "seed": "x",
     "first": "x",
+    "arrays": WHOLE,  # of functions of scores and masks
+    "score_arrays": WHOLE,
 }
 
 
@@ -52,8 +56,13 @@ def of_leaves(inputs: Any) -> list[str]:
         x = getattr(inputs, each.name)
         if each.metadata.get("static") or x is None:
             continue
-        found += of_leaves(x) if is_dataclass(x) else [LETTERS[each.name]]
+        found += of_leaves(x) if is_dataclass(x) else [LETTERS[each.name]] * len(jax.tree.leaves(x))
     return found
+
+
+def expanded(letters: str, axes: int) -> str:
+    """With a letter for each axis."""
+    return letters[:-1].ljust(axes, "x") if letters.endswith(WHOLE) else letters
 
 
 @dataclass(frozen=True)

@@ -75,5 +75,6 @@ def map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Call
         if is_dataclass(x):
             changes[each.name] = map_arrays(x, with_batch, for_all_rows)
         else:
-            changes[each.name] = (for_all_rows if each.metadata.get("for_all_rows") else with_batch)(x)
+            change = for_all_rows if each.metadata.get("for_all_rows") else with_batch
+            changes[each.name] = jax.tree.map(change, x)
     return replace(node, **changes)

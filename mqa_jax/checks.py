@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from mqa_jax import quantization
 from mqa_jax.arguments import STATIC, array, flag, in_32_bits, integers, may_exceed_32_bits, number, shown, whole_number
 from mqa_jax.dropout import Dropout
+from mqa_jax.function_checks import checked_function
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.masks import MAX_INT32, MIN_INT32, Mask, Ring
 
@@ -38,6 +39,9 @@ def checked_inputs(call: Call) -> Inputs:
     *batch, rows, heads, features = query.shape
     columns = key.shape[-3]
     pairs = (*batch, heads, rows, columns)
+    score_dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    score_fn = checked_function("score_fn", call.score_fn, tuple(batch), score_dtype)
+    score_fn, score_arrays = (None, None) if score_fn is None else score_fn.split()
     return Inputs(
         operands=Operands(
             query,
@@ -47,9 +51,11 @@ def checked_inputs(call: Call) -> Inputs:
             alibi_slopes=_head_array("alibi_slopes", call.alibi_slopes, heads),
             sinks=_head_array("sinks", call.sinks, heads),
             **{name: _scale(name, scale, key) for name, scale in scales.items()},
+            score_arrays=score_arrays,
         ),
-        mask=_checked_mask(call, tuple(batch), pairs),
+        mask=_checked_mask(call, tuple(batch), pairs, score_dtype),
         dropout=_checked_dropout(call, tuple(batch)),
+        score_fn=score_fn,
         scale=_scale_of_scores(call.scale, features),
         logits_soft_cap=_checked_soft_cap(call.logits_soft_cap),
         precision=_precision(call.precision),
@@ -178,7 +184,7 @@ def _head_array(name: str, x: ArrayLike | None, heads: int) -> Array | None:
     return x
 
 
-def _checked_mask(call: Call, batch: tuple, pairs: tuple) -> Mask:
+def _checked_mask(call: Call, batch: tuple, pairs: tuple, dtype: DTypeLike) -> Mask:
     rows, columns = pairs[-2:]
     key_lengths, ring = _key_lengths(call, batch, columns)
     query_segments, key_segments = _segments(call, batch, rows, columns)
@@ -189,6 +195,7 @@ def _checked_mask(call: Call, batch: tuple, pairs: tuple) -> Mask:
         key_lengths=key_lengths,
         query_segments=query_segments,
         key_segments=key_segments,
+        function=checked_function("mask_fn", call.mask_fn, batch, dtype),
         ring=ring,
         is_causal=flag("is_causal", call.is_causal),
         window=checked_window(call.local_window_size),

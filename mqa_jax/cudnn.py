@@ -19,6 +19,8 @@ def cannot(inputs: Inputs) -> str | None:
         "a head size H that is no multiple of 8": size.H % 8 != 0,
         "alibi_slopes": operands.alibi_slopes is not None,
         "sinks": operands.sinks is not None,
+        "score_fn": inputs.score_fn is not None,
+        "mask_fn": mask.function is not None,
         "logits_soft_cap": inputs.logits_soft_cap is not None,
         "dropout_rate (it takes no traced key)": inputs.dropout is not None,
         "query_offset": mask.query_offset is not None,

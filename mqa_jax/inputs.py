@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from mqa_jax.dropout import Dropout
 from mqa_jax.masks import Mask
+from mqa_jax.pair_function import PairFunction
 from mqa_jax.shapes import Bias, Key, Query, Value
 
 
@@ -28,7 +29,8 @@ def for_all_rows(default=None):
 class Operands:
     """The arrays with respect to which attention is differentiable.
 
-    The score of a pair is `soft_cap(scale * q.k) + bias - alibi_slope * |query position - key position|`.
+    The score of a pair is `score_fn(soft_cap(scale * q.k)) + bias - alibi_slope * |query position - key position|`.
+    `score_arrays` are the floating point arrays of `score_fn`, in `score_dtype`; None if it has none.
     Keys and values in 8 bits (`mqa_jax.quantization`) have scales: k is key * key_scale, v is value * value_scale.
     """
 
@@ -40,6 +42,7 @@ class Operands:
     sinks: Float[Array, " N"] | None = for_all_rows()
     key_scale: Float[Array, "B S K"] | None = None
     value_scale: Float[Array, "B S K"] | None = None
+    score_arrays: tuple[Float[Array, "..."], ...] | None = for_all_rows()
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +51,7 @@ class Inputs:
     """Operands, and everything else that the softmax depends on, which has no gradient.
 
     Attributes:
+      score_fn: without the arrays that are in `operands`.
       residual: whether the log-sum-exp is returned.
       constant: in a backward pass, the names of the operands whose gradients are not needed.
     """
@@ -55,6 +59,7 @@ class Inputs:
     operands: Operands
     mask: Mask
     dropout: Dropout | None = None
+    score_fn: PairFunction | None = None
     scale: float = static(1.0)
     logits_soft_cap: float | None = static()
     precision: jax.lax.PrecisionLike = static()

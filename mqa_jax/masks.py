@@ -57,6 +57,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Integer, UInt32
 
+from mqa_jax.pair_function import PairFunction
 from mqa_jax.shapes import BoolMask, Length, Positions
 
 MIN_INT32, MAX_INT32 = -(2**31), 2**31 - 1
@@ -86,6 +87,7 @@ class Mask:
       allowed: the caller's boolean mask `[#B, #N, #T, #S]`, True = may attend.
       query_lengths, key_lengths: int32 `[B]`; entries of the array from this index on are padding.
       query_segments, key_segments: integers of one dtype `[B, T]`, `[B, S]`; only equal ids attend to each other.
+      function: the caller's condition on batch row, head and positions.
       ring: None where a key's position is its index. With a ring, `key_lengths` are the slots that were written.
       is_causal: static.
       window: static `(left, right)`, each less than MAX_INT32, or None where there is no limit.
@@ -97,6 +99,7 @@ class Mask:
     key_lengths: Int[Array, " B"] | None = None
     query_segments: Integer[Array, "B T"] | None = None
     key_segments: Integer[Array, "B S"] | None = None
+    function: PairFunction | None = None
     ring: Ring | None = None
     is_causal: bool = field(default=False, metadata={"static": True})
     window: tuple[int | None, int | None] | None = field(default=None, metadata={"static": True})
@@ -104,7 +107,7 @@ class Mask:
     @property
     def hides_pairs(self) -> bool:
         """Whether it may hide a pair of which neither the query nor the key is padding."""
-        parts = self.window, self.allowed, self.query_segments
+        parts = self.window, self.allowed, self.query_segments, self.function
         return self.is_causal or any(x is not None for x in parts)
 
     @property
@@ -114,12 +117,19 @@ class Mask:
         return left, 0 if self.is_causal else right
 
 
-def visible(mask: Mask, rows: Positions, columns: Positions) -> Bool[Array, "#B #N #T #S"] | None:
+def visible(
+    mask: Mask, rows: Positions, columns: Positions, heads: Positions | None = None
+) -> Bool[Array, "#B #N #T #S"] | None:
     """True where query `rows` may attend to key `columns`; None if nothing is removed.
 
-    Rows and columns are indices into the whole arrays; the arrays in `mask` are already cut down to them.
+    Rows and columns are indices into the whole arrays; the arrays in `mask` are already cut down to them. `heads`, the
+    numbers of the query heads, are for `mask.function` alone.
     """
-    conditions = in_reach(mask, *_positions(mask, rows, columns))
+    query, key = of_pairs(mask, rows, columns)
+    conditions = in_reach(mask, query, key)
+    if mask.function is not None:
+        assert heads is not None
+        conditions.append(mask.function.of_pairs(head=heads, query=query, key=key))
     rows_exist = exist(mask.query_lengths, rows)
     if rows_exist is not None:
         conditions.append(rows_exist[:, None, :, None])
@@ -155,7 +165,7 @@ def exist(lengths: Int[Array, " B"] | None, rows: Positions) -> Bool[Array, "B T
 
 def distance(mask: Mask, rows: Positions, columns: Positions) -> UInt32[Array, "#B 1 T S"]:
     """|query position - key position|"""
-    return apart(*_positions(mask, rows, columns))
+    return apart(*of_pairs(mask, rows, columns))
 
 
 def apart(query: Array, key: Array) -> UInt32[Array, "..."]:
@@ -180,9 +190,8 @@ def _number(n: Length) -> int | Array:
     return n if isinstance(n, int) else jnp.asarray(n).astype(jnp.int32)
 
 
-def _positions(
-    mask: Mask, rows: Positions, columns: Positions
-) -> tuple[Int[Array, "#B 1 T 1"], Int[Array, "#B 1 1 S"]]:
+def of_pairs(mask: Mask, rows: Positions, columns: Positions) -> tuple[Int[Array, "#B 1 T 1"], Int[Array, "#B 1 1 S"]]:
+    """The positions of queries and keys."""
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
     query = rows[None] + offset[:, None]  # [#B, T]
     return query[:, None, :, None], key_positions(mask, columns)[:, None, None, :]

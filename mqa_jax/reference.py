@@ -59,12 +59,16 @@ def scores(inputs: Inputs) -> Float[Array, "B N T S"]:
     score = score * inputs.scale
     if inputs.logits_soft_cap is not None:
         score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
+    if inputs.score_fn is not None:
+        query_positions, key_positions = masks.of_pairs(inputs.mask, rows, columns)
+        score_fn = inputs.score_fn.joined(operands.score_arrays)
+        score = score_fn.of_pairs(score, head=positions(size.N), query=query_positions, key=key_positions)
     if operands.bias is not None:
         score = score + operands.bias.astype(dtype)
     if operands.alibi_slopes is not None:
         distance = masks.distance(inputs.mask, rows, columns).astype(dtype)
         score = score - operands.alibi_slopes.astype(dtype)[None, :, None, None] * distance
-    may_attend = masks.visible(inputs.mask, rows, columns)
+    may_attend = masks.visible(inputs.mask, rows, columns, positions(size.N))
     return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
 
 

@@ -15,6 +15,8 @@ import oracle
 import tangents
 import ways
 
+from mqa_jax import functions
+
 Options = Callable[[np.random.Generator], dict[str, Any]]
 
 
@@ -112,6 +114,10 @@ def _rows(*numbers: int) -> jax.Array:
     return jnp.array(numbers, jnp.int32)
 
 
+def _one(number: int) -> jax.Array:
+    return jnp.int32(number)
+
+
 causal: Options = lambda rng: dict(is_causal=True)
 _SIZES = sizes(97, 131, (6, 2), 64, batch=2)
 
@@ -139,6 +145,10 @@ OPTIONS: dict[str, Options] = {
     "sinks": lambda rng: dict(sinks=_normal(rng, 6), is_causal=True),
     "dropout": lambda rng: dict(dropout_rng=jax.random.key(8), dropout_rate=0.3),
     "negative scale": lambda rng: dict(scale=-0.3),
+    "T5": lambda rng: {"score_fn": functions.t5, "score_fn[1]": _normal(rng, 32, 6)},
+    "causal T5": lambda rng: {"score_fn": functions.t5_causal, "score_fn[1]": _normal(rng, 32, 6), "is_causal": True},
+    "prefix": lambda rng: {"mask_fn": functions.prefix, "mask_fn[1]": _rows(70, 9)},
+    "neighbourhood": lambda rng: {"mask_fn": functions.neighbourhood, "mask_fn[1]": _one(10), "mask_fn[2]": _one(2)},
 }
 
 
@@ -234,6 +244,15 @@ def _decoding() -> Iterator[Case]:
     lengths: Options = lambda rng: dict(is_causal=True, query_offset=_rows(611, 4), key_value_seq_lengths=_rows(612, 5))
     heads = sizes(1, 1003, (32, 8), 128, batch=2)
     yield case("lengths, NaN beyond", "bfloat16", heads, lengths, nan=True)
+    of_rows: Options = lambda rng: {
+        "score_fn": functions.t5_causal,
+        "score_fn[1]": _normal(rng, 32, 6),
+        "mask_fn": functions.sink_and_window,
+        "mask_fn[1]": _one(4),
+        "mask_fn[2]": _one(300),
+        "query_offset": _rows(1000, 411),
+    }
+    yield case("draft with functions", "bfloat16", sizes(3, 1003, (6, 2), 64, batch=2), of_rows)
     yield case("no splits", "bfloat16", sizes(2, 127, (8, 8), 64))
     for dtype in ("bfloat16", "float32"):
         yield case("everything", dtype, sizes(3, 1003, (6, 2), 64, batch=2), everything(3, 1003))

@@ -29,10 +29,12 @@ OPTIONS: covering.Choices = dict(
     sinks=(False, True),
     dropout=(False, True),
     scale=(None, 0.3, -0.3),
+    score_fn=(False, True),
 )
 # With any of these plain XLA takes one loop, with the mask, for all tiles: they lead past what the others can break.
 LEADING_PAST: covering.Choices = dict(
     mask=(None, "ZNTS", "TS", "ZS", "zNT"),
+    mask_fn=(False, True),
     segments=(False, True),
     query_lengths=(False, True),
     ring=(False, True),
@@ -41,6 +43,16 @@ HEADS = (4, 2), (2, 2), (3, 1), (1, 1)  # GQA, MHA, MQA, one head
 BATCHES = (2,), (), (2, 2)  # leading axes
 FEATURES = (8, 8), (5, 12)  # of queries and keys, of values
 VALUE_SETS = 4  # of `problem`: ends inside tiles; on boundaries; 0 and all; one beside a boundary. From 4 on: anything
+
+
+def relative(score, batch, head, query, key, table, factors):
+    """Not linear in the score; a table of each row and head, read beyond both of its ends."""
+    return factors[head] * score + table[batch, head, key - query + 20] * jnp.tanh(score)
+
+
+def beginning_and_neighbours(batch, head, query, key, lengths, width):
+    """Some tiles are seen as a whole and some not at all, in between as well; others in each row and head."""
+    return (key < lengths[batch]) | (jnp.abs(query - key) < width + 3 * head)
 
 
 def exists(row: covering.Row) -> bool:
@@ -101,6 +113,13 @@ class _Drawn:
             given["bias"] = self.normal(*self.axes(row["bias"]))
         if row["alibi_slopes"]:
             given["alibi_slopes"] = self.normal(self.heads) * 6 / self.columns
+        if row["score_fn"]:
+            table = self.normal(self.size, self.heads, 41)
+            given |= {"score_fn": relative, "score_fn[1]": table, "score_fn[2]": 1 + self.normal(self.heads) / 4}
+        if row["mask_fn"]:
+            lengths = jnp.asarray(self.ends(self.columns, self.tile[1], self.size), jnp.int32)
+            width = jnp.int32(self.tile[1] // 2)
+            given |= {"mask_fn": beginning_and_neighbours, "mask_fn[1]": lengths, "mask_fn[2]": width}
         if row["sinks"]:
             given["sinks"] = self.normal(self.heads)
         if row["dropout"]:

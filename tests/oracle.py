@@ -24,12 +24,15 @@ FACTOR = 2  # times the error of the plain computation
 # computation errs hardly more than that, summing in another order.
 FLOOR_ULPS = {"float32": 8, "bfloat16": 0.5, "float16": 0.5}
 
-DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")
+DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks", "score_fn[1]", "score_fn[2]")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Arrays and options of one `dot_product_attention` call, and cotangents for its two results."""
+    """Arrays and options of one `dot_product_attention` call, and cotangents for its two results.
+
+    `score_fn[1]` is the first array of score_fn, and so on; `arguments` makes a tuple of a function and its arrays.
+    """
 
     arrays: dict[str, Any]  # the differentiable ones
     options: dict[str, Any] = field(default_factory=dict)
@@ -74,9 +77,19 @@ def results(problem: Problem, implementation: str | None) -> dict[str, Any]:
 def outputs(problem: Problem, implementation: str | None) -> dict[str, Any]:
     """Output and log-sum-exp alone."""
     attend = lambda arrays: mqa_jax.dot_product_attention(
-        **arrays, **problem.options, implementation=implementation, return_residual=True
+        **arguments(arrays, problem.options), implementation=implementation, return_residual=True
     )
     return dict(zip(("out", "log_sum_exp"), jax.jit(attend)(problem.arrays)))
+
+
+def arguments(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Of `dot_product_attention`."""
+    given = arrays | options
+    for name in ("score_fn", "mask_fn"):
+        parts = [given.pop(key) for key in sorted(given) if key.partition("[")[0] == name]
+        if parts:
+            given[name] = tuple(parts)
+    return given
 
 
 def quantized(problem: Problem, dtype: str) -> Problem:
@@ -106,7 +119,7 @@ def program_for_values(
 ) -> Callable[[Problem], dict[str, Any]]:
     """Compiled `results`, or `outputs`, of problems that differ in the values of arrays: lengths, masks, seeds too."""
     attend = lambda arrays, options: mqa_jax.dot_product_attention(
-        **arrays, **options, implementation=implementation, return_residual=True
+        **arguments(arrays, options), implementation=implementation, return_residual=True
     )
     return compiled(problem, attend, differentiated)
 
@@ -143,11 +156,7 @@ def compiled(problem: Problem, attend: Callable, differentiated: bool = True) ->
 
 def plain_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     """Every intermediate in the precision of the arrays except the softmax; keys in reverse order."""
-    apart = {name: x for name, x in options.items() if name != "mask"}
-    operands: dict[str, Any] = {name: arrays.get(name) for name in ("query", "key", "value", "bias")}
-    added = {name: arrays[name] for name in ("alibi_slopes", "sinks") if name in arrays}
-    inputs = inputs_of(**operands, mask=options.get("mask"), **apart, **added)
-    return over_flat_batch(_plain_attention, inputs)
+    return over_flat_batch(_plain_attention, inputs_of(**arguments(arrays, options)))
 
 
 def _plain_attention(inputs: Inputs) -> tuple[Any, Any]:
@@ -164,12 +173,17 @@ def _plain_attention(inputs: Inputs) -> tuple[Any, Any]:
     score = jnp.einsum("btnh,bsnh->bnts", query, key).astype(jnp.float32) * inputs.scale
     if inputs.logits_soft_cap is not None:
         score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
+    query_positions, key_positions = masks.of_pairs(inputs.mask, rows, columns)
+    heads = jnp.arange(size.N)
+    if inputs.score_fn is not None:
+        score_fn = inputs.score_fn.joined(operands.score_arrays)
+        score = score_fn.of_pairs(score, head=heads, query=query_positions, key=reverse(key_positions, 3))
     if operands.bias is not None:
         score = score + reverse(operands.bias, 3).astype(jnp.float32)
     if operands.alibi_slopes is not None:
-        distance = masks.distance(inputs.mask, rows, columns).astype(jnp.float32)
+        distance = masks.apart(query_positions, key_positions).astype(jnp.float32)
         score = score - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * reverse(distance, 3)
-    visible = masks.visible(inputs.mask, rows, columns)
+    visible = masks.visible(inputs.mask, rows, columns, heads)
     if visible is not None:
         score = jnp.where(reverse(visible, 3), score, -jnp.inf)
     sinks = reference.sinks_of_rows(inputs)

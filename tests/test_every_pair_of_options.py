@@ -168,7 +168,7 @@ def test_masks_leave_something_to_judge(way):
         for problem in WAYS[way].problems(row):
             inputs, (rows, columns) = masking(problem), WAYS[way].tile(row["tiles"])
             size = inputs.sizes
-            found = masks.visible(inputs.mask, positions(size.T), positions(size.S))
+            found = masks.visible(inputs.mask, positions(size.T), positions(size.S), positions(size.N))
             visible = np.broadcast_to(True if found is None else found, (size.B, size.N, size.T, size.S))
             seeing.append(float(visible.any(-1).mean()))
             cut = visible[..., : size.T // rows * rows, : size.S // columns * columns]
@@ -186,7 +186,9 @@ def test_masks_leave_something_to_judge(way):
 def masking(problem: oracle.Problem) -> Inputs:
     """With one batch axis."""
     query, key, value = (problem.arrays[name] for name in ("query", "key", "value"))
-    options = {name: x for name, x in problem.options.items() if name != "bias"}
+    options = {name: x for name, x in oracle.arguments({}, problem.options).items() if name != "bias"} | {
+        "score_fn": None
+    }
     mask = options.pop("mask", None)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]))

@@ -95,7 +95,7 @@ def small_tiles(tiles: tuple[int, int, int, bool]) -> AbstractContextManager[str
 
 
 def tiles_of_platform(platform: str) -> AbstractContextManager[str]:
-    tiles = {"cpu": xla.tiles_for_cpu, "accelerator": xla.tiles_for_accelerator}[platform]
+    tiles: Any = {"cpu": xla.tiles_for_cpu, "accelerator": xla.tiles_for_accelerator}[platform]
     return forced_tiles.registered(forced_tiles.plain_xla_with(tiles))
 
 

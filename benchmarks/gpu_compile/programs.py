@@ -97,7 +97,7 @@ class Case:
         (gradients,) = pull_back(cotangent)
         return gradients
 
-    def tangents(self, tangents: dict[str, Array], **arguments: Array) -> tuple[Array, Array]:
+    def tangents(self, tangents: dict[str, Any], **arguments: Array) -> tuple[Array, Array]:
         """Of the Triton kernels."""
         inputs = inputs_of(**arguments, **self.options())
         return triton.tangent(inputs, *triton.forward(inputs), Operands(**tangents))

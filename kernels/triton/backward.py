@@ -29,7 +29,7 @@ from mqa_jax.kernels.triton.io import (
 )
 from mqa_jax.kernels.triton.products import dot, product
 from mqa_jax.kernels.triton.program import Place, Program
-from mqa_jax.kernels.triton.scores import Scores, drop, load_normalizer, scores, weights
+from mqa_jax.kernels.triton.scores import Scores, drop, load_normalizer, scores, times_slope, weights
 from mqa_jax.kernels.triton.tile_config import TileConfig
 
 
@@ -64,15 +64,15 @@ class Rows(NamedTuple):
 def d_scores(
     program: Program, rows: Rows, key: Pieces, value: Pieces, place: Place, masked: bool
 ) -> tuple[Scores, Scores, Scores]:
-    """The weights, and the gradients of the scores after the soft cap (for added terms) and before it (for q . k)."""
+    """The weights, and the gradients of the scores (for added terms) and of scale * q . k."""
     in_order = lambda of_rows, of_columns: (of_columns, of_rows) if program.transposed else (of_rows, of_columns)
     raw = dot(program.inputs, *in_order(rows.query, key))
     # Before the exponentials, so that they overlap with the tensor cores.
     d_weight = dot(program.inputs, *in_order(rows.d_out, value))
-    score, tanh = scores(program, raw, place, masked)
+    score, steps = scores(program, raw, place, masked)
     weight = weights(program, score, rows.highest, rows.log_total)
     d_score = weight * (drop(program, d_weight, place) - rows.delta)
-    return weight, d_score, d_score if tanh is None else d_score * (1 - tanh * tanh)
+    return weight, d_score, times_slope(d_score, steps)
 
 
 def d_query(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, "B T N H"]:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import gpu, row_terms
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.triton import lowering, precision, tile_config
+from mqa_jax.kernels.triton import lowering, precision, tables, tile_config
+from mqa_jax.kernels.xla import implementation as plain_xla
 from mqa_jax.shapes import LogSumExp, Output
 
 MAX_HEAD = 256  # with more features the sums of a tile do not fit into registers
@@ -46,6 +47,7 @@ def _reasons(inputs: Inputs) -> Iterator[str]:
         yield f"arrays of bytes of less than 2 or more than 4 GiB only ({', '.join(found)})"
     if refusal := precision.refusal(inputs):
         yield refusal
+    yield from tables.refusals(inputs)
     if capability is not None and capability < 80:
         yield f"GPUs from compute capability 8.0 on only (this one: {capability / 10})"
     if capability is not None and capability < 89 and operands.key.dtype == jnp.float8_e4m3fn:
@@ -101,6 +103,11 @@ def backward(
         bias=run(d_bias, "dscore") if inputs.needs_gradient("bias") else None,
         alibi_slopes=run(d_slopes, "dscore") if inputs.needs_gradient("alibi_slopes") else None,
         sinks=row_terms.d_sinks(operands.sinks, normalizer, delta),
+        score_arrays=(
+            plain_xla.d_score_arrays(inputs, out, normalizer, d_out, d_log_sum_exp)
+            if inputs.needs_gradient("score_arrays")
+            else None
+        ),
     )
     in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(x.dtype)
     return jax.tree.map(in_its_dtype, gradients, given, is_leaf=lambda x: x is None)
@@ -109,7 +116,13 @@ def backward(
 def tangent(
     inputs: Inputs, out: Output, normalizer: Normalizer, tangents: Operands, interpret: bool = False
 ) -> tuple[Output, LogSumExp]:
-    """The tangents of output and log-sum-exp. `tangents` has None for an operand whose tangent is 0."""
+    """The tangents of output and log-sum-exp. `tangents` has None for an operand whose tangent is 0.
+
+    With a `score_fn` plain XLA computes them: the kernel cannot differentiate the reading of its arrays.
+    """
+    if inputs.score_fn is not None:
+        return plain_xla.tangent_on_accelerators(inputs, out, normalizer, tangents)
+
     from mqa_jax.kernels.triton.tangent import tangent_kernel
 
     inputs, tangents = _readable(inputs), _with_float32(tangents)

@@ -1,13 +1,13 @@
 """The visible pairs of a tile (`mqa_jax.masks` defines them), and the distances of their positions."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mqa_jax import masks
 from mqa_jax.kernels.triton.call import load, span
+from mqa_jax.kernels.triton.functions import allowed
 from mqa_jax.kernels.triton.pairs import load_pairs
+from mqa_jax.kernels.triton.positions import key_positions, query_positions
 from mqa_jax.kernels.triton.program import Place, Program, line
 
 
@@ -28,6 +28,8 @@ def visible(program: Program, place: Place) -> Bool[Array, "..."] | None:
         conditions.append(_row_segments(program, place) == _column_segments(program, place))
     if mask.allowed is not None:
         conditions.append(load_pairs(program, mask.allowed, place, True))
+    if mask.function is not None:
+        conditions.append(allowed(program, place, mask.function))
     result = None
     for condition in conditions:
         result = condition if result is None else result & condition
@@ -37,20 +39,6 @@ def visible(program: Program, place: Place) -> Bool[Array, "..."] | None:
 def distance(program: Program, place: Place) -> Float[Array, "..."]:
     """|query position - key position|"""
     return masks.apart(query_positions(program, place), key_positions(program, place)).astype(jnp.float32)
-
-
-def query_positions(program: Program, place: Place) -> Array:
-    return program.queries_of_rows(place) + _query_offset(program)
-
-
-def key_positions(program: Program, place: Place) -> Array:
-    columns, ring = program.columns(place), program.inputs.mask.ring
-    return columns if ring is None else masks.ring_positions(columns, load(ring.lengths, program.batch), ring.slots)
-
-
-def _query_offset(program: Program) -> Any:
-    offset = program.inputs.mask.query_offset
-    return 0 if offset is None else load(offset, program.batch if offset.shape[0] > 1 else 0)
 
 
 def _row_segments(program: Program, place: Place) -> Array:

@@ -5,7 +5,7 @@ of the scale (`score_unit`), which saves one multiplication for each.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,9 +15,11 @@ from mqa_jax.inputs import Inputs
 from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.triton import mask
 from mqa_jax.kernels.triton.call import LOG2_E, divided, exp2_of_line, load
+from mqa_jax.kernels.triton.functions import OfScores, of_scores
 from mqa_jax.kernels.triton.io import load_head_numbers, load_row_numbers, load_scales
 from mqa_jax.kernels.triton.pairs import load_pairs
 from mqa_jax.kernels.triton.program import Place, Program
+from mqa_jax.pair_function import derivative
 
 Scores = Float[Array, "..."]  # [bq, bk], or transposed
 
@@ -25,8 +27,8 @@ Scores = Float[Array, "..."]  # [bq, bk], or transposed
 def is_only_scaled(inputs: Inputs) -> bool:
     """Whether a score is scale * q . k and nothing else."""
     operands = inputs.operands
-    added = operands.bias is not None or operands.alibi_slopes is not None
-    return not added and inputs.logits_soft_cap is None and inputs.scale > 0
+    changed = operands.bias is not None or operands.alibi_slopes is not None or inputs.score_fn is not None
+    return not changed and inputs.logits_soft_cap is None and inputs.scale > 0
 
 
 def score_unit(inputs: Inputs) -> float:
@@ -34,23 +36,47 @@ def score_unit(inputs: Inputs) -> float:
     return inputs.scale if is_only_scaled(inputs) else 1.0
 
 
-def scores(program: Program, raw: Scores, place: Place, masked: bool) -> tuple[Scores, Scores | None]:
-    """From q . k to scores / `score_unit`, -inf where hidden; and the tanh of the soft cap."""
-    inputs, operands, tanh = program.inputs, program.inputs.operands, None
+class Steps(NamedTuple):
+    """Intermediate values of the scores, for their derivatives.
+
+    Attributes:
+      tanh: of the soft cap.
+      capped: what `score_fn` is applied to.
+      score_fn: `functions.of_scores`, for the derivative.
+    """
+
+    tanh: Scores | None = None
+    capped: Scores | None = None
+    score_fn: OfScores | None = None
+
+
+def scores(program: Program, raw: Scores, place: Place, masked: bool) -> tuple[Scores, Steps]:
+    """From q . k to scores / `score_unit`, -inf where hidden; and what their derivatives need."""
+    inputs, operands, steps = program.inputs, program.inputs.operands, Steps()
     if operands.key_scale is not None:
         raw = raw * load_scales(program, operands.key_scale, place.column, masked)
     if not is_only_scaled(inputs):
         raw = raw * inputs.scale
     if inputs.logits_soft_cap is not None:
         tanh = jnp.tanh(raw / inputs.logits_soft_cap)
-        raw = tanh * inputs.logits_soft_cap
+        raw, steps = tanh * inputs.logits_soft_cap, steps._replace(tanh=tanh)
+    if inputs.score_fn is not None:
+        once, again = of_scores(program, place)
+        raw, steps = once(raw), steps._replace(capped=raw, score_fn=again)
     if operands.bias is not None:
         raw = raw + load_pairs(program, operands.bias, place, masked).astype(jnp.float32)
     if operands.alibi_slopes is not None:
         slopes = load_head_numbers(program, operands.alibi_slopes, place.row)
         raw = raw - slopes * mask.distance(program, place)
     visible = mask.visible(program, place) if masked else None
-    return raw if visible is None else jnp.where(visible, raw, -jnp.inf), tanh
+    return raw if visible is None else jnp.where(visible, raw, -jnp.inf), steps
+
+
+def times_slope(d_score: Scores, steps: Steps) -> Scores:
+    """From the gradient of the scores to that of scale * q . k: the derivatives of `score_fn` and the soft cap."""
+    if steps.score_fn is not None and steps.capped is not None:
+        d_score = d_score * derivative(steps.score_fn, steps.capped)
+    return d_score if steps.tanh is None else d_score * (1 - steps.tanh * steps.tanh)
 
 
 def load_normalizer(program: Program, saved: Normalizer, row: Array, masked: bool) -> Normalizer:

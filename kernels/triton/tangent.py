@@ -98,9 +98,9 @@ def _one_tile(
         sides: Any = ((d_query, key), (query, d_key))
         # Before the exponentials, so that they overlap with the tensor cores.
         d_raw = _sum(dot(inputs, *pair) for pair in sides if all(side is not None for side in pair))
-        score, tanh = scores(program, raw, place, masked)
+        score, steps = scores(program, raw, place, masked)
         weight = weights(program, score, highest, log_total)
-        d_score = _d_score(program, tangents, d_raw, tanh, place, masked)
+        d_score = _d_score(program, tangents, d_raw, steps.tanh, place, masked)
         dropped = drop(program, weight, place)
         d_log_sum_exp, d_out = sums
         if d_score is not None:

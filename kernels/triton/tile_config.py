@@ -86,7 +86,7 @@ def is_plain(inputs: Inputs) -> bool:
     """Whether scores are q . k and weights their softmax: other options need registers, which large tiles lack."""
     operands, mask = inputs.operands, inputs.mask
     extras = (operands.bias, operands.alibi_slopes, inputs.logits_soft_cap, inputs.dropout, mask.allowed)
-    return all(extra is None for extra in (*extras, mask.query_segments))
+    return all(extra is None for extra in (*extras, inputs.score_fn, mask.query_segments, mask.function))
 
 
 def config_of(entry: dict[str, Any]) -> TileConfig:

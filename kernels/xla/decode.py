@@ -77,6 +77,8 @@ def forward_few_queries(inputs: Inputs, steps: Steps) -> tuple[Output, Normalize
     else:
         blocks = _BlockRange.seen(inputs, steps.columns)
         masked, step = of_block(inputs), of_block(replace(inputs, mask=_full(inputs.mask)))
+        if inputs.mask.function is not None:
+            masked = _unless_hidden(inputs, steps, masked)
         if inputs.mask.hides_pairs or inputs.mask.key_lengths is not None or size.S % steps.columns:
             full = step
             step = lambda index, state: lax.cond(blocks.is_full(index), full, masked, index, state)
@@ -101,6 +103,17 @@ def attend(
         weight = weight * _cleared(inputs, block.cut(value_scale, 1), block).astype(weight.dtype)[..., None, None]
     weighted = steps.values(inputs, weight, _cleared(inputs, value, block))
     return online_softmax.State(highest, total, state.weighted * rescale[:, None] + weighted)
+
+
+def _unless_hidden(inputs: Inputs, steps: Steps, step: Callable) -> Callable:
+    """Skips a block in which the mask hides all pairs, such as those between a beginning and a window."""
+
+    def skipping(index: Array, state: online_softmax.State) -> online_softmax.State:
+        visible = _visible(inputs, Block.number(index, steps.columns, inputs.sizes))
+        assert visible is not None
+        return lax.cond(jnp.any(visible), step, lambda index, state: state, index, state)
+
+    return skipping
 
 
 class _BlockRange(NamedTuple):
@@ -143,6 +156,8 @@ def _masked(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
         score = score * block.cut(operands.key_scale, 1).astype(score.dtype)[..., None, None]
     if inputs.logits_soft_cap is not None:
         score = inputs.logits_soft_cap * jnp.tanh(score / inputs.logits_soft_cap)
+    if inputs.score_fn is not None:
+        score = _of_function(inputs, score, block)
     if operands.bias is not None:
         score = score + _as_scores(block.cut(operands.bias, 3), size).astype(score.dtype)
     if operands.alibi_slopes is not None:
@@ -152,12 +167,23 @@ def _masked(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
     return score if may_attend is None else jnp.where(may_attend, score, -jnp.inf)
 
 
+def _of_function(inputs: Inputs, score: BlockScores, block: Block) -> BlockScores:
+    """`score_fn` of the scores."""
+    size, score_fn = inputs.sizes, inputs.score_fn
+    assert score_fn is not None
+    score_fn = score_fn.joined(inputs.operands.score_arrays)
+    batch = score_fn.batch[:, None, None, None, None]
+    head = positions(size.N).reshape(size.K, 1, size.G)
+    query, key = (_as_scores(x, size) for x in masks.of_pairs(inputs.mask, positions(size.T), block.columns))
+    return score_fn.function(score, batch, head, query, key, *score_fn.arrays)
+
+
 def _visible(inputs: Inputs, block: Block) -> Bool[Array, "#B #c #K #T #G"] | None:
     """True where a query may attend to a key that the block owns; None if nothing is removed."""
     mask, size = inputs.mask, inputs.sizes
     cut = lambda x, axis: None if x is None else block.cut(x, axis)
     mask = replace(mask, allowed=cut(mask.allowed, 3), key_segments=cut(mask.key_segments, 1))
-    may_attend = masks.visible(mask, positions(size.T), block.columns)
+    may_attend = masks.visible(mask, positions(size.T), block.columns, positions(size.N))
     may_attend = None if may_attend is None else _as_scores(may_attend, size)
     if size.S % block.columns.shape[0] == 0:
         return may_attend

@@ -3,11 +3,12 @@
 import functools
 
 from jax import core, lax
+from jaxtyping import Array
 
 from mqa_jax.inputs import Inputs, Operands, Sizes
 from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.xla import decode, tile_choice
-from mqa_jax.kernels.xla.backward import backward_in_tiles
+from mqa_jax.kernels.xla.backward import backward_in_tiles, score_arrays_in_tiles
 from mqa_jax.kernels.xla.decode import forward_few_queries
 from mqa_jax.kernels.xla.forward import forward_in_tiles
 from mqa_jax.kernels.xla.tangent import tangent_in_tiles
@@ -30,16 +31,24 @@ def backward(inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output,
 
 
 def tangent(inputs: Inputs, out: Output, normalizer: Normalizer, tangents: Operands) -> tuple[Output, LogSumExp]:
-    with_tiles = lambda tiles: functools.partial(tangent_in_tiles, shape=tiles)
-    cpu = tiles_for_cpu(inputs.sizes, inputs.mask.is_causal, tile_choice.BACKWARD)
-    return lax.platform_dependent(
-        inputs,
-        out,
-        normalizer,
-        tangents,
-        cpu=with_tiles(cpu),
-        default=with_tiles(tiles_for_accelerator(inputs.sizes)),
-    )
+    tiles = tiles_for_cpu(inputs.sizes, inputs.mask.is_causal, tile_choice.BACKWARD)
+    arguments = inputs, out, normalizer, tangents
+    on_cpu = functools.partial(tangent_in_tiles, shape=tiles)
+    return lax.platform_dependent(*arguments, cpu=on_cpu, default=tangent_on_accelerators)
+
+
+def tangent_on_accelerators(
+    inputs: Inputs, out: Output, normalizer: Normalizer, tangents: Operands
+) -> tuple[Output, LogSumExp]:
+    return tangent_in_tiles(inputs, out, normalizer, tangents, tiles_for_accelerator(inputs.sizes))
+
+
+def d_score_arrays(
+    inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp
+) -> tuple[Array, ...]:
+    """The gradients of the arrays of `score_fn` alone, which kernels for GPUs do not compute."""
+    tiles = tiles_for_accelerator(inputs.sizes, scores=1 << 22)  # 16 MiB: memory that nothing else there needs
+    return score_arrays_in_tiles(inputs, out, normalizer, d_out, d_log_sum_exp, tiles)
 
 
 def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs = tile_choice.FORWARD) -> TileShape:
@@ -48,10 +57,10 @@ def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs 
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=True)
 
 
-def tiles_for_accelerator(size: Sizes) -> TileShape:
+def tiles_for_accelerator(size: Sizes, scores: int = 1 << 25) -> TileShape:
     """Every step starts several GPU kernels, so steps are large: up to 2**25 scores, 128 MiB. Not tuned on any GPU."""
     rows, columns = min(known(size.T), 512), min(known(size.S), 1024)
-    heads = _heads(size, rows, columns, scores=1 << 25)
+    heads = _heads(size, rows, columns, scores)
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=False)
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import row_terms
 from mqa_jax.kernels.online_softmax import Normalizer
-from mqa_jax.kernels.xla.scores import distance, drop, product, scores
-from mqa_jax.kernels.xla.tile import Place, Scores, TileShape, Tiling
+from mqa_jax.kernels.xla.scores import Steps, distance, drop, moved_by_score_arrays, product, scores, slope
+from mqa_jax.kernels.xla.tile import Place, TileShape, Tiling
 from mqa_jax.shapes import LogSumExp, Output
 
 
@@ -70,9 +70,9 @@ def add_tile(
     """Adds one tile of keys."""
     operands = tiling.inputs.operands
     key, value = tiling.keys(operands.key, place), tiling.keys(operands.value, place)
-    score, tanh = scores(tiling, rows.query, key, may_attend, place)
+    score, steps = scores(tiling, rows.query, key, may_attend, place)
     weight = rows.normalizer.weight(tiling.as_matrix(score))
-    d_score = moved_scores(tiling, tangents, rows, key, tanh, may_attend, place)
+    d_score = moved_scores(tiling, tangents, rows, key, steps, may_attend, place)
     mean, weighted = sums
     if d_score is not None:
         by_score = weight * d_score
@@ -89,7 +89,7 @@ def moved_scores(
     tangents: Operands,
     rows: Rows,
     key: Array,
-    tanh: Scores | None,
+    steps: Steps,
     may_attend: Array | None,
     place: Place,
 ) -> Float[Array, "P R bk"] | None:
@@ -99,7 +99,10 @@ def moved_scores(
         moved = None if tangents.key is None else tiling.keys(tangents.key, place)
         keys = side_by_side(None if tangents.query is None else key, moved)
         d_score = tiling.as_tile(product(tiling, "prh,pkh->prk", rows.moving, keys)) * tiling.inputs.scale
-        terms.append(d_score if tanh is None else d_score * (1 - tanh**2))
+        factor = slope(tiling, place, steps)
+        terms.append(d_score if factor is None else d_score * factor)
+    if any(x is not None for x in tangents.score_arrays or ()):
+        terms.append(moved_by_score_arrays(tiling, place, steps, tangents.score_arrays))
     if tangents.bias is not None:
         terms.append(tiling.split_heads(tiling.pairs(tangents.bias, place)).astype(tiling.inputs.score_dtype))
     if tangents.alibi_slopes is not None:

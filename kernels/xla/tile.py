@@ -176,6 +176,9 @@ class Tiling:
         """Scales of quantized keys or values; 0 beyond the length, as `keys`."""
         return self.keys(x[..., None], place).astype(self.inputs.score_dtype).reshape(self.shape.heads, 1, 1, -1)
 
+    def query_heads(self, place: Place) -> Array:
+        return place.head * self.sizes.G + positions(self.shape.heads * self.sizes.G)
+
     def rows(self, place: Place) -> Array:
         return place.row + positions(self.shape.rows)
 
@@ -187,7 +190,7 @@ class Tiling:
     def visible(self, place: Place) -> Bool[Array, "#P #bq #G #bk"] | None:
         """True where a query may attend to a key and the tile owns both; None if nothing is removed."""
         rows, columns = self.rows(place), self.columns(place)
-        may_attend = masks.visible(self._mask_of_tile(place), rows, columns)
+        may_attend = masks.visible(self._mask_of_tile(place), rows, columns, self.query_heads(place))
         may_attend = None if may_attend is None else self.split_heads(may_attend)
         if self.sizes.T % self.shape.rows != 0:
             may_attend = _both(may_attend, (rows >= place.owned_row)[None, :, None, None])
@@ -224,7 +227,7 @@ class Tiling:
     def _is_uniform(self) -> bool:
         """Whether one loop suffices: every tile may need the mask, or none needs it, or there is only one tile."""
         mask = self.inputs.mask
-        anywhere = mask.allowed, mask.query_segments, mask.query_lengths, mask.ring
+        anywhere = mask.allowed, mask.query_segments, mask.function, mask.query_lengths, mask.ring
         one = self.row_tiles == self.column_tiles == 1
         return one or self._hides_nothing or any(x is not None for x in anywhere)
 
@@ -235,9 +238,9 @@ class Tiling:
         return whole and not mask.hides_pairs and mask.key_lengths is None
 
     def _masked_step(self, place: Place, step: Step, carry: Carry) -> Carry:
-        """Skips a tile that a boolean mask or segments hide entirely."""
+        """Skips a tile that a boolean mask, segments or a function hide entirely."""
         may_attend, mask = self.visible(place), self.inputs.mask
-        if may_attend is None or (mask.allowed is None and mask.query_segments is None):
+        if may_attend is None or all(x is None for x in (mask.allowed, mask.query_segments, mask.function)):
             return step(place, may_attend, carry)
         return lax.cond(jnp.any(may_attend), lambda: step(place, may_attend, carry), lambda: carry)
 
@@ -275,8 +278,10 @@ class Tiling:
 
     def mask_of_row(self, place: Place) -> masks.Mask:
         """The mask of one batch row, without the boolean mask of the caller."""
-        cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
-        return jax.tree.map(cut, replace(self.inputs.mask, allowed=None), is_leaf=lambda x: x is None)
+        cut = lambda x: lax.dynamic_slice_in_dim(x, 0 if x.shape[0] == 1 else place.batch, 1)
+        function = self.inputs.mask.function
+        mask = jax.tree.map(cut, replace(self.inputs.mask, allowed=None, function=None))
+        return mask if function is None else replace(mask, function=replace(function, batch=cut(function.batch)))
 
     def _mask_of_tile(self, place: Place) -> masks.Mask:
         mask, allowed = self.mask_of_row(place), self.inputs.mask.allowed

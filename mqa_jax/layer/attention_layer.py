@@ -70,6 +70,8 @@ class AttentionLayer(AttentionSettings, ABC):
         positions: Int[ArrayLike, "... T"] | None = None,
         segment_ids: Int[ArrayLike, "... T"] | None = None,
         seq_lengths: Int[ArrayLike, "..."] | None = None,
+        score_fn: Callable | tuple | None = None,
+        mask_fn: Callable | tuple | None = None,
     ) -> tuple[Float[Array, "... T D"], Float[Array, "... N T S"] | None, KeyValue | None]:
         """Attends from `x` to itself, to what was cached before it, or to `inputs_k`.
 
@@ -97,6 +99,7 @@ class AttentionLayer(AttentionSettings, ABC):
           segment_ids: packed sequences: only equal ids attend to each other.
           seq_lengths: how many of the T tokens of each row count; the rest is padding. A number that is not between 0
             and T is an error, or, under jit, NaN in that row and a check for `checkify`.
+          score_fn, mask_fn: functions of positions, as in `dot_product_attention`; positions go on in a cache.
 
         Returns:
           (output, weights or None, past_key_value or None).
@@ -130,7 +133,12 @@ class AttentionLayer(AttentionSettings, ABC):
             cache, keys = append.append(cache, key, value, lengths, window=self._window, limits=limits)
             self._store(cache)
         bias, mask = calls.by_position("bias", bias, keys, rows), calls.by_position("mask", mask, keys, rows)
-        options = dict(is_causal=causal, query_segment_ids=segment_ids, key_value_segment_ids=segment_ids)
+        if self.add_bias_kv and score_fn is not None:
+            raise NotImplementedError("add_bias_kv works without score_fn only: its key has no position.")
+        options: dict[str, Any] = dict(
+            is_causal=causal, query_segment_ids=segment_ids, key_value_segment_ids=segment_ids
+        )
+        options |= dict(score_fn=score_fn, mask_fn=mask_fn)
         out, weights = self._attend(query, keys, bias, mask, needs_weights, **options, **self._dropout(deterministic))
         present = None if past_key_value is None else (keys.key, keys.value)
         return self._project_out(out), weights, present

@@ -20,7 +20,7 @@ from mqa_jax.masks import Mask
 
 def contiguous(row: covering.Row) -> bool:
     """Whether each query sees keys that follow each other."""
-    return not (row["mask"] or row["segments"] or row["ring"])
+    return not (row["mask"] or row["mask_fn"] or row["segments"] or row["ring"])
 
 
 def hull(seen: np.ndarray, tile: int) -> list[tuple[int, int]]:
