@@ -57,8 +57,8 @@ def measured(direction: str, length: int, runs: int) -> dict[str, tuple[float, f
             start = time.process_time()
             jax.block_until_ready(program(*arrays))
             seconds[name] = min(seconds[name], time.process_time() - start)
-    memory = {name: program.memory_analysis().temp_size_in_bytes / 2**20 for name, program in programs.items()}
-    return {name: (seconds[name], memory[name]) for name in WAYS}
+    memory: dict[str, Any] = {name: program.memory_analysis() for name, program in programs.items()}
+    return {name: (seconds[name], memory[name].temp_size_in_bytes / 2**20) for name in WAYS}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -46,7 +46,7 @@ READY: dict[str, dict[str, Any]] = {
         "query_offset": jnp.asarray([19, 22]),
     },
 }
-SMALL = {
+SMALL: dict[str, Any] = {
     "xla": functools.partial(ways.small_tiles, (8, 16, 1, True)),
     "xla, other tiles": functools.partial(ways.small_tiles, (13, 11, 2, False)),
     "xla, few queries": functools.partial(ways.blocks, (13, True)),
@@ -107,7 +107,7 @@ def test_t5_has_the_buckets_of_transformers(bidirectional):
             torch.asarray(key - query), bidirectional, buckets, 128
         ).numpy()
         table = jnp.arange(buckets, dtype=jnp.float32)[:, None]
-        function = functions.t5 if bidirectional else functions.t5_causal
+        function: Any = functions.t5 if bidirectional else functions.t5_causal
         found = function(jnp.zeros(key.shape), 0, 0, jnp.asarray(query), jnp.asarray(key), table)
         np.testing.assert_array_equal(found, right)
 
@@ -256,11 +256,11 @@ def test_plain_xla_computes_the_tiles_in_which_something_is_seen(name):
     assert visits(of, backward=True) == 3 * seen.any((3, 5)).any(1).sum()
 
 
-def tiles_seen(of: oracle.Problem, rows: int, columns: int) -> np.ndarray:
+def tiles_seen(of: oracle.Problem, rows: int, columns: int) -> Any:
     """`[B, N, row tiles, rows, column tiles, columns]`, by the whole array."""
     inputs = inputs_of(**oracle.arguments(of.arrays, of.options))
     size = inputs.sizes
-    found = masks.visible(inputs.mask, *map(jnp.arange, (size.T, size.S, size.N)))
+    found: Any = masks.visible(inputs.mask, *map(jnp.arange, (size.T, size.S, size.N)))
     visible = np.broadcast_to(found, (size.B, size.N, size.T, size.S))
     padded = np.pad(visible, [(0, 0), (0, 0), (0, -size.T % rows), (0, -size.S % columns)])
     return padded.reshape(size.B, size.N, padded.shape[2] // rows, rows, -1, columns)

@@ -135,7 +135,9 @@ class AttentionLayer(AttentionSettings, ABC):
         bias, mask = calls.by_position("bias", bias, keys, rows), calls.by_position("mask", mask, keys, rows)
         if self.add_bias_kv and score_fn is not None:
             raise NotImplementedError("add_bias_kv works without score_fn only: its key has no position.")
-        options = dict(is_causal=causal, query_segment_ids=segment_ids, key_value_segment_ids=segment_ids)
+        options: dict[str, Any] = dict(
+            is_causal=causal, query_segment_ids=segment_ids, key_value_segment_ids=segment_ids
+        )
         options |= dict(score_fn=score_fn, mask_fn=mask_fn)
         out, weights = self._attend(query, keys, bias, mask, needs_weights, **options, **self._dropout(deterministic))
         present = None if past_key_value is None else (keys.key, keys.value)
