@@ -29,7 +29,7 @@ def checked_function(name: str, given: Any, batch: tuple, score_dtype: DTypeLike
     """The function and its arrays, floating point ones in the dtype of the scores."""
     if given is None:
         return None
-    function, *given_arrays = given if isinstance(given, tuple | list) else (given,)
+    function, *given_arrays = (given or (None,)) if isinstance(given, tuple | list) else (given,)
     if not callable(function) or not _is_hashable(function):
         raise ValueError(
             f"{name} must be a function {CALLED[name]}, hashable, or a tuple of one and the arrays that it reads: "

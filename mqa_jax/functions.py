@@ -20,7 +20,7 @@ these shapes. Rules:
 
 * It is elementwise: arithmetic, comparisons, `jnp.where`. It gives a finite score, and a finite derivative, for every
   pair, also for those that a mask hides; `jnp.where(condition, score, -jnp.inf)` is the exception.
-* It reads arrays by one integer for each axis: `table[head, key - query]`. As always in JAX, a negative index counts
+* It reads arrays by one integer for each axis, `table[head, key - query]`, and not inside of a `jax.jit` of its own. As always in JAX, a negative index counts
   from the end and one beyond the end means the last entry. A GPU kernel reads arrays in no other way, and
   `implementation=None` runs a function that does, or that needs an operation without a rule in Pallas-Triton, in plain
   XLA instead.

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 import mqa_jax
 from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, ModelShape, shape_of
+from mqa_jax import functions
 from mqa_jax.attention import inputs_of
 from mqa_jax.inputs import Operands
 from mqa_jax.kernels.triton import implementation as triton
@@ -26,6 +27,7 @@ class Case:
       precision: of the products, as `dot_product_attention` takes it.
       added: whether a bias, slopes and a soft cap take part in the scores, in decoding a mask as well. Bias and mask
         have an entry for each query and key, and are shared by the heads.
+      functions: whether T5's relative positions change the scores, and documents hide pairs.
     """
 
     shape: ModelShape
@@ -39,11 +41,13 @@ class Case:
     key_dtype: str | None = None
     precision: str | None = None
     added: bool = False
+    functions: bool = False
 
     def __str__(self) -> str:
         dtypes = self.dtype if self.key_dtype is None else f"{self.dtype}/{self.key_dtype}"
         dtypes += f" {self.precision}" if self.precision else ""
         dtypes += " added" if self.added else ""
+        dtypes += " functions" if self.functions else ""
         sizes = f"B={self.batch} T={self.queries} S={self.keys}{' causal' if self.is_causal else ''}"
         return f"{self.shape.name} {dtypes} {self.direction} {sizes}"
 
@@ -69,6 +73,9 @@ class Case:
             arguments["bias"] = jax.ShapeDtypeStruct(pairs, self.dtype)
             if self.direction == "decode":
                 arguments["mask"] = jax.ShapeDtypeStruct(pairs, "bool")
+        if self.functions:
+            arguments["table"] = jax.ShapeDtypeStruct((32, self.shape.heads), "float32")
+            arguments["ids"] = jax.ShapeDtypeStruct((self.batch, self.keys), "int32")
         if self.direction == "tangent":
             arguments["tangents"] = dict(arguments)
         return arguments
@@ -78,6 +85,9 @@ class Case:
         return programs.get(self.direction, self.output)
 
     def output(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        if self.functions:
+            options["score_fn"] = functions.t5_causal, options.pop("table")
+            options["mask_fn"] = functions.documents, options.pop("ids")
         return mqa_jax.dot_product_attention(
             query, key, value, **self.options(), implementation=self.implementation, **options
         )
@@ -93,7 +103,8 @@ class Case:
         )
 
     def gradients(self, cotangent: Array, **arguments: Array) -> dict[str, Array]:
-        _, pull_back = jax.vjp(lambda arguments: self.output(**arguments), arguments)
+        ids = {name: arguments.pop(name) for name in ("ids",) if name in arguments}
+        _, pull_back = jax.vjp(lambda arguments: self.output(**arguments, **ids), arguments)
         (gradients,) = pull_back(cotangent)
         return gradients
 
@@ -149,6 +160,8 @@ CASES = (
     ),
     # A mask and a bias that heads share, of the verification of a draft.
     Case(shape_of(64, 8, 128), "decode", batch=16, queries=16, keys=32768, added=True),
+    *(Case(shape_of(32, 8, 128), direction, functions=True) for direction in DIRECTIONS),
+    Case(shape_of(32, 8, 128), "decode", batch=8, queries=8, keys=32768, functions=True),
     Case(MULTI_QUERY, "backward", batch=4, queries=4096, keys=4096),
     Case(MULTI_QUERY, "backward", queries=32768, keys=32768),
     *DECODE_CASES,

@@ -90,8 +90,8 @@ def _refusals(name: str, function: PairFunction) -> Iterator[str]:
 def _refusal(name: str, function: Callable, arrays: tuple) -> str | None:
     """Why a function cannot be part of a kernel, found by tracing it and its derivative on a tile."""
     struct = jax.ShapeDtypeStruct
-    # Ones of the shape of the index stand for what is read.
-    read = lambda array, *index: jnp.ones(jnp.broadcast_shapes(*map(jnp.shape, index)), array.dtype)
+    # The sum of its indices stands for an entry: like one, it belongs to the trace in which it is read.
+    read = lambda array, *index: functools.reduce(jnp.add, index, jnp.int32(0)).astype(array.dtype)
 
     def in_tile(score: Array, *pairs: Array) -> Any:
         once, again = once_and_again(function, tuple(struct(*x) for x in arrays), read)

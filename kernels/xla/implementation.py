@@ -47,7 +47,7 @@ def d_score_arrays(
     inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp
 ) -> tuple[Array, ...]:
     """The gradients of the arrays of `score_fn` alone, which kernels for GPUs do not compute."""
-    tiles = tiles_for_accelerator(inputs.sizes, scores=1 << 22)  # 16 MiB: memory that nothing else there needs
+    tiles = _tiles_of(inputs.sizes, scores=1 << 22)  # 16 MiB: memory that nothing else there needs
     return score_arrays_in_tiles(inputs, out, normalizer, d_out, d_log_sum_exp, tiles)
 
 
@@ -57,8 +57,12 @@ def tiles_for_cpu(size: Sizes, is_causal: bool = True, costs: tile_choice.Costs 
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=True)
 
 
-def tiles_for_accelerator(size: Sizes, scores: int = 1 << 25) -> TileShape:
+def tiles_for_accelerator(size: Sizes) -> TileShape:
     """Every step starts several GPU kernels, so steps are large: up to 2**25 scores, 128 MiB. Not tuned on any GPU."""
+    return _tiles_of(size, scores=1 << 25)
+
+
+def _tiles_of(size: Sizes, scores: int) -> TileShape:
     rows, columns = min(known(size.T), 512), min(known(size.S), 1024)
     heads = _heads(size, rows, columns, scores)
     return TileShape(core.min_dim(size.T, rows), core.min_dim(size.S, columns), heads, upcast=False)

@@ -49,6 +49,7 @@ DECODED = [
 ]
 IN_TF32 = [case for case in CASES if case.precision is not None and (case.added or case.direction == "decode")]
 MASKED = [case for case in CASES if case.added and case.dtype == "bfloat16"]
+OF_FUNCTIONS = [case for case in CASES if case.functions]
 # All of them for the two GPUs that most people have; for the others the largest tiles and the fewest programs.
 FULLY = "a100", "h100"
 LARGEST = [
@@ -64,6 +65,7 @@ KERNELS = {
 }
 TENSOR_CORES = {"h100": "wgmma", "b200": "tcgen05"}  # the instructions without which they run at half speed, or less
 WITHOUT_SPILLS = (64, 128)  # head sizes; in decoding all
+SPILLS_OF_FUNCTIONS = {"h100": 128, "b200": 640}  # bytes, where logarithms are in the loop; elsewhere none
 SPILLS_OF_3X = 128  # bytes, of three products of tf32 at once: L40S and H100 need a few where something is added
 TEMPORARY_MIB = {4096: 200, 32768: 340}  # by length; the output alone takes 128 and 256
 ROUNDING = 1024  # bytes, as each buffer begins at a multiple of 128 or 256
@@ -83,7 +85,8 @@ def complaints(case: Case, result: Result) -> list[str]:
     for kernel in result.kernels:
         small = case.shape.head_dim in WITHOUT_SPILLS or (case.direction == "decode" and case.precision is None)
         judged = case.dtype == "bfloat16" or case.precision is not None
-        if judged and small and kernel.spills > (SPILLS_OF_3X if case.precision == TF32[1] else 0):
+        of_functions = SPILLS_OF_FUNCTIONS.get(result.target, 0) if case.functions else 0
+        if judged and small and kernel.spills > (SPILLS_OF_3X if case.precision == TF32[1] else of_functions):
             found.append(f"{kernel.name} spills {kernel.spills} bytes")
         if kernel.serialized:
             found.append(f"{kernel.name} waits for each wgmma before the next")
@@ -110,6 +113,8 @@ def complaints_of_decoding(case: Case, result: Result) -> list[str]:
                     f"{kernel.name} has {kernel.programs} programs; there are {multiprocessors} multiprocessors"
                 )
     most = most_temporaries(case, result.target)
+    if case.functions:  # three numbers for each tile of keys, from which the table of tiles is made
+        most += case.batch * case.keys
     if (result.temporaries or 0) > most:
         found.append(f"{result.temporaries} bytes of temporaries; {most} are enough")
     return found
@@ -138,7 +143,7 @@ def most_temporaries(case: Case, target: str) -> int:
 def test_kernels_compile_well_for(target):
     """One test for each GPU, since a compiler's process is started once for all programs."""
     cases = [*COMPILED, *DECODED, *MASKED] if target in FULLY else LARGEST
-    cases = [case for case in cases if case.dtype != "float32" or target in FULL_FLOAT32] + IN_TF32
+    cases = [case for case in cases if case.dtype != "float32" or target in FULL_FLOAT32] + IN_TF32 + OF_FUNCTIONS
     cases = [case for case in cases if case.key_dtype != "float8_e4m3fn" or target not in WITHOUT_FLOAT8]
     results = list(gpu_compile.compile_cases(target, cases))
     found = [f"{case}: {text}" for case, result in zip(cases, results) for text in complaints(case, result)]

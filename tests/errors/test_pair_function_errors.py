@@ -91,7 +91,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(options, message):
+def test_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         attend(**options)
 
@@ -125,16 +125,11 @@ def no_rule(score, *_):
     return jax.lax.erf(score)
 
 
-def inner_read(score, batch, head, query, key, table):
-    return jax.jit(lambda score: score + table[0, head])(score)
-
-
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         (takes, "TypeError"),
         (whole, "TypeError"),
-        (inner_read, ""),
         (no_rule, "no rule for erf in Pallas-Triton"),
     ],
 )
@@ -160,4 +155,4 @@ def test_ready_scores_can_be_part_of_a_kernel(name):
 def test_cudnn_has_no_functions(option):
     given: Any = (functions.scaled, jnp.ones(4)) if option == "score_fn" else (functions.dilated, 2)
     with pytest.raises(NotImplementedError, match=f"{option}"):
-        attend(**{option: given}, implementation="cudnn")
+        attend(**{option: given, "implementation": "cudnn"})
