@@ -20,10 +20,10 @@ these shapes. Rules:
 
 * It is elementwise: arithmetic, comparisons, `jnp.where`. It gives a finite score, and a finite derivative, for every
   pair, also for those that a mask hides; `jnp.where(condition, score, -jnp.inf)` is the exception.
-* It reads arrays by one integer for each axis, `table[head, key - query]`, and not inside of a `jax.jit` of its own. As always in JAX, a negative index counts
-  from the end and one beyond the end means the last entry. A GPU kernel reads arrays in no other way, and
-  `implementation=None` runs a function that does, or that needs an operation without a rule in Pallas-Triton, in plain
-  XLA instead.
+* It reads arrays by one integer for each axis, `table[head, key - query]`, and not inside of a `jax.jit` of its own.
+  As always in JAX, a negative index counts from the end and one beyond the end means the last entry. A GPU kernel
+  reads arrays in no other way, and `implementation=None` runs a function that does, or that needs an operation
+  without a rule in Pallas-Triton, in plain XLA instead.
 * It reads nothing but its arguments. An array of an enclosing function is refused: pass it along, then it has a
   gradient.
 * It is defined in a module. JAX compiles a program for each function: one that is made anew for each call, like a

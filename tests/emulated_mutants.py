@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import mutants
-from emulated_cases import OPTIONS, Case, Options, everything, sizes
+from emulated_cases import OPTIONS, Case, Options, Tangents, everything, sizes
 from mutants import Mutant
 from ptx_emulator import emulation
 
@@ -25,6 +25,7 @@ CALLS = {
     "step": Case("step", "bfloat16", sizes(1, 1003, (6, 2), 64, batch=2), step, gradients=False),
     "step in 8 bits": Case("step", "bfloat16", sizes(1, 1003, (6, 2), 64), gradients=False, bits="int8"),
     "everything": Case("everything", "bfloat16", _WHOLE, everything(97, 131)),
+    "tangents": Tangents("everything", "bfloat16", sizes(97, 131, (2, 1), 64, batch=2), everything(97, 131, heads=2)),
     **{
         name: Case(name, "bfloat16", _WHOLE, OPTIONS[name])
         for name in ("rows that see nothing", "segments", "mask", "bias", "slopes", "soft cap", "sinks", "dropout")
@@ -107,4 +108,12 @@ MUTANTS = [
     Noticed("triton.backward._one_tile_of_d_key", "drop(one, weight, place)", "weight", "dropout"),
     Noticed("triton.score_gradient._one_tile", "d_score * distance(one, place)", "d_score", "slopes"),
     Noticed("triton.score_gradient._store", "(rows < size.T)[:", "(rows <= size.T)[:", "bias"),
+    # Tangents.
+    Noticed("triton.tangent._one_tile", "(d_query, key), (query, d_key)", "((d_query, key),)", "tangents"),
+    Noticed("triton.tangent._one_tile", "(d_query, key), (query, d_key)", "((query, d_key),)", "tangents"),
+    Noticed("triton.tangent._one_tile", "dropped * d_score", "weight * d_score", "tangents"),
+    Noticed("triton.tangent._one_tile", "d_out, dropped, d_value", "d_out, weight, d_value", "tangents"),
+    Noticed("triton.tangent._one_tile", "x - sums", "x + sums", "tangents"),
+    Noticed("triton.tangent._d_score", "d_raw * (1 - tanh * tanh)", "d_raw", "tangents"),
+    Noticed("triton.tangent._d_score", "-slope * ", "slope * ", "tangents"),
 ]
