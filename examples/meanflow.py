@@ -4,7 +4,7 @@
     python examples/meanflow.py --steps 6000 --layers 4 --out runs/longer
     python examples/meanflow.py --memory    # of a training step, for 1024, 2048 and 4096 tokens; trains nothing
 
-A sample is a closed curve with two, three or four lobes, turned by any angle; its tokens are points of the plane. The
+A sample is a closed curve with two or three lobes, turned by any angle; its tokens are points of the plane. The
 network u(z, r, t) is a transformer like DiT (Peebles and Xie 2023, arXiv 2212.09748) that learns the mean velocity from
 time t to time r, so that one step from noise at time 1 is a sample: x = z - u(z, 0, 1) (Geng et al. 2025, arXiv
 2505.13447, algorithms 1 and 2). It takes about a minute on two CPU cores, and draws the loss and samples beside data.
@@ -201,7 +201,7 @@ def report(settings: Settings, params: Params, count: int = 1000) -> str:
     shares = ", ".join(f"{n} lobes {np.mean(lobes == n):.0%}" for n in LOBES)
     return (
         f"distance from the nearest curve, whose mean radius is 1: {np.median(distance):.3f} in the median of {count} "
-        f"samples, {of_circle[0]:.3f} of a circle\n{shares} (of data: a third each)"
+        f"samples, {of_circle[0]:.3f} of a circle\n{shares} (of data: {1 / len(LOBES):.0%} each)"
     )
 
 
