@@ -41,9 +41,9 @@ from benchmarks.timing import Settings
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "torch", "triton", "tokamax")
 TURNS = Settings(turns=5, turn_seconds=0.05)
-LONGEST = 7.5 * 60  # seconds of the whole run; what has not been measured by then is reported so
-LONGEST_TESTS = 4 * 60
-LONGEST_CASE = 2 * 60
+MAX_SECONDS = 7.5 * 60  # seconds of the whole run; what has not been measured by then is reported so
+MAX_TEST_SECONDS = 4 * 60
+MAX_CASE_SECONDS = 2 * 60
 
 
 def names() -> tuple[str, ...]:
@@ -60,7 +60,7 @@ def share_memory() -> None:
 
 
 def main(options: argparse.Namespace, command: str, file: Path | None) -> dict[str, Any]:
-    end = time.monotonic() + LONGEST
+    end = time.monotonic() + MAX_SECONDS
     has_gpu = jax.default_backend() == "gpu"
     if not has_gpu and not options.quick:
         raise SystemExit(
@@ -109,10 +109,10 @@ def run_tests() -> str:
             command += ["-o", "addopts="]
         with subprocess.Popen(command, cwd=processes.ROOT, start_new_session=True) as tests:
             try:
-                status = tests.wait(LONGEST_TESTS)
+                status = tests.wait(MAX_TEST_SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(tests.pid, signal.SIGKILL)  # and the processes that it started
-                return f"failed: they took longer than {LONGEST_TESTS} s"
+                return f"failed: they took longer than {MAX_TEST_SECONDS} s"
         return verdict(status, report)
 
 
@@ -166,7 +166,7 @@ WORKER = "from benchmarks import gpu, processes; processes.serve(gpu.answer)"
 def work(names: Sequence[str], quick: bool, settings: Settings, end: float) -> Iterator[tuple[str, Any]]:
     """What is found for each name, in their order: ceilings, or rows. That a name ends its process is one such."""
     how = json.dumps({"quick": quick, "settings": asdict(settings)})
-    for name, found in processes.results_of(WORKER, [how], names, "its process", None, LONGEST_CASE, end):
+    for name, found in processes.results_of(WORKER, [how], names, "its process", None, MAX_CASE_SECONDS, end):
         yield name, nothing(name, quick, found) if isinstance(found, str) else found
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.candidate import Candidate, NotApplicable
 from benchmarks.cases import Case
 from benchmarks.progress import progress_bar
-from benchmarks.timing import LEAST_TURNS, PATIENCE, Settings
+from benchmarks.timing import MIN_TURNS, PATIENCE, Settings
 
 TOLERANCE = 1e-4  # absolute, in float32; a wrong mask or head is off by more than 0.1
 LOCATION = re.compile(r"(https?:/)?(?<!\w)(/[^\s/'\"]+)+/")  # all of a path but its last name
@@ -121,7 +121,7 @@ def _take_turn(attempt: Attempt, settings: Settings) -> None:
 
 def _had_enough(attempt: Attempt, settings: Settings) -> bool:
     turns = len(attempt.costs)
-    return turns > 0 and attempt.seconds > settings.peer_seconds * (1 if turns >= LEAST_TURNS else PATIENCE)
+    return turns > 0 and attempt.seconds > settings.peer_seconds * (1 if turns >= MIN_TURNS else PATIENCE)
 
 
 def row_of(case: Case, peer: str, **fields: Any) -> Row:

@@ -96,7 +96,7 @@ SIDES = {  # rows, columns
     **{(direction, "tf32"): ((16, 32, 64, 128), (16, 32, 64, 128)) for direction in KERNELS},
     **{(direction, "tf32x3"): ((16, 32, 64), (16, 32, 64)) for direction in KERNELS},
 }
-MOST_NUMBERS = 256  # float32 of a thread, which has 255 registers
+MAX_NUMBERS = 256  # float32 of a thread, which has 255 registers
 
 
 def legal(entry: Entry) -> Iterator[TileConfig]:
@@ -112,7 +112,7 @@ def legal(entry: Entry) -> Iterator[TileConfig]:
     settle = (False, True) if entry.direction == "dkv" and on_hopper else (False,)
     for choice in itertools.product(rows, columns, (4, 8), stages, features, defer, settle):
         config = TileConfig(*choice)
-        if numbers_of_a_thread(entry, config) <= MOST_NUMBERS:
+        if numbers_of_a_thread(entry, config) <= MAX_NUMBERS:
             yield config
 
 

@@ -21,7 +21,7 @@ class Settings:
     Attributes:
       turns: how often each peer is measured.
       turn_seconds: how long about.
-      peer_seconds: a peer that has taken so long, in all its turns, has had enough of them, if they were LEAST_TURNS;
+      peer_seconds: a peer that has taken so long, in all its turns, has had enough of them, if they were MIN_TURNS;
         with fewer it has after PATIENCE times as long.
     """
 
@@ -31,7 +31,7 @@ class Settings:
 
 
 QUICK = Settings(turns=2, turn_seconds=0.0)
-LEAST_TURNS, PATIENCE = 3, 2
+MIN_TURNS, PATIENCE = 3, 2
 LONG = 0.4  # seconds of a call
 
 

@@ -17,6 +17,7 @@ from llama_params import Checkpoint, Names, Params, Source, read_params
 
 from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 from mqa_jax.torch_interop.hugging_face import checkpoint as hf_checkpoint
+from mqa_jax.torch_interop.hugging_face import weight_files
 
 NAMES = Names(
     layer="layers.{}.",
@@ -83,7 +84,7 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None) -> Checkpoint:
     path = default_model() if path is None else Path(path).expanduser()
     if path.is_dir():
         return load_folder(path)
-    if path.is_file() and (path.suffix == ".gguf" or hf_checkpoint.foreign(path) == "a GGUF file"):
+    if path.is_file() and (path.suffix == ".gguf" or weight_files.foreign(path) == "a GGUF file"):
         return load_gguf(path)
     absent = "" if path.exists() else ", which does not exist"
     raise ValueError(f"A model is a .gguf file or a folder with config.json: path={str(path)!r}{absent}.")

@@ -11,7 +11,7 @@ from llama_params import Checkpoint, Names, Params, Source, read_params
 
 import mqa_jax
 from mqa_jax import torch_interop
-from mqa_jax.torch_interop.hugging_face import checkpoint as hf_checkpoint
+from mqa_jax.torch_interop.hugging_face import weight_files
 
 NAMES = Names(
     layer="blk.{}.",
@@ -189,7 +189,7 @@ def open_gguf(path: Path) -> Any:
                 raise ValueError(f"it ends at byte {len(self.data):,}, before the end of its contents")
             return super()._get(offset, dtype, count, *more, **options)
 
-    what = hf_checkpoint.foreign(path)
+    what = weight_files.foreign(path)
     if what not in (None, "a GGUF file"):
         raise ValueError(f"This is not a GGUF file: {str(path)!r} is {what}.")
     try:

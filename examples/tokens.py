@@ -12,7 +12,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from mqa_jax.torch_interop.hugging_face.checkpoint import read_json
+from mqa_jax.torch_interop.hugging_face.weight_files import read_json
 
 # Kinds of tokens in a GGUF file's tokenizer.ggml.token_type. Unused ones do not occur in texts.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5

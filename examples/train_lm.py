@@ -12,12 +12,10 @@ of `llama.py`. It takes about a minute and a half on two CPU cores, prints a tab
 import argparse
 import functools
 import math
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import chex
@@ -26,18 +24,18 @@ import jax.numpy as jnp
 import llama_nnx
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from command_line import Parser, exit_with_a_sentence
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 from llama import Llama, LlamaConfig
+from manual import Text, load_text
 from tqdm import tqdm
+from train_checkpoints import check_folder, open_checkpoints, restore, save
 from train_report import Params, Result, decode_speed, save_plot, table, write_text
 
 from mqa_jax import nnx as mqa_nnx
 
-HELD_OUT = 0.07  # of each topic
 SHOW_EVERY = 10  # steps; showing a loss waits until it is computed
 
 
@@ -95,27 +93,6 @@ class Settings:
             0.0, self.learning_rate, self.steps // 10, self.steps, self.learning_rate / 20
         )
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
-
-
-class Text(NamedTuple):
-    """Bytes, as tokens."""
-
-    train: UInt8[Array, " bytes"]
-    held_out: UInt8[Array, " bytes"]
-
-    @property
-    def checksum(self) -> int:
-        return zlib.crc32(np.asarray(self.train).tobytes())
-
-
-def load_text() -> Text:
-    train, held_out = [], []
-    for name in sorted(topics):
-        cut = round(len(topics[name]) * (1 - HELD_OUT))
-        train.append(topics[name][:cut])
-        held_out.append(topics[name][cut:])
-    encode = lambda parts: jnp.asarray(np.frombuffer("\n\n".join(parts).encode(), np.uint8))
-    return Text(encode(train), encode(held_out))
 
 
 class State(NamedTuple):
@@ -179,55 +156,6 @@ def evaluate(settings: Settings, params: Params, held_out: UInt8[Array, " bytes"
     size = settings.batch * (settings.length + 1)
     batches = held_out[: held_out.size // size * size].reshape(-1, settings.batch, settings.length + 1)
     return lax.map(lambda texts: mean_loss(settings.model, params, texts.astype(jnp.int32)), batches).mean()
-
-
-def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
-    # Not asynchronous: the state is donated to the next step, which overwrites it.
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
-
-
-def check_folder(folder: Path, record: dict[str, Any], resume: bool) -> None:
-    """Raises if a new run would overwrite a checkpoint, or a resumed run has other settings."""
-    with open_checkpoints(folder) as manager:
-        if resume:
-            saved_step(manager, record)
-        elif manager.latest_step() is not None:
-            raise FileExistsError(
-                f"A new run never overwrites a checkpoint: {folder} holds step={manager.latest_step()}. "
-                "Continue it with --resume, or choose another --out."
-            )
-
-
-def save(manager: ocp.CheckpointManager, state: State, record: dict[str, Any]) -> None:
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(record))
-    manager.save(int(state.step), args=items)
-
-
-def saved_step(manager: ocp.CheckpointManager, record: dict[str, Any]) -> int | None:
-    """The last saved step, if any; raises if its run had other settings."""
-    step = manager.latest_step()
-    if step is None:
-        return None
-    saved = manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"]
-    names = dict.fromkeys([*record, *saved])
-    pairs = {name: (record.get(name), saved.get(name)) for name in names}
-    differences = [f"{name}={now} (was {before})" for name, (now, before) in pairs.items() if now != before]
-    if differences:
-        raise ValueError(
-            f"A run is resumed with the settings it was started with: {', '.join(differences)}, step={step} in "
-            f"{manager.directory}. Use those, or another --out."
-        )
-    return step
-
-
-def restore(manager: ocp.CheckpointManager, like: State, record: dict[str, Any]) -> State:
-    """The last saved state, if any, else `like`."""
-    step = saved_step(manager, record)
-    if step is None:
-        return like
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
-    return manager.restore(step, args=items)["state"]
 
 
 def record_of(settings: Settings, text: Text) -> dict[str, Any]:

@@ -17,28 +17,32 @@ Axes = tuple[int | None, ...]
 Maps = tuple[Axes, ...]
 
 
-def define(name: str, compute: Callable[..., list], shapes: Callable[..., list]) -> Primitive:
-    """A primitive with several results: `compute` is traced when it is lowered, `shapes` gives what it returns."""
+def over(maps: Maps, function: Callable[..., list]) -> Callable[..., list]:
+    """The function of arguments with these additional axes."""
+    for axes in maps:
+        function = jax.vmap(function, in_axes=axes)
+    return function
+
+
+def define(name: str, types: Callable[..., list], lowering: Callable[..., Any]) -> Primitive:
+    """A primitive with several results, whose types without maps `types` gives."""
     primitive = Primitive(name)
     primitive.multiple_results = True
 
-    def run(*arguments: Any, maps: Maps, **parameters: Any) -> list:
-        function = lambda *arguments: compute(*arguments, **parameters)
-        for axes in maps:
-            function = jax.vmap(function, in_axes=axes)
-        return function(*arguments)
-
     def abstract(*arguments: Any, maps: Maps, **parameters: Any) -> list:
-        sizes: list[Any] = []
+        outside: list[tuple[Any, Any]] = []  # size and mesh axes of each
         for axes in reversed(maps):
-            sizes.append(_size(arguments, axes))
+            mapped = [x for x, axis in zip(arguments, axes) if axis == 0]
+            cuts = [x.sharding.spec[0] for x in mapped if x.sharding.spec[0] is not None]
+            outside.append((mapped[0].shape[0], cuts[0] if cuts else None))
             arguments = tuple(x if axis is None else _without_axis(x) for x, axis in zip(arguments, axes))
-        results = shapes(*arguments, **parameters)
-        return [jax.core.ShapedArray((*sizes, *x.shape), x.dtype) for x in results]
+        return [_with_axes(x, outside) for x in types(*arguments, **parameters)]
 
-    primitive.def_impl(lambda *arguments, **parameters: jax.jit(lambda *x: run(*x, **parameters))(*arguments))
+    primitive.def_impl(
+        lambda *arguments, **parameters: jax.jit(lambda *x: primitive.bind(*x, **parameters))(*arguments)
+    )
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    mlir.register_lowering(primitive, lowering)
     return primitive
 
 
@@ -108,9 +112,10 @@ def _where(arrays: Sequence[Any], axes: Axes) -> list:
     return [None if x is None else axis for x, axis in zip(arrays, axes)]
 
 
-def _size(arguments: Sequence[Any], axes: Axes) -> Any:
-    return next(x.shape[0] for x, axis in zip(arguments, axes) if axis == 0)
-
-
 def _without_axis(x: Any) -> Any:
-    return jax.core.ShapedArray(x.shape[1:], x.dtype)
+    return x.update(shape=x.shape[1:], sharding=x.sharding.update(spec=x.sharding.spec[1:]))
+
+
+def _with_axes(x: Any, outside: list[tuple[Any, Any]]) -> Any:
+    sizes, cuts = [size for size, _ in outside], [cut for _, cut in outside]
+    return x.update(shape=(*sizes, *x.shape), sharding=x.sharding.update(spec=(*cuts, *x.sharding.spec)))

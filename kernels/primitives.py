@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from mqa_jax import batch_axes
+from mqa_jax import axes, batch_axes
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import mapped, row_blocks
+from mqa_jax.kernels import devices, mapped, row_blocks
 from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.platforms import Kernels
 from mqa_jax.shapes import LogSumExp, Output
@@ -44,7 +44,7 @@ QUANTIZED = (
 def attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
     """Output and log-sum-exp."""
     leaves, tree = jax.tree.flatten(inputs)
-    out, log_sum_exp, *_ = attention_p.bind(*leaves, kernels=kernels, tree=tree, maps=())
+    out, log_sum_exp, *_ = attention_p.bind(*devices.alike(leaves), kernels=kernels, tree=tree, maps=())
     return out, log_sum_exp
 
 
@@ -84,24 +84,47 @@ def _operands(inputs: Inputs, leaves: dict[int, Any]) -> Operands:
     return jax.tree.unflatten(structure, [leaves.get(i) for i in range(structure.num_leaves)])
 
 
-def _shapes_of_forward(*leaves: Any, kernels: Kernels, tree: Tree) -> list:
-    inputs = jax.tree.unflatten(tree, leaves)
-    size, (*batch, rows, heads, _) = inputs.sizes, inputs.operands.query.shape
-    number = jax.ShapeDtypeStruct((*batch, rows, heads), inputs.score_dtype)
-    return [jax.ShapeDtypeStruct((*batch, rows, heads, size.V), inputs.dtype), number, number, number]
+def _types_of_forward(*leaves: Any, kernels: Kernels, tree: Tree) -> list:
+    inputs, query = jax.tree.unflatten(tree, leaves), leaves[0]
+    out = devices.like(query, (*query.shape[:-1], inputs.sizes.V), inputs.dtype)
+    number = devices.like(query, query.shape[:-1], inputs.score_dtype)
+    return [out, number, number, number]
 
 
-def _shapes_of_tangent(*arguments: Any, kernels: Kernels, tree: Tree, wanted: Wanted) -> list:
+def _types_of_tangent(*arguments: Any, kernels: Kernels, tree: Tree, wanted: Wanted) -> list:
     return list(arguments[tree.num_leaves : tree.num_leaves + 2])  # those of output and of a number for each row
 
 
-def _shapes_of_backward(*arguments: Any, kernels: Kernels, tree: Tree, wanted: Wanted) -> list:
-    return [arguments[number] for number in wanted]
+def _types_of_backward(*arguments: Any, kernels: Kernels, tree: Tree, wanted: Wanted) -> list:
+    return [arguments[number].update(weak_type=False) for number in wanted]
 
 
-attention_p = mapped.define("mqa_attention", _forward, _shapes_of_forward)
-tangent_p = mapped.define("mqa_attention_tangent", _tangent, _shapes_of_tangent)
-backward_p = mapped.define("mqa_attention_backward", _backward, _shapes_of_backward)
+def _letters_of_forward(kernels: Kernels, tree: Tree) -> devices.Letters:
+    return devices.Letters(axes.of_leaves(_skeleton(tree)), [axes.OUT, *[axes.NUMBER] * SAVED])
+
+
+def _letters_of_tangent(kernels: Kernels, tree: Tree, wanted: Wanted) -> devices.Letters:
+    leaves = axes.of_leaves(_skeleton(tree))
+    saved = [axes.OUT, axes.NUMBER, axes.NUMBER]
+    return devices.Letters([*leaves, *saved, *(leaves[i] for i in wanted)], [axes.OUT, axes.NUMBER])
+
+
+def _letters_of_backward(kernels: Kernels, tree: Tree, wanted: Wanted) -> devices.Letters:
+    leaves = axes.of_leaves(_skeleton(tree))
+    saved = [axes.OUT, axes.NUMBER, axes.NUMBER]
+    return devices.Letters([*leaves, *saved, axes.OUT, axes.NUMBER], [leaves[i] for i in wanted], are_gradients=True)
+
+
+def _skeleton(tree: Tree) -> Inputs:
+    """Inputs with numbers for arrays."""
+    return jax.tree.unflatten(tree, range(tree.num_leaves))
+
+
+attention_p = mapped.define("mqa_attention", _types_of_forward, devices.lowering(_forward, _letters_of_forward))
+tangent_p = mapped.define("mqa_attention_tangent", _types_of_tangent, devices.lowering(_tangent, _letters_of_tangent))
+backward_p = mapped.define(
+    "mqa_attention_backward", _types_of_backward, devices.lowering(_backward, _letters_of_backward)
+)
 
 
 # -- derivatives ------------------------------------------------------------------------------------------------------
@@ -181,6 +204,8 @@ def _sum(terms: list[list]) -> list:
     return [sum(parts[1:], start=parts[0]) for parts in zip(*terms)]
 
 
+for primitive in (attention_p, tangent_p, backward_p):
+    devices.needs_devices(primitive)
 mapped.def_jvp(attention_p, _attention_jvp)
 mapped.def_jvp(tangent_p, _tangent_jvp)
 mapped.def_jvp(backward_p, _backward_jvp)

@@ -35,12 +35,12 @@ def as_rows(inputs: Inputs, axes: Sequence[int | None]) -> list[Array] | None:
     """The leaves of inputs with one batch axis, into which the first of the two axes of some leaves goes.
 
     `axes` has 0 for each leaf with the additional axis. None where a large array would have to be copied, or an array
-    for all rows differs along the axis.
+    for all rows differs along the axis; and on a mesh, which may cut one of the axes.
     """
     query, pairs = inputs.operands.query, (inputs.operands.bias, inputs.mask.allowed)
     for_all = jax.tree.leaves(map_arrays(inputs, lambda x: False, for_all_rows=lambda x: True))
     leaves = jax.tree.leaves(inputs)
-    if axes[0] is None:
+    if axes[0] is None or _on_a_mesh(query):
         return None
     count, batch = query.shape[:2]
     flat = []
@@ -59,6 +59,10 @@ def as_rows(inputs: Inputs, axes: Sequence[int | None]) -> list[Array] | None:
             return None
         flat.append(x)
     return flat
+
+
+def _on_a_mesh(x: Array) -> bool:
+    return not (jax.typeof(x).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty)
 
 
 def map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Callable[[Array], Any]) -> Any:

@@ -65,7 +65,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), POSITIVE),
     **dict.fromkeys(("softmax_scale", "attn_scale"), NUMBER),
     **dict.fromkeys(("dtype", "param_dtype"), FLOATING),
-    **dict.fromkeys(("kernel_init", "bias_init"), FUNCTION),
+    **dict.fromkeys(("kernel_init", "bias_init", "out_kernel_init", "out_bias_init"), FUNCTION),
     "rope": ("positions such as mqa_jax.Rope()", is_made),
     "scaling": ("such as mqa_jax.LinearScaling(factor=2.0)", is_made),
     "attn_temperature_tuning": ("such as mqa_jax.TemperatureTuning()", is_made),
@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
 OPTIONAL = {
     *("d_model", "kv_heads", "head_dim", "out_features", "use_out_bias", "deterministic", "clip_qkv", "softmax_scale"),
     *("scaling", "rope", "attn_temperature_tuning", "logits_soft_cap", "dtype"),
+    *("out_kernel_init", "out_bias_init"),
 }
 
 

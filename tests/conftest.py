@@ -147,6 +147,25 @@ def skin(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=["graph", "tree"])
+def mode(request):
+    """Which of its two modes `flax.nnx` is in."""
+    import skins
+
+    with skins.mode(tree=request.param == "tree"):
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch's threads wait for each other by spinning; benchmarks that run side by side would wait long."""
+    from benchmarks import environment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "usable_cores", lambda: 1)
+        yield
+
+
 @pytest.fixture
 def kernels(monkeypatch, request):
     """The Triton kernels as the implementation "kernels": in interpret mode, or with --gpu compiled, on the GPU."""
@@ -157,5 +176,6 @@ def kernels(monkeypatch, request):
     interpret = not request.config.getoption("--gpu")
     forward = functools.partial(triton.forward, interpret=interpret)
     backward = functools.partial(triton.backward, interpret=interpret)
-    way = attention.Implementation(platforms.Kernels(forward, backward), triton.cannot)
+    tangent = functools.partial(triton.tangent, interpret=interpret)
+    way = attention.Implementation(platforms.Kernels(forward, backward, tangent), triton.cannot)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "kernels", way)

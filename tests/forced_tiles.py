@@ -69,3 +69,24 @@ def triton_tiles(most_queries: int = 16, max_programs: int = 64, **tiles: TileCo
         mock.patch.object(grid, "MAX_SHARED_PROGRAMS", max_programs),
     ):
         yield
+
+
+def tiled(monkeypatch, shape: TileShape) -> str:
+    """Registers the kernels with tiles of this shape, however small, under a name of their own."""
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "tiled", attention.Implementation(plain_xla(shape)))
+    return "tiled"
+
+
+def use_tiles(monkeypatch, **tiles: TileConfig) -> None:
+    """These tiles instead of the table's, by direction."""
+    monkeypatch.setattr(tile_config, "choose", lambda direction, inputs, rows=None: tiles[direction])
+
+
+small = functools.partial(TileConfig, warps=4, stages=2)
+SMALL = dict(
+    forward=small(16, 32, defer_values=True),
+    dq=small(16, 16),
+    dkv=small(32, 16, features=16),
+    dscore=small(16, 32),
+    decode=small(16, 16),
+)

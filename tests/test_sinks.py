@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_triton import SMALL, use_tiles
-from test_xla import tiled
+from forced_tiles import SMALL, tiled, use_tiles
 
 import mqa_jax
 from mqa_jax.kernels.triton import decode

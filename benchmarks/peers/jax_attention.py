@@ -29,8 +29,8 @@ from mqa_jax.kernels.triton import implementation as triton
 
 Attend = Callable[..., Array]  # problem, query, key, value
 
-LARGEST_SCORES = 10 << 30  # bytes of one array of all scores; gradients take four of them
-LONGEST_CACHE = 16384  # the numbers of a longer one repeat, in each row: making them all would take minutes
+MAX_SCORE_BYTES = 10 << 30  # bytes of one array of all scores; gradients take four of them
+MAX_CACHE = 16384  # the numbers of a longer one repeat, in each row: making them all would take minutes
 KEPT = 3  # problems: what is measured, what is checked, and that without dropout
 
 
@@ -44,8 +44,8 @@ def without_gradients(problem: Problem) -> Problem:
 
 @functools.lru_cache(maxsize=KEPT)
 def random_arrays(problem: Problem) -> list[np.ndarray]:
-    long = problem.continues and problem.keys > LONGEST_CACHE
-    return (replace(problem, batch=1, keys=LONGEST_CACHE) if long else problem).arrays()
+    long = problem.continues and problem.keys > MAX_CACHE
+    return (replace(problem, batch=1, keys=MAX_CACHE) if long else problem).arrays()
 
 
 def repeats(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -247,7 +247,7 @@ def compiled(peer: str, problem: Problem) -> Compiled:
 
 def runnable(peer: str, problem: Problem) -> Compiled:
     """The program of a peer, if there is space to run it."""
-    if peer in PLAIN and problem.score_bytes > LARGEST_SCORES:
+    if peer in PLAIN and problem.score_bytes > MAX_SCORE_BYTES:
         raise NotApplicable(f"one array of all scores would be {problem.score_bytes / 2**30:.0f} GiB")
     return compiled(peer, problem)
 

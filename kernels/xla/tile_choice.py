@@ -13,7 +13,7 @@ the array, their overlap would be computed twice.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mqa_jax.inputs import Sizes
 from mqa_jax.shapes import Length
@@ -55,10 +55,15 @@ BACKWARD = Costs(start=2e3, row=0.3, key=0.3, parallel_from=1 << 18, parallel=0.
 
 def choose(size: Sizes, costs: Costs, is_causal: bool) -> tuple[int, int, int]:
     """Rows, columns and heads of the cheapest tile that is not too large."""
+    return cheapest(replace(size, B=1, T=known(size.T), S=known(size.S)), costs, is_causal)
+
+
+@functools.lru_cache(maxsize=1024)  # without symbols of `jax.export`, which are not compared across exports
+def cheapest(size: Sizes, costs: Costs, is_causal: bool) -> tuple[int, int, int]:
     shapes = [
         (rows, columns, heads)
-        for rows in even_tiles(known(size.T), MIN_SIDE // size.G)
-        for columns in even_tiles(known(size.S), MIN_SIDE)
+        for rows in even_tiles(size.T, MIN_SIDE // size.G)
+        for columns in even_tiles(size.S, MIN_SIDE)
         for heads in range(1, size.K + 1)
         if size.K % heads == 0
     ]
@@ -73,7 +78,7 @@ def cost(size: Sizes, costs: Costs, is_causal: bool, rows: int, columns: int, he
     step = costs.start + scores * (costs.parallel if scores >= costs.parallel_from else 1)
     step += costs.spilled * max(0, scores - costs.in_cache)
     step += heads * (costs.row * size.G * rows * size.V + costs.key * columns * (size.H + size.V))
-    return visits(known(size.T), known(size.S), rows, columns, is_causal) * (size.K // heads) * step
+    return visits(size.T, size.S, rows, columns, is_causal) * (size.K // heads) * step
 
 
 @functools.lru_cache(maxsize=1024)  # called for each number of heads

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from mqa_jax import masks, quantization
 from mqa_jax.cache import layout
-from mqa_jax.cache.checks import FULL, LARGEST, SPOILED, unchecked, within
+from mqa_jax.cache.checks import FULL, MAX_INT32, SPOILED, unchecked, within
 from mqa_jax.cache.layout import INDEX, KEY, KEY_SCALE, OTHER_CALLS, RING_INDEX, VALUE, VALUE_SCALE
 from mqa_jax.shapes import positions
 
@@ -97,14 +97,14 @@ def append(
     cache = {name: x for name, x in cache.items() if name != OTHER_CALLS}
     layout.check_format(cache)
     _check_shape(cache, key)
-    start, spoiled = within(layout.index_of(cache), 0, LARGEST, SPOILED)
+    start, spoiled = within(layout.index_of(cache), 0, MAX_INT32, SPOILED)
     count = jnp.full(key.shape[0], key.shape[1], jnp.int32)
     if lengths is not None:
         count, spoiled = lengths.tokens, spoiled | lengths.wrong
     start, count = jnp.where(spoiled, 0, start), jnp.where(spoiled, 0, count)
     in_ring = RING_INDEX in cache
     length = cache[KEY].shape[1]
-    stop, full = within(start + count, 0, LARGEST if in_ring else length, FULL)
+    stop, full = within(start + count, 0, MAX_INT32 if in_ring else length, FULL)
     new = New(_contents(cache, key, value), start, stop, key.dtype)
     if not in_ring:
         contents, keys = _into_static(cache, new, ~(full | spoiled))

@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-LARGEST = 2**31 - 1
+MAX_INT32 = 2**31 - 1
 
 FULL = (
     "The cache is full: cache_index={value} after this call, max_length={high}. Make a longer cache with "
@@ -61,9 +61,11 @@ def within(x: Int[ArrayLike, "*X"], low: int, high: int, message: str) -> tuple[
 
 
 def _checked(x: Int[Array, "*X"], low: int, high: int, message: str) -> Int[Array, "*X"]:
-    lowest, highest = jnp.min(x, initial=LARGEST), jnp.max(x, initial=-LARGEST)
+    lowest, highest = jnp.min(x, initial=MAX_INT32), jnp.max(x, initial=-MAX_INT32)
     value = jnp.where(lowest < low, lowest, highest)
-    checkify.debug_check((lowest >= low) & (highest <= high), message, value=value, high=jnp.int32(min(high, LARGEST)))
+    checkify.debug_check(
+        (lowest >= low) & (highest <= high), message, value=value, high=jnp.int32(min(high, MAX_INT32))
+    )
     return x
 
 

@@ -13,7 +13,7 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from mqa_jax.cache.checks import FULL, LARGEST, SPOILED, within
+from mqa_jax.cache.checks import FULL, MAX_INT32, SPOILED, within
 from mqa_jax.cache.layout import CONTENTS, INDEX, KEY, NAMES, RING_INDEX
 
 
@@ -93,7 +93,7 @@ def check_cache(cache: Any) -> None:
     lengths = {leaf.owner: leaf.array.shape[-3] for leaf in leaves if leaf.name == KEY}
     for leaf in leaves:
         if leaf.owner is not None and leaf.name in (INDEX, RING_INDEX):
-            limits = [(0, LARGEST, SPOILED)]
+            limits = [(0, MAX_INT32, SPOILED)]
             limits += [(-1, lengths[leaf.owner], FULL)] if leaf.name == INDEX else []
             for low, high, message in limits:
                 if isinstance(leaf.array, jax.core.Tracer):

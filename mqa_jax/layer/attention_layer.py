@@ -148,12 +148,15 @@ class AttentionLayer(AttentionSettings, ABC):
     # -- its parts ----------------------------------------------------------------------------------------------------
 
     def _dense_settings(self, name: str) -> dict[str, Any]:
-        """Shape and bias of a projection."""
+        """Shape, bias and initializers of a projection."""
+        initializers = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
         if name == "out":
             use_bias = self.use_bias if self.use_out_bias is None else self.use_out_bias
-            return dict(features=self.out_features or self.dim, axis=(-2, -1), use_bias=use_bias)
+            own = dict(kernel_init=self.out_kernel_init, bias_init=self.out_bias_init)
+            initializers |= {name: initializer for name, initializer in own.items() if initializer is not None}
+            return dict(features=self.out_features or self.dim, axis=(-2, -1), use_bias=use_bias, **initializers)
         heads = self.heads if name == "query" else self._kv_heads
-        return dict(features=(heads, self._head_dim), axis=-1, use_bias=self.use_bias)
+        return dict(features=(heads, self._head_dim), axis=-1, use_bias=self.use_bias, **initializers)
 
     def _weight_settings(self, name: str) -> tuple[Initializer, tuple[int, ...] | None]:
         """How a parameter beside the projections starts, and its shape; None where there is no such parameter."""

@@ -53,6 +53,8 @@ class AttentionSettings(upstream.UpstreamSettings):
       output_projection: whether there is one. Without it the output has N * H features.
       out_features: default D.
       deterministic, dtype, param_dtype, precision, kernel_init, bias_init: as in Flax.
+      out_kernel_init, out_bias_init: of the output projection, whose kernel `[N, H, D]` and bias `[D]` have other axes
+        than those of the others, `[D, N, H]` and `[N, H]`; by default the same.
     """
 
     kv_heads: int | None = None
@@ -81,6 +83,8 @@ class AttentionSettings(upstream.UpstreamSettings):
     precision: jax.lax.PrecisionLike = None
     kernel_init: Initializer = lecun_normal()
     bias_init: Initializer = zeros
+    out_kernel_init: Initializer | None = None
+    out_bias_init: Initializer | None = None
 
     @property
     def _kv_heads(self) -> int:

@@ -50,8 +50,6 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,  # type: ignore[arg-type]
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
             name=name,
         )
 

@@ -19,7 +19,7 @@ from mqa_jax.cache import layout
 from mqa_jax.layer import settings
 from mqa_jax.layer.attention_layer import AttentionLayer, Cache
 from mqa_jax.layer.calls import Call
-from mqa_jax.linen.bridge import is_tree_mode
+from mqa_jax.layer.tree_mode import is_tree_mode
 from mqa_jax.nnx.norms import Norm
 from mqa_jax.nnx.random import checked_rngs, dropout_key, new_stream, takes_rngs
 
@@ -188,8 +188,6 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,  # type: ignore[arg-type]
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
             kernel_metadata=kernel,
             bias_metadata=bias,
             rngs=rngs,

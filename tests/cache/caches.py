@@ -45,3 +45,11 @@ def run(module, params, chunks, x=X, cache=None):
         outputs.append(out)
         start += length
     return jnp.concatenate(outputs, axis=1), cache
+
+
+def nearly_full(length=9):
+    """Row 1 has no room for two more tokens."""
+    module, params = make()
+    cache = new_cache(module, max_length=length)
+    _, cache = step(module, params, cache, X[:, : length - 1], seq_lengths=jnp.array([4, length - 1, 6]))
+    return module, params, cache

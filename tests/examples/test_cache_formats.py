@@ -12,6 +12,7 @@ import numpy as np
 import own_process
 import pytest
 import small_model
+from cache_report import agreement
 from checkpoints import load_checkpoint
 from llama import Llama, LlamaConfig
 from tokens import load_text
@@ -154,8 +155,8 @@ def test_the_error_of_a_layer():
 
 
 def test_agreement_ends_at_the_first_difference():
-    assert cache_formats.agreement([1, 2, 3, 4], [1, 2, 5, 4]) == 2
-    assert cache_formats.agreement([1, 2], [1, 2, 5, 4]) == 2
+    assert agreement([1, 2, 3, 4], [1, 2, 5, 4]) == 2
+    assert agreement([1, 2], [1, 2, 5, 4]) == 2
     assert cache_formats.until_end([5, 6, 0, -1, -1], cache_formats.Sampling(5, end=(0,))) == [5, 6]
 
 

@@ -35,9 +35,9 @@ def test_each_layer_takes_its_place(folder, capsys):
 def test_a_wrong_layer_is_named(folder, capsys, monkeypatch):
     import from_torch
 
-    really = mqa_jax.torch_interop.hugging_face.attention.rope_of
+    really = mqa_jax.torch_interop.hugging_face.families.rope_of
     wrong = lambda config: dataclasses.replace(really(config), interleaved=True)
-    monkeypatch.setattr(mqa_jax.torch_interop.hugging_face.attention, "rope_of", wrong)
+    monkeypatch.setattr(mqa_jax.torch_interop.hugging_face.families, "rope_of", wrong)
     with pytest.raises(SystemExit, match=r"These layers differ: \[0\]. python -m mqa_jax.parity"):
         from_torch.main(["--model", str(folder), "--text", "What it reads.", "--layers", "1"])
     line = capsys.readouterr().out.splitlines()[1]

@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import manual
 import numpy as np
 import pytest
 import train_lm
 from command_line import exit_with_a_sentence
+from train_checkpoints import open_checkpoints
 from train_report import read, smooth, write, write_text
 
 SMALL = train_lm.Settings(
@@ -66,7 +68,7 @@ def compiled_steps():
 
 @pytest.fixture(scope="module")
 def text():
-    return train_lm.load_text()
+    return manual.load_text()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_every_model_learns_from_the_text(finished, text):
 
 def test_the_text_held_out_is_no_training_text(text):
     share = text.held_out.size / (text.train.size + text.held_out.size)
-    assert abs(share - train_lm.HELD_OUT) < 0.005
+    assert abs(share - manual.HELD_OUT) < 0.005
     assert bytes(np.asarray(text.held_out[-200:])) not in bytes(np.asarray(text.train))
 
 
@@ -142,7 +144,7 @@ def test_a_killed_run_continues_to_the_same_losses(finished, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), str(ROOT)])}
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    with train_lm.open_checkpoints(tmp_path / "kv_heads_2") as manager:
+    with open_checkpoints(tmp_path / "kv_heads_2") as manager:
         assert manager.latest_step() == 5
 
     (resumed,) = train_lm.main([*arguments, "--checkpoint-every=50", "--resume"])
@@ -270,7 +272,7 @@ def test_samples_follow_the_seed_with_a_temperature(params, prompt):
 def test_a_step_of_the_nnx_model_is_that_of_the_linen_model():
     """From the same parameters to the same, without dropout; with it the loss falls."""
     linen, nnx = (replace(SMALL, dropout=0.0, api=api) for api in ("linen", "nnx"))
-    text, state = train_lm.load_text(), train_lm.first_state(nnx)
+    text, state = manual.load_text(), train_lm.first_state(nnx)
     copy = jax.tree.map(jnp.copy, state)
     expected, after = train_lm.make_step(linen)(state, text.train), train_lm.make_step(nnx)(copy, text.train)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), after.params, expected.params)

@@ -14,6 +14,7 @@ from hf_layers import CONFIGS, hf_layer
 
 import mqa_jax
 from mqa_jax.torch_interop import from_torch, parity
+from mqa_jax.torch_interop.parity import flax_side
 
 pytestmark = pytest.mark.torch
 
@@ -114,7 +115,7 @@ def test_wrong_conversions_are_caught(name):
 @pytest.fixture
 def compiled_anew():
     """What was compiled before a function was patched, or with the patch, is forgotten."""
-    step: Any = parity._step
+    step: Any = flax_side.step
     step.clear_cache()
     yield
     step.clear_cache()
@@ -231,8 +232,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert list(reports) == [0, 1]
     assert "2 of 2 layers agree in float32" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "p.json").read_text())) == {"0", "1"}
-    really = mqa_jax.torch_interop.hugging_face.attention.rope_of
+    really = mqa_jax.torch_interop.hugging_face.families.rope_of
     wrong = lambda config: dataclasses.replace(really(config), interleaved=True)
-    monkeypatch.setattr(mqa_jax.torch_interop.hugging_face.attention, "rope_of", wrong)
+    monkeypatch.setattr(mqa_jax.torch_interop.hugging_face.families, "rope_of", wrong)
     with pytest.raises(SystemExit, match=r"1 of 1 layers differ; the worst tensor of each: \{1: "):
         parity.main([str(tmp_path), "--layer", "1", "--length", "7"])

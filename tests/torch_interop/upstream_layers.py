@@ -80,3 +80,15 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "knotgrass grouped": lambda: knotgrass_grouped(24, groups=2, heads_of_group=3, head_dim=4),
     "torch.nn.MultiheadAttention": lambda: torch_multihead(24, 6),
 }
+
+
+def llm_foundry(bias: bool = True) -> Any:
+    """A stand-in for a class that cannot be imported: the attributes and tensors that it has."""
+    import torch
+
+    torch.manual_seed(0)
+    layer: Any = torch.nn.Module()
+    layer.n_heads, layer.kv_n_heads, layer.clip_qkv, layer.softmax_scale, layer.attn_dropout_p = 6, 2, 1.5, 0.4, 0.0
+    layer.Wqkv, layer.out_proj = torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(24, 24, bias=bias)
+    layer.q_ln, layer.k_ln = torch.nn.LayerNorm(24), torch.nn.LayerNorm(8)
+    return layer

@@ -1,0 +1,143 @@
+"""The axes of every array of `Inputs`, in the letters of `mqa_jax.shapes`, and how a mesh of devices cuts them.
+
+Batch rows, queries and heads may be cut over mesh axes; keys and features may not. What a device computes then needs
+
+    - its part of each array: the same rows, queries and heads of all of them,
+    - the numbers of its first query (its position) and its first head (dropout),
+    - its key/value head, where there are fewer of them than parts,
+    - for gradients, their sum over the mesh axes that cut the queries, but not the operand.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from mqa_jax import masks
+from mqa_jax.dropout import Dropout
+from mqa_jax.inputs import Inputs
+
+QUERY, OUT, NUMBER = "btnh", "btnv", "btn"  # `k` is cut as `n` is: key/value head k serves the heads of its group
+LETTERS = {
+    "query": QUERY,
+    "key": "bskh",
+    "value": "bskv",
+    "bias": "bnts",
+    "alibi_slopes": "n",
+    "sinks": "n",
+    "key_scale": "bsk",
+    "value_scale": "bsk",
+    "query_offset": "b",
+    "allowed": "bnts",
+    "query_lengths": "b",
+    "key_lengths": "b",
+    "query_segments": "bt",
+    "key_segments": "bs",
+    "lengths": "b",  # of a ring
+    "batch": "b",  # numbers of rows, for dropout
+    "seed": "x",
+    "first": "x",
+}
+
+
+def of_leaves(inputs: Any) -> list[str]:
+    """The letters of each leaf of the inputs, in the order of `jax.tree.leaves`."""
+    found = []
+    for each in fields(inputs):
+        x = getattr(inputs, each.name)
+        if each.metadata.get("static") or x is None:
+            continue
+        found += of_leaves(x) if is_dataclass(x) else [LETTERS[each.name]]
+    return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The mesh axes that cut each axis of the queries.
+
+    Attributes:
+      mesh: names and sizes of the mesh axes.
+      axes: for each letter, names of mesh axes. Axes that `jax.vmap` has added have the letters 0, 1, ...
+      heads, kv_heads: N and K of the whole arrays.
+    """
+
+    mesh: tuple[tuple[str, int], ...]
+    axes: tuple[tuple[str, tuple[str, ...]], ...]
+    heads: int
+    kv_heads: int
+
+    def names(self, letter: str) -> tuple[str, ...]:
+        """The mesh axes that cut this axis."""
+        if letter == "k":
+            return self.names("n") if self.kv_heads % self.count("n") == 0 else ()
+        return dict(self.axes).get(letter, ())
+
+    def count(self, letter: str) -> int:
+        """How many parts it has."""
+        return math.prod(dict(self.mesh)[name] for name in dict(self.axes).get(letter, ()))
+
+    def number(self, letter: str) -> Array:
+        """Which of them this device has."""
+        number, sizes = jnp.int32(0), dict(self.mesh)
+        for name in dict(self.axes).get(letter, ()):
+            number = number * sizes[name] + lax.axis_index(name)
+        return number
+
+    def spec(self, letters: str, shape: Sequence[int]) -> PartitionSpec:
+        """An axis of size 1 is shared by all devices."""
+        return PartitionSpec(*(self.names(x) or None if n != 1 else None for x, n in zip(letters, shape, strict=True)))
+
+    def summed(self, letters: str, shape: Sequence[int]) -> tuple[str, ...]:
+        """The mesh axes over which the gradient of an operand is summed."""
+        own = {name for x, n in zip(letters, shape, strict=True) if n != 1 for name in self.names(x)}
+        return tuple(name for letter in "btn" for name in self.names(letter) if name not in own)
+
+    # -- on a device --------------------------------------------------------------------------------------------------
+
+    @property
+    def shares_kv_heads(self) -> bool:
+        """Whether several parts of the heads read the same key/value head."""
+        return self.count("n") > 1 and not self.names("k")
+
+    def own_kv_head(self, letters: str, x: Array) -> Array:
+        """The only key/value head that the heads of this device read."""
+        if "k" not in letters or not self.shares_kv_heads:
+            return x
+        return lax.dynamic_slice_in_dim(x, self._kv_head(), 1, letters.index("k"))
+
+    def among_kv_heads(self, letters: str, x: Array) -> Array:
+        """Zeros for all other key/value heads."""
+        if "k" not in letters or not self.shares_kv_heads:
+            return x
+        axis = letters.index("k")
+        zeros = jnp.zeros((*x.shape[:axis], self.kv_heads, *x.shape[axis + 1 :]), x.dtype)
+        return lax.dynamic_update_slice_in_dim(zeros, x, self._kv_head(), axis)
+
+    def _kv_head(self) -> Array:
+        return self.number("n") * self.kv_heads // self.count("n")
+
+    def local(self, inputs: Inputs) -> Inputs:
+        """The inputs of this device, whose arrays are cut, with the numbers of its first query and head."""
+        rows, heads = inputs.sizes.T, inputs.sizes.N
+        row, head = (self.number(letter) * n for letter, n in (("t", rows), ("n", heads)))
+        mask, dropout = inputs.mask, inputs.dropout
+        if self.count("t") > 1:
+            mask = _moved(mask, row)
+        if dropout is not None and self.count("t") * self.count("n") > 1:
+            dropout = _numbered(dropout, head, row)
+        return replace(inputs, mask=mask, dropout=dropout)
+
+
+def _moved(mask: masks.Mask, row: Array) -> masks.Mask:
+    offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
+    lengths = None if mask.query_lengths is None else mask.query_lengths - row
+    return replace(mask, query_offset=offset + row, query_lengths=lengths)
+
+
+def _numbered(dropout: Dropout, head: Array, row: Array) -> Dropout:
+    return replace(dropout, first=dropout.numbers_of_first() + jnp.stack([head, row, jnp.zeros_like(row)]))

@@ -1,0 +1,37 @@
+"""Attention on meshes of 8 CPU devices, in processes of their own: their number is set before JAX uses any."""
+
+import own_process
+import pytest
+
+PROGRAM = """
+import os
+import conftest
+os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
+import meshes
+for part in {parts}:
+    getattr(meshes, part)()
+"""
+PARTS = [
+    "a_shared_operand_in_shard_map",
+    "counts_of_collectives",
+    "the_same_entries_are_dropped",
+    "under_vmap",
+    "scanned_modules",
+]
+
+
+def run(*parts):
+    own_process.run(PROGRAM.format(parts=list(parts)))
+
+
+def test_parts():
+    run(*PARTS)
+
+
+def test_in_shard_map():
+    run("in_shard_map")
+
+
+@pytest.mark.slow
+def test_against_one_device():
+    run("against_one_device")
