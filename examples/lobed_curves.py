@@ -1,4 +1,4 @@
-"""Closed curves with two, three or four lobes, turned by any angle, as points of the plane, for `meanflow.py`."""
+"""Closed curves with two or three lobes, turned by any angle, as points of the plane, for `meanflow.py`."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-LOBES = 2, 3, 4
+LOBES = 2, 3
 
 
 def curves(lobes: Int[Array, " B"], turn: Float[Array, " B"], points: int) -> Float[Array, "B T 2"]:
