@@ -71,7 +71,9 @@ def test_the_target_fits_a_flow_that_is_known():
 
 
 def test_data_are_nearest_to_themselves():
-    distance, lobes = lobed_curves.nearest(lobed_curves.curves(jnp.array(lobed_curves.LOBES), jnp.array([0.1, 0.2, 0.3]), 24))
+    distance, lobes = lobed_curves.nearest(
+        lobed_curves.curves(jnp.array(lobed_curves.LOBES), jnp.array([0.1, 0.2, 0.3]), 24)
+    )
     assert (distance < 0.05).all()
     np.testing.assert_array_equal(lobes, lobed_curves.LOBES)
 
