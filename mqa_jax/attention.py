@@ -43,7 +43,10 @@ class Implementation:
 IMPLEMENTATIONS = {
     # Hand-written for NVIDIA GPUs. JAX has deprecated Pallas-Triton; Mosaic GPU kernels would go above this entry.
     "triton": Implementation(
-        Kernels(triton.forward, triton.backward), triton.cannot, platform="cuda", in_reach=triton.in_reach
+        Kernels(triton.forward, triton.backward, triton.tangent),
+        triton.cannot,
+        platform="cuda",
+        in_reach=triton.in_reach,
     ),
     # Runs on every platform, supports every option, uses linear memory; the platform selects its tiles at lowering.
     "xla": Implementation(Kernels(xla.forward, xla.backward, xla.tangent)),

@@ -190,5 +190,6 @@ def kernels(monkeypatch, request):
     interpret = not request.config.getoption("--gpu")
     forward = functools.partial(triton.forward, interpret=interpret)
     backward = functools.partial(triton.backward, interpret=interpret)
-    way = attention.Implementation(platforms.Kernels(forward, backward), triton.cannot)
+    tangent = functools.partial(triton.tangent, interpret=interpret)
+    way = attention.Implementation(platforms.Kernels(forward, backward, tangent), triton.cannot)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "kernels", way)

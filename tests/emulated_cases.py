@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import option_space
 import oracle
+import tangents
 import ways
 
 Options = Callable[[np.random.Generator], dict[str, Any]]
@@ -70,6 +71,24 @@ class Case:
         else:
             expected = plain(low)
         oracle.judge(fast, expected, reference)
+
+
+class Tangents(Case):
+    """The tangents of output and log-sum-exp, where all operands have one, NaN in the padding."""
+
+    def __str__(self) -> str:
+        return super().__str__() + " tangents"
+
+    def judge(self, implementation: str) -> None:
+        problem = self.problem().astype(self.dtype)
+        moving = tangents.random_tangents(problem)
+        plain = problem.astype("float16") if self.tf32 else problem
+        expected = tangents.of_plain(plain)(
+            plain, {name: x.astype(plain.arrays[name].dtype) for name, x in moving.items()}
+        )
+        expected = {name: x.astype(jnp.float32) if self.tf32 else x for name, x in expected.items()}
+        found = tangents.of_kernels(problem, interpret=False)(problem, moving)
+        oracle.judge(found, expected, tangents.of_reference(problem)(problem, moving))
 
 
 def sizes(
@@ -167,6 +186,7 @@ def cases() -> Iterator[Case]:
     yield from _options()
     yield from _decoding()
     yield from _extremes()
+    yield from _tangents()
 
 
 def _shapes() -> Iterator[Case]:
@@ -237,6 +257,21 @@ def _extremes() -> Iterator[Case]:
         yield Case("rows of finfo.min", dtype, shape, lowest(whole_row=True))
         large: Options = lambda rng: dict(scale=8.0, is_causal=True)
         yield Case("large scores", dtype, shape, large, exact=dtype == "float32")
+
+
+def _tangents() -> Iterator[Case]:
+    yield Tangents("head size", "bfloat16", sizes(113, 203, (4, 2), 64), causal)
+    yield Tangents("head size", "float16", sizes(61, 131, (4, 2), 80), causal)
+    yield Tangents("MQA", "bfloat16", sizes(67, 131, (4, 1), 128), causal)
+    yield Tangents("head sizes", "bfloat16", sizes(37, 67, (2, 1), 192, value_features=128), causal)
+    yield Tangents("head size", "float32", sizes(61, 67, (2, 1), 64), causal)
+    tf32: Options = lambda rng: dict(is_causal=True, precision="tensorfloat32")
+    yield Tangents("head size", "float32", sizes(61, 67, (2, 1), 64), tf32, tf32=True)
+    yield Tangents("few queries", "bfloat16", sizes(3, 131, (6, 2), 64), causal)
+    shape = sizes(97, 131, (2, 1), 64, batch=2)
+    yield Tangents("rows that see nothing", "bfloat16", shape, OPTIONS["rows that see nothing"])
+    yield Tangents("rows of finfo.min", "bfloat16", shape, lowest(whole_row=True))
+    yield Tangents("everything, NaN beyond", "bfloat16", shape, everything(97, 131, heads=2), nan=True)
 
 
 # -- pairs of options, with small tiles -------------------------------------------------------------------------------

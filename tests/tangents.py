@@ -1,8 +1,8 @@
 """Tangents of output and log-sum-exp (forward mode): of an implementation, the reference, the plain computation."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,11 @@ import oracle
 
 import mqa_jax
 from mqa_jax.attention import inputs_of
+from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.inputs import Inputs, Operands
+from mqa_jax.kernels.online_softmax import Normalizer
+from mqa_jax.kernels.triton import implementation as triton
+from mqa_jax.masks import Mask
 
 Arrays = dict[str, Any]
 Found = dict[str, Any]  # the tangents of "out" and "log_sum_exp"
@@ -34,22 +38,49 @@ def random_tangents(problem: oracle.Problem, names: Any = None, seed: int = 0) -
     }
 
 
-# -- of an implementation ---------------------------------------------------------------------------------------------
+# -- of the kernels ---------------------------------------------------------------------------------------------------
 
 
-class Moved(NamedTuple):
-    """Inputs, and the tangents of their operands."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Moved:
+    """Inputs and the tangents of their operands, which `over_flat_batch` takes as it takes inputs."""
 
     inputs: Inputs
     tangents: Operands
 
+    @property
+    def operands(self) -> Operands:
+        return self.inputs.operands
 
-def moved(arrays: Arrays, tangents: Arrays, options: dict[str, Any]) -> Moved:
+    @property
+    def mask(self) -> Mask:
+        return self.inputs.mask
+
+
+def moved(arrays: Arrays, tangents: Arrays, options: dict[str, Any]) -> Any:
     """The tangents with as many axes as the operands have."""
     inputs = inputs_of(**arrays, **options, return_residual=True)
     filled = inputs_of(**arrays | tangents, **options).operands
     absent: dict[str, Any] = {field.name: None for field in fields(Operands) if field.name not in tangents}
     return Moved(inputs, replace(filled, **absent))
+
+
+def saved(inputs: Inputs, interpret: bool) -> tuple[Any, Normalizer]:
+    """Output and normalizer as a backward pass gets them."""
+    out, (highest, log_total) = triton.forward(inputs, interpret=interpret)
+    finite = jnp.where(highest == -jnp.inf, jnp.finfo(highest.dtype).max, highest)
+    return out, Normalizer(finite, log_total)
+
+
+def of_kernels(problem: oracle.Problem, interpret: bool) -> Callable[[oracle.Problem, Arrays], Found]:
+    def run(both: Any) -> tuple[Any, Any]:
+        return triton.tangent(both.inputs, *saved(both.inputs, interpret), both.tangents, interpret=interpret)
+
+    return _compiled(problem, lambda arrays, tangents, options: over_flat_batch(run, moved(arrays, tangents, options)))
+
+
+# -- of an implementation ---------------------------------------------------------------------------------------------
 
 
 def of_implementation(problem: oracle.Problem, name: str) -> Callable[[oracle.Problem, Arrays], Found]:
@@ -106,3 +137,8 @@ def _compiled(problem: oracle.Problem, tangents_of: Callable) -> Callable[[oracl
 def expected(problem: oracle.Problem, tangents: Arrays) -> tuple[Found, Found]:
     """What the rule of `oracle.judge` compares with."""
     return of_plain(problem)(problem, tangents), of_reference(problem)(problem, tangents)
+
+
+def judge(problem: oracle.Problem, tangents: Arrays | None = None, interpret: bool = True) -> None:
+    tangents = random_tangents(problem) if tangents is None else tangents
+    oracle.judge(of_kernels(problem, interpret)(problem, tangents), *expected(problem, tangents))

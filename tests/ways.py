@@ -115,6 +115,7 @@ def triton(tiles: tuple[int, int, int, bool, int], most_queries: int = 0, interp
         dkv=small(columns, rows, settle_sums=wait),
         dscore=small(rows, columns),
         decode=small(rows, columns),
+        tangent=small(rows, columns),
     )
     forced = forced_tiles.triton_tiles(most_queries, programs, **configs)
     with forced, forced_tiles.registered(forced_tiles.triton_kernels(interpret)) as name:

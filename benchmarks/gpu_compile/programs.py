@@ -9,6 +9,9 @@ from jaxtyping import Array
 
 import mqa_jax
 from benchmarks.model_shapes import MODEL_SHAPES, MULTI_QUERY, ModelShape, shape_of
+from mqa_jax.attention import inputs_of
+from mqa_jax.inputs import Operands
+from mqa_jax.kernels.triton import implementation as triton
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,9 @@ class Case:
     """One program.
 
     Attributes:
-      direction: "forward"; "backward", the gradients alone, for a cotangent that comes from outside; or "decode", a
-        step with a cache, where each row of the batch is as long as an argument says.
+      direction: "forward"; "backward", the gradients alone, for a cotangent that comes from outside; "tangent", the
+        tangents of output and log-sum-exp; or "decode", a step with a cache, where each row of the batch is as long as
+        an argument says.
       key_dtype: of keys and values, if not `dtype`; in 8 bits they come with scales.
       precision: of the products, as `dot_product_attention` takes it.
       added: whether a bias, slopes and a soft cap take part in the scores, in decoding a mask as well. Bias and mask
@@ -43,13 +47,13 @@ class Case:
         sizes = f"B={self.batch} T={self.queries} S={self.keys}{' causal' if self.is_causal else ''}"
         return f"{self.shape.name} {dtypes} {self.direction} {sizes}"
 
-    def arguments(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def arguments(self) -> dict[str, Any]:
         """Of `program`, by name."""
         value_dim = self.shape.value_dim or self.shape.head_dim
         query = (self.batch, self.queries, self.shape.heads)
         key = (self.batch, self.keys, self.shape.kv_heads)
         key_dtype = self.key_dtype or self.dtype
-        arguments = {
+        arguments: dict[str, Any] = {
             "query": jax.ShapeDtypeStruct((*query, self.shape.head_dim), self.dtype),
             "key": jax.ShapeDtypeStruct((*key, self.shape.head_dim), key_dtype),
             "value": jax.ShapeDtypeStruct((*key, value_dim), key_dtype),
@@ -65,23 +69,27 @@ class Case:
             arguments["bias"] = jax.ShapeDtypeStruct(pairs, self.dtype)
             if self.direction == "decode":
                 arguments["mask"] = jax.ShapeDtypeStruct(pairs, "bool")
+        if self.direction == "tangent":
+            arguments["tangents"] = dict(arguments)
         return arguments
 
     def program(self) -> Callable[..., Any]:
-        return self.gradients if self.direction == "backward" else self.output
+        programs: dict[str, Callable[..., Any]] = {"backward": self.gradients, "tangent": self.tangents}
+        return programs.get(self.direction, self.output)
 
     def output(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
         return mqa_jax.dot_product_attention(
-            query,
-            key,
-            value,
+            query, key, value, **self.options(), implementation=self.implementation, **options
+        )
+
+    def options(self) -> dict[str, Any]:
+        """That are no arguments of `program`."""
+        return dict(
             is_causal=self.is_causal,
             local_window_size=None if self.shape.window is None else (self.shape.window - 1, 0),
             logits_soft_cap=20.0 if self.added else self.shape.soft_cap,
             alibi_slopes=mqa_jax.alibi_slopes(self.shape.heads) if self.shape.alibi or self.added else None,
             precision=self.precision,
-            implementation=self.implementation,
-            **options,
         )
 
     def gradients(self, cotangent: Array, **arguments: Array) -> dict[str, Array]:
@@ -89,11 +97,16 @@ class Case:
         (gradients,) = pull_back(cotangent)
         return gradients
 
+    def tangents(self, tangents: dict[str, Array], **arguments: Array) -> tuple[Array, Array]:
+        """Of the Triton kernels."""
+        inputs = inputs_of(**arguments, **self.options())
+        return triton.tangent(inputs, *triton.forward(inputs), Operands(**tangents))
+
 
 STEP = "key_value_seq_lengths", "query_offset"  # how long each row is, and where its query stands
 SCALES = "key_scale", "value_scale"
 
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "tangent")
 TF32 = "TF32_TF32_F32", "TF32_TF32_F32_X3"
 
 DECODE_SHAPES = tuple(
@@ -127,6 +140,7 @@ CASES = (
         for precision in TF32
         for added in (False, True)
     ),
+    *(Case(shape_of(8, 2, head_dim), "tangent", queries=1024, keys=1024, added=True) for head_dim in (64, 128)),
     *(
         Case(shape_of(8, 2, head_dim), "decode", "float32", queries=8, keys=8192, precision=precision, added=added)
         for head_dim in (64, 128, 256)

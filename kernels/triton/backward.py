@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import tile_bounds
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.tiles import Index
 from mqa_jax.kernels.triton.call import divided, kernel_call, settled
 from mqa_jax.kernels.triton.grid import Share, Visits, over_key_tiles, over_query_tiles
@@ -28,7 +29,7 @@ from mqa_jax.kernels.triton.io import (
 )
 from mqa_jax.kernels.triton.products import dot, product
 from mqa_jax.kernels.triton.program import Place, Program
-from mqa_jax.kernels.triton.scores import Scores, drop, score_unit, scores, weights
+from mqa_jax.kernels.triton.scores import Scores, drop, load_normalizer, scores, weights
 from mqa_jax.kernels.triton.tile_config import TileConfig
 
 
@@ -52,10 +53,8 @@ class Rows(NamedTuple):
 
     @classmethod
     def load(cls, program: Program, saved: Saved, row: Array, masked: bool) -> "Rows":
-        # +inf, so that exp(score - highest) is 0 in rows that attend to no key and in rows outside the array
-        highest = load_row_numbers(program, saved.highest, row, masked, other=-jnp.inf)
-        highest = jnp.where(highest == -jnp.inf, jnp.inf, highest * (1 / score_unit(program.inputs)))
-        log_total, delta = (load_row_numbers(program, x, row, masked) for x in (saved.log_total, saved.delta))
+        highest, log_total = load_normalizer(program, Normalizer(saved.highest, saved.log_total), row, masked)
+        delta = load_row_numbers(program, saved.delta, row, masked)
         along = (lambda x: x[None]) if program.transposed else (lambda x: x[:, None])
         query = load_queries(program, program.inputs.operands.query, row, masked)
         d_out = load_queries(program, saved.d_out, row, masked)

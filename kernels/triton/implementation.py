@@ -106,8 +106,21 @@ def backward(
     return jax.tree.map(in_its_dtype, gradients, given, is_leaf=lambda x: x is None)
 
 
+def tangent(
+    inputs: Inputs, out: Output, normalizer: Normalizer, tangents: Operands, interpret: bool = False
+) -> tuple[Output, LogSumExp]:
+    """The tangents of output and log-sum-exp. `tangents` has None for an operand whose tangent is 0."""
+    from mqa_jax.kernels.triton.tangent import tangent_kernel
+
+    inputs, tangents = _readable(inputs), _with_float32(tangents)
+    return tangent_kernel(inputs, out, normalizer, tangents, tile_config.choose("tangent", inputs), interpret)
+
+
 def _readable(inputs: Inputs) -> Inputs:
+    return replace(inputs, operands=_with_float32(inputs.operands))
+
+
+def _with_float32(operands: Operands) -> Operands:
     """Slopes and sinks, N numbers each, in float32: the kernels cannot read every dtype that these may have."""
-    operands = inputs.operands
     slopes, sinks = (None if x is None else x.astype(jnp.float32) for x in (operands.alibi_slopes, operands.sinks))
-    return replace(inputs, operands=replace(operands, alibi_slopes=slopes, sinks=sinks))
+    return replace(operands, alibi_slopes=slopes, sinks=sinks)

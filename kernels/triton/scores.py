@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 
 from mqa_jax import dropout
 from mqa_jax.inputs import Inputs
+from mqa_jax.kernels.online_softmax import Normalizer
 from mqa_jax.kernels.triton import mask
 from mqa_jax.kernels.triton.call import LOG2_E, divided, exp2_of_line, load
-from mqa_jax.kernels.triton.io import load_head_numbers, load_scales
+from mqa_jax.kernels.triton.io import load_head_numbers, load_row_numbers, load_scales
 from mqa_jax.kernels.triton.pairs import load_pairs
 from mqa_jax.kernels.triton.program import Place, Program
 
@@ -50,6 +51,16 @@ def scores(program: Program, raw: Scores, place: Place, masked: bool) -> tuple[S
         raw = raw - slopes * mask.distance(program, place)
     visible = mask.visible(program, place) if masked else None
     return raw if visible is None else jnp.where(visible, raw, -jnp.inf), tanh
+
+
+def load_normalizer(program: Program, saved: Normalizer, row: Array, masked: bool) -> Normalizer:
+    """A tile of `[B, N, T]`, with highest / `score_unit` for `weights`.
+
+    Highest is +inf, so that the weights are 0, in rows that attend to no key and in rows outside the array.
+    """
+    highest = load_row_numbers(program, saved.highest, row, masked, other=-jnp.inf)
+    highest = jnp.where(highest == -jnp.inf, jnp.inf, highest * (1 / score_unit(program.inputs)))
+    return Normalizer(highest, load_row_numbers(program, saved.log_total, row, masked))
 
 
 def weights(

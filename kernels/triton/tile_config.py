@@ -13,7 +13,7 @@ from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import gpu
 from mqa_jax.kernels.triton import precision
 
-DIRECTIONS = ("forward", "dq", "dkv", "dscore", "decode")
+DIRECTIONS = ("forward", "dq", "dkv", "dscore", "decode", "tangent")
 KINDS = tuple(dict.fromkeys(precision.KINDS.values()))  # of products: they, not the dtype, select the tiles
 TABLE = Path(__file__).with_name("tile_table.json")
 

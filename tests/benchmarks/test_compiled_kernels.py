@@ -28,8 +28,8 @@ COMPILED = [
     case
     for case in CASES
     if case.shape == MULTI_QUERY
-    or (case.direction == "backward" and case.shape.name in DIFFERENT and case.dtype == "bfloat16")
-    or (case.shape.name == "SmolLM2-135M" and (case.direction == "backward" or case.dtype == "bfloat16"))
+    or (case.direction in ("backward", "tangent") and case.shape.name in DIFFERENT and case.dtype == "bfloat16")
+    or (case.shape.name == "SmolLM2-135M" and (case.direction != "forward" or case.dtype == "bfloat16"))
 ]
 MANY_KEYS = Case(shape_of(32, 1, 128), "decode", batch=1, queries=1, keys=32768)  # for one row of the batch
 DECODED = [
@@ -52,13 +52,14 @@ MASKED = [case for case in CASES if case.added and case.dtype == "bfloat16"]
 # All of them for the two GPUs that most people have; for the others the largest tiles and the fewest programs.
 FULLY = "a100", "h100"
 LARGEST = [
-    case for case in COMPILED if case.direction == "backward" and case.shape.name in ("Llama-3-8B", "Gemma-2B")
+    case for case in COMPILED if case.direction != "forward" and case.shape.name in ("Llama-3-8B", "Gemma-2B")
 ] + [MANY_KEYS, *DECODED[-2:]]
 WITHOUT_FLOAT8 = ("a100",)
 FULL_FLOAT32 = ("a100",)  # unrolled multiplications take long to compile
 KERNELS = {
     "forward": ("mqa_forward",),
     "backward": ("mqa_forward", "mqa_dq", "mqa_dkv"),
+    "tangent": ("mqa_forward", "mqa_tangent"),
     "decode": ("mqa_decode",),
 }
 TENSOR_CORES = {"h100": "wgmma", "b200": "tcgen05"}  # the instructions without which they run at half speed, or less
@@ -88,7 +89,7 @@ def complaints(case: Case, result: Result) -> list[str]:
             found.append(f"{kernel.name} waits for each wgmma before the next")
         if kernel.shared_memory > most:
             found.append(f"{kernel.name} takes {kernel.shared_memory} bytes of shared memory; there are {most}")
-        multiplies = case.dtype != "float32" and kernel.name.startswith(KERNELS["backward"])
+        multiplies = case.dtype != "float32" and kernel.name.startswith((*KERNELS["backward"], "mqa_tangent"))
         if instruction and multiplies and not getattr(kernel, instruction):
             found.append(f"{kernel.name} has no {instruction}")
     if case.shape == MULTI_QUERY and (result.temporaries or 0) > TEMPORARY_MIB[case.queries] << 20:
