@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import gc
 import importlib.util
 import os
 import sys
@@ -94,6 +95,7 @@ def pytest_runtest_setup(item):
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the Triton kernels on a GPU, and no test without them")
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run every nth case of each test alone")
 
 
 def pytest_configure(config):
@@ -105,19 +107,31 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads, waiting for work, keep a core from XLA's
 
 
+def pytest_collection_finish():
+    """What is there now stays. Each test traces programs, of which little is garbage: looking for it took a tenth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
-    """Of the cases of a test that is `sampled`, all but every nth are slow.
+    """Of the cases of a test that is `sampled`, all but every nth are slow. With --one-in others are left out.
 
     On a GPU only what tells something about kernels; elsewhere what needs one is skipped, counted and named.
     """
     cases: collections.Counter[str] = collections.Counter()
+    chosen: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     for item in items:
         sampled = item.get_closest_marker("sampled")
         name = item.nodeid.partition("[")[0]
         if sampled and cases[name] % sampled.args[0]:
             item.add_marker(pytest.mark.slow)
+        (left_out if cases[name] % config.getoption("--one-in") else chosen).append(item)
         cases[name] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
     if config.getoption("--gpu"):
         chosen = [item for item in items if "kernels" in item.fixturenames or item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

@@ -4,8 +4,10 @@ Each is a change of the text of one function under `mqa_jax.kernels`. `test_muta
 (or, where a fault costs time and changes no number, a test that counts tiles) notices every one of them.
 """
 
+from function_mutants import FUNCTIONS
 from mutant import Mutant
 from mutant import applied as applied
+from tangent_mutants import TRITON_TANGENT, XLA_TANGENT
 from xla_mutants import FEW_QUERIES, RANGES, XLA
 
 _COUNTED = "test_visits.test_no_tile_is_visited_in_vain"
@@ -230,108 +232,6 @@ TRITON = [
         "triton",
         ("key_lengths",),
     ),
-]
-
-# -- the terms of tangents in plain XLA -------------------------------------------------------------------------------
-
-_MOVED_BY_XLA = "test_xla_tangent.test_everything_at_once"
-
-XLA_TANGENT = [
-    Mutant("xla.tangent.tangent_in_tiles", "weighted - mean[..., None]", "weighted + mean[..., None]", _MOVED_BY_XLA),
-    Mutant(
-        "xla.tangent.tangent_in_tiles",
-        "weighted - mean[..., None] * out.astype(weighted.dtype)",
-        "weighted",
-        _MOVED_BY_XLA,
-    ),
-    Mutant(
-        "xla.tangent.tangent_in_tiles",
-        " + row_terms.moved_by_sinks(inputs.operands.sinks, tangents.sinks, normalizer)",
-        "",
-        _MOVED_BY_XLA,
-    ),
-    Mutant("row_terms.moved_by_sinks", "_weight_of_sinks(sinks, normalizer) * ", "", _MOVED_BY_XLA),
-    Mutant("xla.tangent.add_tile", "drop(tiling, by_score, place)", "by_score", _MOVED_BY_XLA),
-    Mutant("xla.tangent.add_tile", "drop(tiling, weight, place)", "weight", _MOVED_BY_XLA),
-    Mutant("xla.tangent.add_tile", "jnp.sum(by_score", "jnp.sum(drop(tiling, by_score, place)", _MOVED_BY_XLA),
-    Mutant("xla.tangent.add_tile", "if tangents.value is not None", "if False", _MOVED_BY_XLA),
-    Mutant("xla.tangent.add_tile", "if d_score is not None", "if False", _MOVED_BY_XLA),
-    Mutant(
-        "xla.tangent.moved_scores",
-        "if may_attend is not None",
-        "if False",
-        "test_xla_tangent.test_hidden_keys_may_hold_anything",
-    ),
-    Mutant("xla.tangent.moved_scores", " * tiling.inputs.scale", "", _MOVED_BY_XLA),
-    Mutant("xla.tangent.moved_scores", "d_score * (1 - tanh**2)", "d_score", _MOVED_BY_XLA),
-    Mutant("xla.tangent.moved_scores", "1 - tanh**2", "1 - tanh", _MOVED_BY_XLA),
-    Mutant("xla.tangent.moved_scores", "if tangents.bias is not None", "if False", _MOVED_BY_XLA),
-    Mutant("xla.tangent.moved_scores", "if tangents.alibi_slopes is not None", "if False", _MOVED_BY_XLA),
-    Mutant("xla.tangent.moved_scores", "-tiling.heads(", "tiling.heads(", _MOVED_BY_XLA),
-]
-
-# -- the terms of tangents in Triton ----------------------------------------------------------------------------------
-
-_MOVED_BY_TRITON = "test_triton_tangent.test_everything_at_once"
-
-TRITON_TANGENT = [
-    Mutant("triton.tangent._one_tile", "(d_query, key), (query, d_key)", "((d_query, key),)", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "(d_query, key), (query, d_key)", "((query, d_key),)", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "dropped * d_score", "weight * d_score", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "jnp.sum(weight * d_score", "jnp.sum(dropped * d_score", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "tangents.value is not None", "False", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "d_out, dropped, d_value", "d_out, weight, d_value", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "x - sums", "x + sums", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "visits.full, ", "visits.full - 1, ", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._one_tile", "visits.masked, ", "visits.masked - 1, ", _MOVED_BY_TRITON),
-    Mutant(
-        "triton.tangent._one_tile",
-        "sums: step(number, sums, masked=True)",
-        "sums: step(number, sums, masked=False)",
-        _MOVED_BY_TRITON,
-    ),
-    Mutant("triton.tangent._d_score", "d_raw * program.inputs.scale", "d_raw", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._d_score", "d_raw * (1 - tanh * tanh)", "d_raw", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._d_score", "tangents.bias is not None", "False", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._d_score", "-slope * ", "slope * ", _MOVED_BY_TRITON),
-    Mutant("triton.tangent._d_log_sum_exp_of_sinks", "saved.of_sinks is None", "True", _MOVED_BY_TRITON),
-    Mutant("triton.scores.load_normalizer", "other=-jnp.inf", "other=0.0", _MOVED_BY_TRITON),
-    Mutant("row_terms.moved_by_sinks", "_weight_of_sinks(sinks, normalizer) * ", "0 + ", _MOVED_BY_TRITON),
-]
-
-# -- functions of scores and masks ------------------------------------------------------------------------------------
-
-_FEW_OF_TRITON = "triton, few queries"
-
-FUNCTIONS = [
-    Mutant("tile_bounds._of_function", "jnp.any(visible", "jnp.all(visible", "triton", ("mask_fn",)),
-    Mutant("tile_bounds._of_function", "jnp.all(visible", "jnp.any(visible", "triton", ("mask_fn",)),
-    Mutant("tile_bounds._of_function", "stop - 1)", "stop - 2)", _FEW_OF_TRITON, ("mask_fn",)),
-    Mutant("xla.tile.Tiling._is_uniform", "mask.function, ", "", "xla", ("mask_fn",)),
-    Mutant("xla.tile.Tiling.mask_of_row", "cut(function.batch)", "function.batch[:1]", "xla", ("mask_fn",)),
-    Mutant("xla.tile.Tiling.query_heads", "place.head * self.sizes.G + ", "", "xla", ("score_fn",)),
-    Mutant("xla.scores.score_function", "batch[place.batch]", "batch[0]", "xla", ("score_fn",)),
-    Mutant("xla.scores.slope", "steps.capped is None", "True", "xla", ("score_fn",)),
-    Mutant("xla.scores.slope", "of_function * factor", "of_function", "xla", ("score_fn", "soft_cap")),
-    Mutant(
-        "xla.backward.add_to_score_terms",
-        "jax.tree.map(jnp.add, sums.score_arrays, added)",
-        "added",
-        "xla",
-        ("score_fn",),
-    ),
-    Mutant("xla.decode._of_function", "score_fn.batch[:,", "score_fn.batch[:1,", _FEW, ("score_fn",)),
-    Mutant("xla.decode._unless_hidden", "jnp.any(visible)", "jnp.all(visible)", _FEW, ("mask_fn",)),
-    Mutant(
-        "xla.backward.score_arrays_in_tiles",
-        "map(jnp.add, sums, ",
-        "map(lambda a, b: b, sums, ",
-        "triton",
-        ("score_fn",),
-    ),
-    Mutant("triton.scores.times_slope", "steps.score_fn is not None", "False", "triton", ("score_fn",)),
-    Mutant("triton.functions._pairs", "head * program.group", "head", _FEW_OF_TRITON, ("score_fn",)),
-    Mutant("triton.tables._inside", "jnp.where(index < 0, index + length, index)", "index", "triton", ("score_fn",)),
 ]
 
 MUTANTS = [*RANGES, *XLA, *FEW_QUERIES, *BOUNDS, *TRITON, *XLA_TANGENT, *TRITON_TANGENT, *FUNCTIONS]

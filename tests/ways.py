@@ -23,6 +23,8 @@ FEWEST: covering.Choices = FEWER | dict(
 FEWER_LEADING_PAST: covering.Choices = option_space.LEADING_PAST | dict(mask=(None, "ZNTS", "ZS"))
 FEWEST_LEADING_PAST: covering.Choices = option_space.LEADING_PAST | dict(mask=(None, "ZNTS"))
 
+FEW = 4  # rows of several options, without every pair
+
 
 @dataclass(frozen=True)
 class Way:
@@ -36,6 +38,7 @@ class Way:
       value_sets: how many problems go through each program.
       differentiated: whether gradients are judged as well.
       factor: of the floor of `oracle.judge_float32`; more where sums are long.
+      pairs: whether every pair of options has a row, or only the few rows of several options that hold the most pairs.
       tiles_in_8_bits: those that `xla` or `triton` take for keys and values in 8 bits; by default all.
     """
 
@@ -47,11 +50,14 @@ class Way:
     value_sets: int = option_space.VALUE_SETS
     differentiated: bool = True
     factor: int = 4
+    pairs: bool = True
     tiles_in_8_bits: tuple | None = None
 
     @functools.cached_property
     def table(self) -> list[covering.Row]:
-        return option_space.table(self.structure, self.options, self.leading_past)
+        rows = option_space.table(self.structure, self.options, self.leading_past)
+        alone = covering.each_alone(self.options | self.leading_past | self.structure)
+        return rows if self.pairs else rows[: len(alone) + FEW]
 
     @property
     def table_in_8_bits(self) -> list[covering.Row]:
@@ -152,6 +158,7 @@ WAYS = {
         FEWEST_LEADING_PAST,
         value_sets=2,
         factor=8,
+        pairs=False,  # "xla" has them, in tiles that differ in nothing but their sizes
     ),
     "xla, tiles of accelerators": Way(  # 512 x 1024
         dict(heads=((1, 1),), batch=((2,),), features=((3, 5),), sizes=((1100, 2100),), tiles=("accelerator",)),
@@ -161,6 +168,7 @@ WAYS = {
         FEWEST_LEADING_PAST,
         value_sets=2,
         factor=8,
+        pairs=False,  # "xla" has them, in tiles that differ in nothing but their sizes
     ),
     "triton": Way(
         _OF_SMALL | dict(sizes=((67, 83), (83, 64), (96, 96)), tiles=((16, 32, 256, True, 64), (32, 16, 16, False, 1))),

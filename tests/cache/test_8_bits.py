@@ -16,7 +16,7 @@ from mqa_jax import quantization
 from mqa_jax.layer import attention_layer
 
 pytestmark = pytest.mark.usefixtures("skin")
-SKINS = "linen", "nnx, tree mode"  # of which graph mode differs in nothing that test_nnx.py does not compare
+SKINS = ("linen",)  # test_nnx.py compares the bits of NNX with it; test_schedules.py runs with both
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ from rings import LENGTH, OPTIONS, PAIRS, RING, SCHEDULE, SLOTS, TEXT, WINDOW, c
 import mqa_jax
 
 pytestmark = pytest.mark.usefixtures("skin")
-SKINS = "linen", "nnx, tree mode"  # of which graph mode differs in nothing that test_nnx.py does not compare
+SKINS = ("linen",)  # test_nnx.py compares the bits of NNX with it; test_schedules.py runs with both
 
 
 @pytest.mark.sampled(2)

@@ -16,6 +16,7 @@ from test_triton import everything
 
 import mqa_jax
 from mqa_jax.attention import inputs_of
+from mqa_jax.kernels import mapped, primitives
 from mqa_jax.kernels.triton import decode
 from mqa_jax.kernels.triton import implementation as triton
 from mqa_jax.kernels.triton.program import Program
@@ -127,13 +128,22 @@ def test_the_strict_memory_is_strict(monkeypatch):
         triton.forward(inputs, interpret=True)
 
 
+COMPUTED: dict[Any, Any] = {
+    primitives.attention_p: primitives._forward,
+    primitives.tangent_p: primitives._tangent,
+    primitives.backward_p: primitives._backward,
+}
+
+
 def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
     """Of all that a program computes, the insides of kernels left out."""
     found = set()
     for equation in jaxpr.eqns:
         found |= {tuple(variable.aval.shape) for variable in equation.outvars}
         if equation.primitive.name.startswith("mqa_attention"):
-            compute = functools.partial(equation.primitive.impl, **equation.params)
+            parameters = dict(equation.params)
+            maps = parameters.pop("maps")
+            compute = mapped.over(maps, functools.partial(COMPUTED[equation.primitive], **parameters))
             found |= shapes_in(jax.make_jaxpr(compute)(*(variable.aval for variable in equation.invars)).jaxpr)
         if equation.primitive.name != "pallas_call":
             for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):

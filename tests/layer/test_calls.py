@@ -12,6 +12,7 @@ from test_modules import RNG, X, _parts, run, shapes
 import mqa_jax
 
 pytestmark = pytest.mark.usefixtures("skin")
+SKINS = "linen", "nnx, tree mode"  # of which graph mode differs in nothing that test_nnx.py does not compare
 
 
 # -- arguments of a call -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import mqa_jax
 
 pytestmark = pytest.mark.usefixtures("skin")
+SKINS = "linen", "nnx, tree mode"  # of which graph mode differs in nothing that test_nnx.py does not compare
 RNG = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 7, 24))
 
