@@ -62,7 +62,8 @@ def as_rows(inputs: Inputs, axes: Sequence[int | None]) -> list[Array] | None:
 
 
 def _on_a_mesh(x: Array) -> bool:
-    return not (jax.typeof(x).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty)
+    meshes = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+    return any(not mesh.empty and mesh.size > 1 for mesh in meshes)
 
 
 def map_arrays(node: Any, with_batch: Callable[[Array], Any], for_all_rows: Callable[[Array], Any]) -> Any:
