@@ -5,6 +5,7 @@ which are not copied. Every result has the axis. A rule is written for arguments
 here applies `jax.vmap` to it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,12 +39,26 @@ def define(name: str, types: Callable[..., list], lowering: Callable[..., Any]) 
             arguments = tuple(x if axis is None else _without_axis(x) for x, axis in zip(arguments, axes))
         return [_with_axes(x, outside) for x in types(*arguments, **parameters)]
 
-    primitive.def_impl(
-        lambda *arguments, **parameters: jax.jit(lambda *x: primitive.bind(*x, **parameters))(*arguments)
-    )
+    primitive.def_impl(functools.partial(_run, primitive))
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, lowering)
     return primitive
+
+
+def _run(primitive: Primitive, *arguments: Any, **parameters: Any) -> list:
+    """Outside of `jax.jit`, which `jax.disable_jit` does not disable here: it is all that can run a primitive."""
+    with jax.disable_jit(False):
+        return _program(primitive, **parameters)(*arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(primitive: Primitive, **parameters: Any) -> Callable[..., list]:
+    def run(*arguments: Any) -> list:
+        return primitive.bind(*arguments, **parameters)
+
+    run.__qualname__ = primitive.name
+    run._apply_primitive = True  # type: ignore[attr-defined]  # for jax_debug_nans, which else runs it anew, endlessly
+    return jax.jit(run)
 
 
 def def_batching(primitive: Primitive, flat: Callable[..., list | None]) -> None:

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -178,6 +179,21 @@ def counts_of_collectives():
             programs = [jax.jit(f).lower(mine).compile().as_text() for f in (function, gradient)]
         found = tuple(map(collectives, programs))
         assert found == expected, f"{name}, {kind}: {found}"
+
+
+def what_is_refused():
+    """With the rule, the values and the remedy."""
+    arrays, letters, _ = problem(8, "causal")
+    function = lambda arrays: mqa_jax.dot_product_attention(**arrays, implementation="xla")
+    mesh = mesh_of((2, 4), ("b", "n"))
+    partly = jax.shard_map(function, mesh=mesh, in_specs=P("b"), out_specs=P("b"), axis_names={"b"}, check_vma=False)
+    with pytest.raises(
+        NotImplementedError, match=r"all mesh axes to be manual.*\['b'\], others {'n': 4}. Leave out `ax"
+    ):
+        jax.jit(partly).lower(arrays)
+    mine = placed(arrays, letters, ("b", None, "n"), 8, mesh)
+    with pytest.raises(NotImplementedError, match=r"Auto mesh axes for jax.export:.*num_devices=8.*Use Explicit mesh"):
+        jax.export.export(jax.jit(function))(mine)
 
 
 def the_same_entries_are_dropped():

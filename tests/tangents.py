@@ -60,8 +60,8 @@ class Moved:
 
 def moved(arrays: Arrays, tangents: Arrays, options: dict[str, Any]) -> Any:
     """The tangents with as many axes as the operands have."""
-    inputs = inputs_of(**arrays, **options, return_residual=True)
-    filled = inputs_of(**arrays | tangents, **options).operands
+    inputs = inputs_of(**oracle.arguments(arrays, options), return_residual=True)
+    filled = inputs_of(**oracle.arguments(arrays | tangents, options)).operands
     absent: dict[str, Any] = {field.name: None for field in fields(Operands) if field.name not in tangents}
     return Moved(inputs, replace(filled, **absent))
 
@@ -86,7 +86,7 @@ def of_kernels(problem: oracle.Problem, interpret: bool) -> Callable[[oracle.Pro
 def of_implementation(problem: oracle.Problem, name: str) -> Callable[[oracle.Problem, Arrays], Found]:
     """As JAX computes them from `dot_product_attention`."""
     attend = lambda arrays, options: mqa_jax.dot_product_attention(
-        **arrays, **options, implementation=name, return_residual=True
+        **oracle.arguments(arrays, options), implementation=name, return_residual=True
     )
     return _compiled(problem, _differentiated(attend))
 

@@ -15,6 +15,7 @@ PARTS = [
     "a_shared_operand_in_shard_map",
     "counts_of_collectives",
     "the_same_entries_are_dropped",
+    "what_is_refused",
     "under_vmap",
     "scanned_modules",
 ]

@@ -232,6 +232,25 @@ def test_rows_that_see_nothing_pass_jax_debug_infs(wrapper, implementation):
             mqa_jax.dot_product_attention(*ARRAYS, **options, return_residual=True)
 
 
+@pytest.mark.parametrize("rows", [1, 13])
+def test_without_jit(rows):
+    """Each primitive runs by itself: attention, its tangents, its gradients."""
+    query, *others = ARRAYS
+    function = lambda *arrays: mqa_jax.dot_product_attention(*arrays, implementation="xla")
+    square = lambda *arrays: jnp.sum(function(*arrays) ** 2)
+    for transformed in (
+        function,
+        jax.vmap(function),
+        jax.grad(square, argnums=(0, 1, 2)),
+        lambda *arrays: jax.jvp(square, arrays, arrays),
+    ):
+        arrays = query[:, :rows], *others
+        expected = transformed(*arrays)
+        with jax.disable_jit():
+            found = transformed(*arrays)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize("rows", [1, 13])
 def test_precision_is_passed_on_by_every_path(rows, platform):

@@ -238,6 +238,10 @@ NOT_POSSIBLE: dict[str, Any] = {
         lambda: layer(add_bias_kv=True, attn_pdrop=0.1),
         r"add_bias_kv works without dropout and soft cap only: attn_pdrop=0.1",
     ),
+    "bias_kv and score_fn": (
+        lambda: layer(add_bias_kv=True).init(RNG, ones((2, 5, 16)), score_fn=lambda score, *_: score),
+        r"add_bias_kv works without score_fn only: its key has no position",
+    ),
     "adapter: sow": (
         lambda: mha().init(RNG, ones((2, 5, 16)), sow_weights=True),
         r"cannot honour module \(sow_weights=True\): fused attention has no weights",
