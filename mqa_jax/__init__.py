@@ -27,6 +27,11 @@ from mqa_jax.positions import YarnScaling as YarnScaling
 from mqa_jax.positions import alibi_slopes as alibi_slopes
 from mqa_jax.quantization import dequantize as dequantize
 from mqa_jax.quantization import quantize as quantize
+from mqa_jax.sharded.attention import ring_attention as ring_attention
+from mqa_jax.sharded.attention import sharded_attention as sharded_attention
+from mqa_jax.sharded.zigzag import unzigzag as unzigzag
+from mqa_jax.sharded.zigzag import zigzag as zigzag
+from mqa_jax.sharded.zigzag import zigzag_positions as zigzag_positions
 
 __version__ = "0.1.0"
 
