@@ -60,12 +60,9 @@ def finite(highest: Array) -> Array:
 def merge(one: State, other: State) -> State:
     """The state of the keys of both."""
     highest = jnp.maximum(one.highest, other.highest)
-    rescale = [jnp.exp(state.highest - finite(highest)) for state in (one, other)]
-    total, weighted = (
-        sum(x * factor for x, factor in zip(pair, rescale))
-        for pair in ((one.total, other.total), (one.weighted, other.weighted))
-    )
-    return State(highest, total, weighted)
+    first, second = (jnp.exp(state.highest - finite(highest)) for state in (one, other))
+    weighted = one.weighted * first + other.weighted * second
+    return State(highest, one.total * first + other.total * second, weighted)
 
 
 def finish(state: State, sink: Float[Array, "*#R 1"] | None = None) -> tuple[Float[Array, "*R V"], Normalizer]:

@@ -59,9 +59,8 @@ def backward(
 ) -> Operands:
     """The gradients of all operands but `inputs.constant`, which are None."""
     leaves, tree = jax.tree.flatten(inputs)
-    numbers = _operands(inputs, {number: number for number in range(tree.num_leaves)})
-    numbers = replace(numbers, **dict.fromkeys(inputs.constant))
-    wanted = tuple(jax.tree.leaves(numbers))
+    numbers: Any = _operands(inputs, dict(enumerate(range(len(leaves)))))
+    wanted = tuple(jax.tree.leaves(replace(numbers, **dict.fromkeys(inputs.constant))))
     arguments = devices.alike([*leaves, out, *normalizer, d_out, d_log_sum_exp])
     found = backward_p.bind(*arguments, kernels=kernels, tree=tree, wanted=wanted, maps=())
     return _operands(inputs, dict(zip(wanted, found)))

@@ -176,7 +176,7 @@ def dot_product_attention(
 
 
 def inputs_of(*arguments: Any, parts: int = 1, **options: Any) -> Inputs:
-    """The checked inputs of a call of `dot_product_attention` with these arguments; for `parts` see `checked_inputs`."""
+    """The checked inputs of a call of `dot_product_attention` with these arguments; `parts` as in `checked_inputs`."""
     call = inspect.signature(dot_product_attention).bind(*arguments, **options)
     call.apply_defaults()
     return checked_inputs(SimpleNamespace(**call.arguments), parts)

@@ -30,8 +30,8 @@ Call = SimpleNamespace  # the arguments of `mqa_jax.dot_product_attention` by na
 def checked_inputs(call: Call, parts: int = 1) -> Inputs:
     """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1).
 
-    `parts`: query, key and value are one of that many equal parts of a sequence, to which lengths, the query's offset and
-    the columns of bias and mask belong.
+    `parts`: query, key and value are one of that many equal parts of a sequence, and so are segments and rows of bias
+    and mask; lengths, the query's offset and the columns of bias and mask are those of the whole sequence.
     """
     query = array("query", call.query)
     key, value = (

@@ -54,8 +54,8 @@ class Inputs:
       score_fn: without the arrays that are in `operands`.
       residual: whether the log-sum-exp is returned.
       constant: in a backward pass, the names of the operands whose gradients are not needed.
-      is_part: whether these are a part of the keys of a larger problem. Output and gradients, which are summed with those
-        of the other parts, are then in `score_dtype`: rounded to bfloat16 in each of 8 parts, dV was off by 4 times as much.
+      is_part: whether these keys are a part of those of a larger problem. Output and gradients, which are summed with
+        those of the other parts, are then in `score_dtype`: rounded in each part they would err too much.
     """
 
     operands: Operands

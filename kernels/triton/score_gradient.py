@@ -34,7 +34,9 @@ MAX_SHARES = 64  # only arrays of few tiles are shared, so these sums are small
 def d_bias(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, "#B #N #T #S"]:
     bias = inputs.operands.bias
     assert bias is not None  # the caller has checked it
-    return _summed(inputs, saved, Reduction.over(inputs, bias.shape, config), config, interpret).astype(inputs.dtype_of_gradient(bias))
+    return _summed(inputs, saved, Reduction.over(inputs, bias.shape, config), config, interpret).astype(
+        inputs.dtype_of_gradient(bias)
+    )
 
 
 def d_slopes(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, " N"]:

@@ -38,7 +38,9 @@ def ring_attention(
     checks.known(strategy, order)
     implementation = options.get("implementation")
     inputs = inputs_of(query, key, value, bias, mask, parts=devices, **options)
-    return _results(inputs, over_flat_batch(functools.partial(_attend, axis_name, strategy, order, implementation), inputs))
+    return _results(
+        inputs, over_flat_batch(functools.partial(_attend, axis_name, strategy, order, implementation), inputs)
+    )
 
 
 def sharded_attention(

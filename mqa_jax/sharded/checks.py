@@ -1,6 +1,5 @@
 """Checks of what attention over a cut sequence adds to `mqa_jax.checks`."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ def possible(inputs: Inputs, strategy: str, order: str) -> None:
     mask = inputs.mask
     if mask.ring is not None:
         raise NotImplementedError(
-            "key_value_ring_lengths cannot be combined with a sequence that is cut over devices, which have slots of any "
+            "key_value_ring_lengths cannot be combined with a sequence that is cut over devices, whose slots hold any "
             f"position: slots={mask.ring.slots}. Use a cache that holds all positions, with key_value_seq_lengths."
         )
     names = [name for name, x in (("score_fn", inputs.score_fn), ("mask_fn", mask.function)) if x is not None]
@@ -68,7 +67,7 @@ def divides(order: Order, inputs: Inputs) -> None:
 def kernels(implementation: str | None, compute: Any) -> Kernels:
     if not isinstance(compute, Kernels):
         raise NotImplementedError(
-            f"implementation={implementation!r} has no passes of its own, of which a cut sequence needs one in each step. "
+            f"implementation={implementation!r} has no passes that could run on a part of the keys. "
             "Use implementation=None, 'triton' or 'xla'."
         )
     return compute
@@ -87,8 +86,8 @@ def mesh_of(mesh: Any, **arrays: Any) -> Any:
             raise ValueError(f"query, key and value must be on one mesh: {found}. Place them with jax.device_put.")
     if not given:
         raise ValueError(
-            "sharded_attention needs a mesh, and neither jax.set_mesh nor the arrays have one: mesh=None. Pass mesh=, or "
-            "call inside of jax.set_mesh(mesh)."
+            "sharded_attention needs a mesh, and neither jax.set_mesh nor the arrays have one: mesh=None. Pass mesh=, "
+            "or call inside of jax.set_mesh(mesh)."
         )
     return given[0]
 
@@ -102,9 +101,7 @@ def _mesh_of_array(x: Any) -> Any:
     return None
 
 
-def cut_of(
-    mesh: Any, inputs: Inputs, sequence: AxisName, batch: AxisName | None, heads: AxisName | None
-) -> Cut:
+def cut_of(mesh: Any, inputs: Inputs, sequence: AxisName, batch: AxisName | None, heads: AxisName | None) -> Cut:
     """The mesh axes of each axis of the arrays."""
     words = {"sequence_axis": sequence, "batch_axis": batch, "heads_axis": heads}
     names = {name: _names(name, word, mesh) for name, word in words.items()}
@@ -133,7 +130,9 @@ def cut_of(
 def _names(name: str, word: Any, mesh: Any) -> tuple[str, ...]:
     names = () if word is None else tuple(word) if isinstance(word, Sequence) and not isinstance(word, str) else (word,)
     if unknown := [x for x in names if x not in mesh.shape]:
-        raise ValueError(f"{name} must name axes of the mesh: {name}={shown(word)}, unknown {unknown}, mesh {dict(mesh.shape)}.")
+        raise ValueError(
+            f"{name} must name axes of the mesh: {name}={shown(word)}, unknown {unknown}, mesh {dict(mesh.shape)}."
+        )
     return names
 
 

@@ -5,13 +5,13 @@ Device d of n has, of queries and keys alike,
     "contiguous"    one chunk, number d of n
     "zigzag"        chunks d and 2 n - 1 - d of 2 n
 
-Attention of a chunk of queries to a chunk of keys is attention with another offset of the queries: causal masks, windows
-and lengths then hide the pairs that they should, and kernels skip the tiles in which all are hidden. Arrays with rows and
-columns (bias, mask) have the rows of the device and all columns, in the order of the devices.
+Attention of a chunk of queries to a chunk of keys is attention with another offset of the queries: causal masks,
+windows and lengths then hide the pairs that they should, and kernels skip the tiles in which all are hidden. Arrays
+with rows and columns (bias, mask) have the rows of the device and all columns, in the order of the devices.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -28,23 +28,23 @@ class Chunk(NamedTuple):
 
     Attributes:
       position: of its first entry in the sequence, int32.
-      index: of its first entry in what the device has; static.
+      start: of its first entry in what the device has; static.
       column: of its first entry in arrays with all columns, int32.
       length: static.
     """
 
     position: Int[Array, ""]
-    index: int
+    start: int
     column: Int[Array, ""]
     length: int
 
-    def of(self, x: Array | None, axis: int = 1) -> Array | None:
+    def of(self, x: Any, axis: int = 1) -> Any:
         """Its entries of what a device has; an axis of size 1 is shared."""
         if x is None or x.shape[axis] in (1, self.length):
             return x
-        return lax.slice_in_dim(x, self.index, self.index + self.length, axis=axis)
+        return lax.slice_in_dim(x, self.start, self.start + self.length, axis=axis)
 
-    def columns_of(self, x: Array | None, axis: int) -> Array | None:
+    def columns_of(self, x: Any, axis: int) -> Any:
         """Its entries of an array that has all columns."""
         if x is None or x.shape[axis] in (1, self.length):
             return x
@@ -72,9 +72,7 @@ class Order:
         length //= self.count
         numbers = [device, 2 * self.devices - 1 - device][: self.count]
         first = device * self.count
-        return [
-            Chunk(number * length, i * length, (first + i) * length, length) for i, number in enumerate(numbers)
-        ]
+        return [Chunk(number * length, i * length, (first + i) * length, length) for i, number in enumerate(numbers)]
 
 
 def rows(inputs: Inputs, queries: Chunk) -> Inputs:
@@ -119,6 +117,6 @@ def pair(inputs: Inputs, queries: Chunk, keys: Chunk, key: Array, value: Array) 
 
 def add_pairs(total: Array, part: Array, queries: Chunk, keys: Chunk) -> Array:
     """Adds the gradient of a chunk's part of a bias to that of what the device has."""
-    start = [0, 0, queries.index if total.shape[2] > 1 else 0, keys.column if total.shape[3] > 1 else 0]
+    start = [0, 0, queries.start if total.shape[2] > 1 else 0, keys.column if total.shape[3] > 1 else 0]
     old = lax.dynamic_slice(total, start, part.shape)
     return lax.dynamic_update_slice(total, old + part, start)

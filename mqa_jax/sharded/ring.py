@@ -21,9 +21,9 @@ from mqa_jax.inputs import Inputs, Operands
 from mqa_jax.kernels import devices, online_softmax, primitives, row_terms
 from mqa_jax.kernels.online_softmax import Normalizer, State
 from mqa_jax.kernels.platforms import Kernels
-from mqa_jax.sharded.chunks import Chunk, Order, add_pairs, pair, rows
-from mqa_jax.sharded.strategies import AllGather, Held, Ring, varying_like
 from mqa_jax.shapes import LogSumExp, Output
+from mqa_jax.sharded.chunks import Chunk, add_pairs, pair, rows
+from mqa_jax.sharded.strategies import AllGather, Held, Ring, varying_like
 
 
 class Plan(NamedTuple):
@@ -49,7 +49,8 @@ def attend(kernels: Kernels, strategy: Ring | AllGather, inputs: Inputs) -> tupl
     leaves, tree = jax.tree.flatten(inputs)
     *leaves, _ = devices.alike([*leaves, lax.axis_index(strategy.axis)])
     inputs = _with_columns(strategy, jax.tree.unflatten(tree, leaves))
-    out, log_sum_exp = _attend(Plan(kernels, strategy), inputs.operands, replace(inputs, operands=None))
+    operands, rest = inputs.operands, replace(inputs, operands=None)  # type: ignore[arg-type]
+    out, log_sum_exp = _attend(Plan(kernels, strategy), operands, rest)
     return out, log_sum_exp if inputs.residual else None
 
 
@@ -99,20 +100,21 @@ class _Sums(NamedTuple):
     """Gradients that stay on the device, in `score_dtype`; None where none is needed."""
 
     queries: tuple[Array, ...]  # of each chunk: joined in every step they would be copied
-    others: Operands
+    others: Any  # Operands with those that are not of single queries
 
     @classmethod
     def zeros(cls, queries: list[Chunk], inputs: Inputs) -> "_Sums":
         size = inputs.sizes
         zeros = lambda *shape: jnp.zeros(shape, inputs.score_dtype)
-        others = replace(inputs.operands, **dict.fromkeys(("query", "key", "value", "sinks", *inputs.constant)))
+        operands: Any = inputs.operands
+        others = replace(operands, **dict.fromkeys(("query", "key", "value", "sinks", *inputs.constant)))
         sums = cls(
             tuple(zeros(size.B, chunk.length, size.N, size.H) for chunk in queries),
             jax.tree.map(lambda x: zeros(*x.shape), others),
         )
         return varying_like(sums, inputs.operands.query)
 
-    def add(self, part: Operands, i: int, queries: Chunk, keys: Chunk) -> "_Sums":
+    def add(self, part: Any, i: int, queries: Chunk, keys: Chunk) -> "_Sums":
         """The gradients of chunk i of the queries and a chunk of keys."""
         by_number = [x + part.query if number == i else x for number, x in enumerate(self.queries)]
         added = replace(part, query=None, key=None, value=None, bias=None)
@@ -169,6 +171,7 @@ def _attend_backward(plan: Plan, saved: tuple, cotangents: tuple) -> tuple[Opera
     inputs, out, normalizer = saved
     filled = [jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents]
     d_out, d_log_sum_exp, _ = devices.alike([*filled, out])
+    inputs, d_out = lax.optimization_barrier((inputs, d_out))  # else XLA keeps what the forward pass gathered
     found = _backward(plan, inputs, out, normalizer, d_out, d_log_sum_exp)
     in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(x.dtype)
     return jax.tree.map(in_its_dtype, found, inputs.operands, is_leaf=lambda x: x is None), None

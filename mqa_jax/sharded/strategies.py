@@ -1,14 +1,16 @@
 """How keys and values get to the queries of other devices, and their gradients back.
 
-    Ring        keys and values travel from device to device, and each computes with what it has at the moment (Liu et al.
-                2023, "Ring Attention", arXiv 2310.01889). Memory is linear in what a device has.
-    AllGather   every device gets all keys and values at once (Grattafiori et al. 2024, "Llama 3", arXiv 2407.21783, 3.3.2).
+    Ring        keys and values travel from device to device, and each computes with what it has at the moment (Liu et
+                al. 2023, "Ring Attention", arXiv 2310.01889); memory is linear in what a device has
+    AllGather   every device gets all keys and values at once (Grattafiori et al. 2024, "The Llama 3 Herd of Models",
+                arXiv 2407.21783, section 3.3.2)
 
 Both call `step(chunks, held, carry)`: chunks of keys, their keys and values, and what is summed over all steps. In the
 backward pass it also returns the gradients of `held`, float32, which are summed over devices before they are rounded.
 """
 
-import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +49,7 @@ class AllGather:
         carry, ((d_key, d_value),) = step(*self._all(key, value), carry)
         return carry, self._own(d_key), self._own(d_value)
 
-    def whole(self, x: Array | None, axis: int = 1) -> Array | None:
+    def whole(self, x: Any, axis: int = 1) -> Any:
         """An array with all columns, in the order of the sequence."""
         return x if x is None or self.order.count == 1 or x.shape[axis] == 1 else unzigzag(x, self.order.devices, axis)
 
@@ -85,7 +87,8 @@ class Ring:
         steps = 1 + ahead + behind
         return cls(axis, order, ahead, steps) if steps < devices else cls(axis, order, 0, devices)
 
-    def whole(self, x: Array | None, axis: int = 1) -> Array | None:
+    def whole(self, x: Any, axis: int = 1) -> Any:
+        """The order of columns is that of the devices, which is the order in which keys arrive."""
         return x
 
     def forward(self, key: Array, value: Array, step: Callable[..., Carry], carry: Carry) -> Carry:
@@ -148,15 +151,9 @@ class _Message:
         return cls(_pack(held), [(k.shape, v.shape) for k, v in held])
 
     def unpack(self, flat: Array) -> Held:
-        start, held = 0, []
-        for pair in self.shapes:
-            arrays = []
-            for shape in pair:
-                size = functools.reduce(lambda a, b: a * b, shape)
-                arrays.append(flat[start : start + size].reshape(shape))
-                start += size
-            held.append((arrays[0], arrays[1]))
-        return held
+        ends = [*itertools.accumulate(math.prod(shape) for pair in self.shapes for shape in pair)]
+        parts = iter(jnp.split(flat, ends[:-1]))
+        return [(next(parts).reshape(key), next(parts).reshape(value)) for key, value in self.shapes]
 
 
 def _pack(held: Held) -> Array:

@@ -18,7 +18,7 @@ from mqa_jax.arguments import array, shown, whole_number
 def zigzag(x: ArrayLike, devices: int, axis: int = 1) -> Shaped[Array, "..."]:
     """The array with its tokens in zigzag order, so that equal parts of the axis are what each device has.
 
-    Everything that has an axis of tokens is reordered: tokens, labels, positions, segments, both axes of a bias or mask.
+    All that has an axis of tokens is reordered: tokens, labels, positions, segments, both axes of a bias or mask.
 
     Args:
       x: an array of any dtype.
@@ -60,11 +60,13 @@ def _checked(x: ArrayLike, devices: int, axis: int) -> tuple[Array, int, int]:
     if count is None or count < 1:
         raise ValueError(f"devices must be a positive int: devices={shown(devices)}. It is the size of the mesh axis.")
     if number is None or not -x.ndim <= number < x.ndim:
-        raise ValueError(f"axis must be one of the axes of x: axis={shown(axis)}, x.shape={x.shape}. Name that of tokens.")
+        raise ValueError(
+            f"axis must be one of the axes of x: axis={shown(axis)}, x.shape={x.shape}. Name that of tokens."
+        )
     number %= x.ndim
     if x.shape[number] % (2 * count):
         raise ValueError(
-            f"In zigzag order each device has two chunks of equal length, so the length must be a multiple of 2 * devices: "
-            f"x.shape[{number}]={x.shape[number]}, devices={count}. Pad the sequence."
+            "In zigzag order each device has two chunks of equal length, so the length must be a multiple of "
+            f"2 * devices: x.shape[{number}]={x.shape[number]}, devices={count}. Pad the sequence."
         )
     return x, number, count

@@ -1,0 +1,36 @@
+"""Sequences that are cut over 8 CPU devices, in processes of their own: their number is set before JAX uses any."""
+
+import own_process
+import pytest
+
+PROGRAM = """
+import os
+import conftest
+os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
+import sequences
+{calls}
+"""
+
+
+def run(*parts):
+    own_process.run(PROGRAM.format(calls="\n".join(f"sequences.{part}" for part in parts)))
+
+
+def test_some_of_everything():
+    run("some_of_everything()", "collectives_are_those_of_the_formula()", "a_window_ends_the_journey()")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_everything(part):
+    run(f"everything({part}, 4)")
+
+
+@pytest.mark.slow
+def test_batch_and_heads():
+    run("together_with_batch_and_heads()", "in_shard_map()")
+
+
+@pytest.mark.slow
+def test_precision_and_memory():
+    run("in_bfloat16()", "memory_is_linear()")
