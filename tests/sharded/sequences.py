@@ -147,6 +147,7 @@ def everything(part=0, parts=1):
 
 def together_with_batch_and_heads():
     """Other mesh axes cut the batch and the heads, of which there are more than key/value heads; dropout is the same."""
+    problem("everything")  # outside of any mesh
     for (strategy, order), kind in zip(WAYS, itertools.cycle((AxisType.Auto, AxisType.Explicit))):
         for sizes in ((2, 2, 2), (1, 2, 4)):
             mesh = mesh_of(sizes, ("b", "s", "n"), kind)
