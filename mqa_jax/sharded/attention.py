@@ -33,7 +33,34 @@ def ring_attention(
     order: str = "contiguous",
     **options: Any,
 ) -> Any:
-    """Attention inside of `jax.shard_map`, over a sequence of which each device has an equal part."""
+    """Attention inside of `jax.shard_map`, over a sequence of which each device of a mesh axis has an equal part.
+
+    The result is that of `dot_product_attention` of the whole arrays, to rounding errors. Of n devices each has
+
+        query `[..., T/n, N, H]`    key `[..., S/n, K, H]`    value `[..., S/n, K, V]`
+        bias, mask `[..., N, T/n, S]`: its rows, all columns    segments `[..., T/n]`, `[..., S/n]`
+        lengths and the query's offset: those of the whole sequence, the same on all devices
+
+    Batch rows and heads are what the device has: it numbers them from 0, which dropout, `score_fn` and `mask_fn` see.
+
+    Args:
+      query, key, value, bias, mask: see above; dtypes are those of `dot_product_attention`.
+      axis_name: the mesh axis, or several, that the sequence is cut over. All mesh axes have to be manual.
+      strategy: "ring", in which keys and values travel, or "all_gather", in which each device gets all of them
+        (`docs/devices.md` says which is better when). Gradients of keys and values are summed in float32 by both.
+      order: of the tokens: "contiguous", or "zigzag" (`mqa_jax.zigzag`), for causal attention without a window, where
+        devices then have equal work. All arrays, rows and columns alike, are in this order.
+      **options: all others of `dot_product_attention`. A ring has no `score_fn` and no `mask_fn`, a cut sequence no
+        `key_value_ring_lengths`.
+
+    Returns:
+      As `dot_product_attention`, for the queries of this device: `[..., T/n, N, V]`, and `[..., T/n, N]`. Both are
+      differentiable once, in reverse mode. In a window of a causal call keys travel no further than it reaches.
+
+    Raises:
+      ValueError: the call is wrong, as there; or the axis, strategy or order does not exist or fit.
+      NotImplementedError: an option that a cut sequence does not have, or an implementation without passes of its own.
+    """
     devices = checks.axis_size(axis_name)
     checks.known(strategy, order)
     implementation = options.get("implementation")
@@ -58,7 +85,27 @@ def sharded_attention(
     mesh: Any = None,
     **options: Any,
 ) -> Any:
-    """Attention of whole arrays, over a sequence that is cut over the devices of a mesh axis."""
+    """Attention of whole arrays, of which the devices of a mesh share the sequence, and batch and heads if asked to.
+
+    `ring_attention` in a `jax.shard_map` over all axes of the mesh. The result, dropout included, is that of
+    `dot_product_attention`; with order="zigzag" rows are in the order of the arrays.
+
+    Args:
+      query, key, value, bias, mask: whole arrays, as for `dot_product_attention`.
+      sequence_axis: the mesh axis, or several, that cut T and S. Both are multiples of its size.
+      batch_axis, heads_axis: likewise for B (the last of the leading axes) and N. Where heads are cut, K and the number
+        of devices divide one another; with fewer key/value heads than devices, some devices have the same.
+      strategy, order: as for `ring_attention`.
+      mesh: a mesh with these axes. Default: that of `jax.set_mesh`, or that of the arrays.
+      **options: all others of `dot_product_attention`, but those that `ring_attention` does not have.
+
+    Returns:
+      As `dot_product_attention`, cut as the query. Differentiable once, in reverse mode.
+
+    Raises:
+      ValueError, NotImplementedError: as `ring_attention`; and where the axes of the mesh do not exist or do not divide
+        the arrays.
+    """
     checks.known(strategy, order)
     mesh = checks.mesh_of(mesh, query=query, key=key, value=value)
     inputs = inputs_of(query, key, value, bias, mask, **options)

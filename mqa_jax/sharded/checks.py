@@ -128,7 +128,8 @@ def cut_of(mesh: Any, inputs: Inputs, sequence: AxisName, batch: AxisName | None
 
 
 def _names(name: str, word: Any, mesh: Any) -> tuple[str, ...]:
-    names = () if word is None else tuple(word) if isinstance(word, Sequence) and not isinstance(word, str) else (word,)
+    is_left_out = word is None and name != "sequence_axis"
+    names = () if is_left_out else tuple(word) if isinstance(word, Sequence) and not isinstance(word, str) else (word,)
     if unknown := [x for x in names if x not in mesh.shape]:
         raise ValueError(
             f"{name} must name axes of the mesh: {name}={shown(word)}, unknown {unknown}, mesh {dict(mesh.shape)}."

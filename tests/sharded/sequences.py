@@ -146,7 +146,7 @@ def everything(part=0, parts=1):
 
 
 def together_with_batch_and_heads():
-    """Other mesh axes cut the batch and the heads, of which there are more than key/value heads; dropout is the same."""
+    """Other mesh axes cut batch and heads, whose number exceeds that of key/value heads; dropout is the same."""
     problem("everything")  # outside of any mesh
     for (strategy, order), kind in zip(WAYS, itertools.cycle((AxisType.Auto, AxisType.Explicit))):
         for sizes in ((2, 2, 2), (1, 2, 4)):
@@ -156,7 +156,7 @@ def together_with_batch_and_heads():
 
 
 def in_shard_map():
-    """`ring_attention`, with the check of varying axes and without; sinks are not cut, so their gradients are summed."""
+    """`ring_attention`, with the check of varying axes and without; the sinks are not cut: their gradient is a sum."""
     one, plain, right = problem("sinks")
     specs = {name: P(None, "s") if name in TOKENS else P() for name in one.arrays}
     for check_vma, (strategy, order) in itertools.product((True, False), WAYS):
@@ -174,12 +174,13 @@ def in_shard_map():
             )
             return run(arrays, given["query_seq_lengths"])
 
-        actual = oracle.compiled(one, lambda arrays, options, f=in_order(attend, order, 2): f(**arrays, **options))(one)
+        attend = in_order(attend, order, 2)
+        actual = oracle.compiled(one, lambda arrays, options, f=attend: f(**arrays, **options))(one)
         oracle.judge(actual, plain, right)
 
 
 def in_bfloat16():
-    """dK and dV are summed over 8 devices in float32, so they err no more than on one."""
+    """DK and dV are summed over 8 devices in float32, so they err no more than on one."""
     one, *_ = problem("causal")
     one = dataclasses.replace(one, options=one.options | {"logits_soft_cap": 5.0})
     low = one.astype(jnp.bfloat16)
@@ -218,16 +219,16 @@ def compiled(devices, strategy, order, dtype=jnp.float32, tokens=256, gradient=T
 
 def collectives_are_those_of_the_formula():
     """M bytes are a device's keys and values, Md their float32 gradients. A message in a loop is there once."""
-    for order, dtype, devices in [("contiguous", jnp.float32, 8), ("zigzag", jnp.float32, 4)]:
-        held = 2 * 256 * K * H // devices
-        size, full = held * 4, held * 4
-        sent = lambda strategy, gradient, **options: collectives(
-            compiled(devices, strategy, order, dtype, gradient=gradient, is_causal=True, **options).as_text()
-        )
+    for order, devices in [("contiguous", 8), ("zigzag", 4)]:
+        size = full = 2 * 256 * K * H // devices * 4
+        whole = size * devices // 2
+
+        def sent(strategy, gradient, order=order, devices=devices):
+            return collectives(compiled(devices, strategy, order, gradient=gradient, is_causal=True).as_text())
+
         assert sent("ring", False) == {"collective-permute": [size]}
         # Forward; keys of the backward pass, their gradients behind them, and the way home.
         assert sent("ring", True) == {"collective-permute": sorted([size, size, full, full])}
-        whole = size * devices // 2
         assert sent("all_gather", False) == {"all-gather": [whole, whole]}
         found = sent("all_gather", True)
         assert found == {"all-gather": [whole] * 2, "reduce-scatter": [full // 2] * 2}, found  # XLA:CPU joins 2 and 2
