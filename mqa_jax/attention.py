@@ -175,8 +175,13 @@ def dot_product_attention(
     return out, log_sum_exp
 
 
-def inputs_of(*arguments: Any, parts: int = 1, **options: Any) -> Inputs:
-    """The checked inputs of a call of `dot_product_attention` with these arguments; `parts` as in `checked_inputs`."""
+def inputs_of(*arguments: Any, **options: Any) -> Inputs:
+    """The checked inputs of a call of `dot_product_attention` with these arguments."""
+    return inputs_of_part((1, 1), *arguments, **options)
+
+
+def inputs_of_part(parts: tuple[int, int], /, *arguments: Any, **options: Any) -> Inputs:
+    """The same of a device's part of a sequence; for `parts` see `checked_inputs`."""
     call = inspect.signature(dot_product_attention).bind(*arguments, **options)
     call.apply_defaults()
     return checked_inputs(SimpleNamespace(**call.arguments), parts)

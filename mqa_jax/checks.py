@@ -27,11 +27,11 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 Call = SimpleNamespace  # the arguments of `mqa_jax.dot_product_attention` by name, as the caller passed them
 
 
-def checked_inputs(call: Call, parts: int = 1) -> Inputs:
+def checked_inputs(call: Call, parts: tuple[int, int] = (1, 1)) -> Inputs:
     """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1).
 
-    `parts`: query, key and value are one of that many equal parts of a sequence, and so are segments and rows of bias
-    and mask; lengths, the query's offset and the columns of bias and mask are those of the whole sequence.
+    `parts`: the query, its segments and the rows of bias and mask are one of that many equal parts of all rows, and
+    keys, values and their segments one of all columns. Lengths, offsets and the columns of bias and mask are whole.
     """
     query = array("query", call.query)
     key, value = (
@@ -42,7 +42,7 @@ def checked_inputs(call: Call, parts: int = 1) -> Inputs:
     _check_dtypes(query, key, value, are_scaled=any(scale is not None for scale in scales.values()))
     *batch, rows, heads, features = query.shape
     columns = key.shape[-3]
-    pairs = (*batch, heads, rows, columns * parts)
+    pairs = (*batch, heads, rows, columns * parts[1])
     score_dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     score_fn = checked_function("score_fn", call.score_fn, tuple(batch), score_dtype)
     score_fn, score_arrays = (None, None) if score_fn is None else score_fn.split()
@@ -188,10 +188,10 @@ def _head_array(name: str, x: ArrayLike | None, heads: int) -> Array | None:
     return x
 
 
-def _checked_mask(call: Call, batch: tuple, pairs: tuple, dtype: DTypeLike, parts: int) -> Mask:
-    rows, columns = pairs[-2] * parts, pairs[-1]
+def _checked_mask(call: Call, batch: tuple, pairs: tuple, dtype: DTypeLike, parts: tuple) -> Mask:
+    rows, columns = pairs[-2] * parts[0], pairs[-1]
     key_lengths, ring = _key_lengths(call, batch, columns)
-    query_segments, key_segments = _segments(call, batch, pairs[-2], columns // parts)
+    query_segments, key_segments = _segments(call, batch, pairs[-2], columns // parts[1])
     return Mask(
         query_offset=_query_offset(call.query_offset, batch, rows),
         allowed=_pair_array("mask", call.mask, pairs, jnp.bool_),

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from mqa_jax import axes
-from mqa_jax.attention import compute_of, inputs_of
+from mqa_jax.attention import compute_of, inputs_of, inputs_of_part
 from mqa_jax.axes import Cut
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.inputs import Inputs
@@ -64,8 +64,8 @@ def ring_attention(
     devices = checks.axis_size(axis_name)
     checks.known(strategy, order)
     implementation = options.get("implementation")
-    inputs = inputs_of(query, key, value, bias, mask, parts=devices, **options)
-    return _results(
+    inputs = inputs_of_part((devices, devices), query, key, value, bias, mask, **options)
+    return checks.results(
         inputs, over_flat_batch(functools.partial(_attend, axis_name, strategy, order, implementation), inputs)
     )
 
@@ -111,11 +111,7 @@ def sharded_attention(
     inputs = inputs_of(query, key, value, bias, mask, **options)
     cut = checks.cut_of(mesh, inputs, sequence_axis, batch_axis, heads_axis)
     run = functools.partial(_on_mesh, mesh, cut, strategy, order, options.get("implementation"))
-    return _results(inputs, over_flat_batch(run, inputs))
-
-
-def _results(inputs: Inputs, results: tuple[Array, Array | None]) -> Any:
-    return results if inputs.residual else results[0]
+    return checks.results(inputs, over_flat_batch(run, inputs))
 
 
 def _attend(

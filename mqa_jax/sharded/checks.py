@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jaxtyping import Array
 
 from mqa_jax.arguments import shown
 from mqa_jax.axes import Cut
@@ -35,24 +36,42 @@ def axis_size(axis: AxisName) -> int:
 
 
 def possible(inputs: Inputs, strategy: str, order: str) -> None:
+    no_ring_buffer(inputs)
+    if strategy == "ring":
+        no_functions(inputs, "Use strategy='all_gather'")
     mask = inputs.mask
-    if mask.ring is not None:
-        raise NotImplementedError(
-            "key_value_ring_lengths cannot be combined with a sequence that is cut over devices, whose slots hold any "
-            f"position: slots={mask.ring.slots}. Use a cache that holds all positions, with key_value_seq_lengths."
-        )
-    names = [name for name, x in (("score_fn", inputs.score_fn), ("mask_fn", mask.function)) if x is not None]
-    if names and strategy == "ring":
-        raise NotImplementedError(
-            f"In a ring the position of a key is not its index, which {' and '.join(names)} would be called with: "
-            f"strategy={strategy!r}. Use strategy='all_gather'."
-        )
     if order == "zigzag" and (not mask.is_causal or mask.window is not None):
         raise ValueError(
             "order='zigzag' is for causal attention without a window; without a causal mask, or with a window, "
             f"order='contiguous' gives all devices equal work: is_causal={mask.is_causal}, "
             f"local_window_size={mask.window}."
         )
+
+
+def no_ring_buffer(inputs: Inputs) -> None:
+    if inputs.mask.ring is not None:
+        raise NotImplementedError(
+            "key_value_ring_lengths cannot be combined with a sequence that is cut over devices, whose slots hold any "
+            f"position: slots={inputs.mask.ring.slots}. Use a cache of all positions, with key_value_seq_lengths."
+        )
+
+
+def no_functions(inputs: Inputs, remedy: str) -> None:
+    if names := _functions(inputs):
+        raise NotImplementedError(
+            f"Where keys are cut, the position of a key is not its index, with which {' and '.join(names)} would be "
+            f"called: {', '.join(f'{name} is not None' for name in names)}. {remedy}."
+        )
+
+
+def _functions(inputs: Inputs) -> list[str]:
+    given = {"score_fn": inputs.score_fn, "mask_fn": inputs.mask.function}
+    return [name for name, function in given.items() if function is not None]
+
+
+def results(inputs: Inputs, found: tuple[Array, Array | None]) -> Any:
+    """What the caller asked for."""
+    return found if inputs.residual else found[0]
 
 
 def divides(order: Order, inputs: Inputs) -> None:
@@ -71,6 +90,16 @@ def kernels(implementation: str | None, compute: Any) -> Kernels:
             "Use implementation=None, 'triton' or 'xla'."
         )
     return compute
+
+
+def belong_together(part: Array, tokens: Array) -> None:
+    """A cache and new tokens."""
+    shapes = [(x.shape[:1], *x.shape[2:]) for x in (part, tokens)]
+    if min(part.ndim, tokens.ndim) < 2 or shapes[0] != shapes[1] or part.dtype != tokens.dtype:
+        raise ValueError(
+            "tokens [B, T, ...] must have the dtype of the cache [B, S/n, ...] and its axes but the second: "
+            f"tokens={shown(tokens)}, part={shown(part)}. Cast or reshape them."
+        )
 
 
 # -- whole arrays -----------------------------------------------------------------------------------------------------
@@ -144,8 +173,7 @@ def _check_heads(cut: Cut, inputs: Inputs) -> None:
             "The number of key/value heads and that of the devices that share the heads must divide one another: "
             f"kv_heads={cut.kv_heads}, devices={devices}. Use another heads_axis, or repeat the heads."
         )
-    names = [name for name, x in (("score_fn", inputs.score_fn), ("mask_fn", inputs.mask.function)) if x is not None]
-    if names and devices > 1:
+    if (names := _functions(inputs)) and devices > 1:
         raise NotImplementedError(
             f"Devices number their heads from 0, with which {' and '.join(names)} would be called: devices={devices}. "
             "Leave out heads_axis."

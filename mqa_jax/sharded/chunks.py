@@ -88,7 +88,7 @@ def rows(inputs: Inputs, queries: Chunk) -> Inputs:
     return replace(inputs, operands=operands, mask=mask)
 
 
-def pair(inputs: Inputs, queries: Chunk, keys: Chunk, key: Array, value: Array) -> Inputs:
+def pair(inputs: Inputs, queries: Chunk, keys: Chunk, key: Array, value: Array, is_part: bool = True) -> Inputs:
     """Attention of a chunk of queries to a chunk of keys, without sinks, which are in no chunk."""
     inputs = rows(inputs, queries)
     operands, mask, dropout = inputs.operands, inputs.mask, inputs.dropout
@@ -112,7 +112,7 @@ def pair(inputs: Inputs, queries: Chunk, keys: Chunk, key: Array, value: Array) 
     if dropout is not None:
         number = jnp.stack([jnp.zeros_like(queries.position), queries.position, keys.position])
         dropout = replace(dropout, first=dropout.numbers_of_first() + number)
-    return replace(inputs, operands=operands, mask=mask, dropout=dropout, is_part=True)
+    return replace(inputs, operands=operands, mask=mask, dropout=dropout, residual=True, is_part=is_part)
 
 
 def add_pairs(total: Array, part: Array, queries: Chunk, keys: Chunk) -> Array:

@@ -29,6 +29,18 @@ def in_shard_map(axis_name="s", axis_names=("b", "s"), **options):
     return jax.eval_shape(run, *shapes(rows=20, columns=20))
 
 
+def decode(**options):
+    call = functools.partial(mqa_jax.decode_attention, axis_name="s", **options)
+    run = jax.shard_map(call, mesh=MESH, in_specs=(P(), P(None, "s"), P(None, "s")), out_specs=P())
+    return jax.eval_shape(run, *shapes())
+
+
+def append(position=0, tokens=(2, 1, 4, 8), dtype=jnp.float32):
+    call = lambda part, tokens: mqa_jax.append_to_part(part, tokens, position, axis_name="s")
+    run = jax.shard_map(call, mesh=MESH, in_specs=(P(None, "s"), P()), out_specs=P(None, "s"))
+    return jax.eval_shape(run, shapes()[1], jax.ShapeDtypeStruct(tokens, dtype))
+
+
 def on_two_meshes():
     arrays = [jnp.zeros(x.shape, x.dtype) for x in shapes()]
     for i, name in enumerate("sx"):
@@ -107,6 +119,26 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: mqa_jax.unzigzag(jnp.zeros((2, 8)), 2, 2),
         r"axis must be one of the axes of x: axis=2 \(int\), x.shape=\(2, 8\). Name that of tokens",
     ),
+    "tokens of other heads": (
+        lambda: append(tokens=(2, 1, 3, 8)),
+        r"must have the dtype of the cache .*tokens=float32\[2, 1, 3, 8\], part=float32\[2, 4, 4, 8\]. Cast or reshape",
+    ),
+    "tokens of another dtype": (
+        lambda: append(dtype=jnp.bfloat16),
+        "must have the dtype of the cache .*tokens=bfloat16",
+    ),
+    "tokens beyond the end": (
+        lambda: append(position=np.array([0, 16])),
+        r"position must leave all 1 tokens in the cache: position=\[ 0 16\], the cache has 16 positions",
+    ),
+    "position of another shape": (
+        lambda: append(position=np.array([0, 1, 2])),
+        r"position has the wrong shape: position.shape=\(3,\), expected \(\) or \(2,\)",
+    ),
+    "decoding, lengths": (
+        lambda: decode(key_value_seq_lengths=np.array([3, 17])),
+        "key_value_seq_lengths must lie between 0 and .*length=16",
+    ),
     "wrong call": (lambda: in_shard_map(dropout_rate=2), "dropout_rate must lie between 0 and 1"),
     "rows of other devices": (
         lambda: in_shard_map(bias=jnp.zeros((20, 20))),
@@ -116,11 +148,19 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
 NOT_POSSIBLE: dict[str, tuple[Callable[[], object], str]] = {
     "ring buffer": (
         lambda: on_mesh(key_value_ring_lengths=np.array([3, 4])),
-        "key_value_ring_lengths cannot be combined .*slots=16. Use a cache that holds all positions",
+        "key_value_ring_lengths cannot be combined .*slots=16. Use a cache of all positions",
     ),
     "score_fn in a ring": (
         lambda: on_mesh(score_fn=identity),
-        "not its index, which score_fn would be called with: strategy='ring'. Use strategy='all_gather'",
+        "not its index, with which score_fn would be called: score_fn is not None. Use strategy='all_gather'",
+    ),
+    "score_fn in decoding": (
+        lambda: decode(score_fn=identity),
+        "score_fn would be called: score_fn is not None. Use ring_attention with strategy='all_gather', or a bias",
+    ),
+    "ring buffer in decoding": (
+        lambda: decode(key_value_ring_lengths=np.array([3, 4])),
+        "cannot be combined .*slots=16",
     ),
     "mask_fn and cut heads": (
         lambda: on_mesh(mask_fn=everywhere, strategy="all_gather", heads_axis="b"),

@@ -7,6 +7,7 @@ PROGRAM = """
 import os
 import conftest
 os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
+import jax.numpy as jnp
 import sequences
 {calls}
 """
@@ -29,6 +30,15 @@ def test_everything(part):
 @pytest.mark.slow
 def test_batch_and_heads():
     run("together_with_batch_and_heads()", "in_shard_map()")
+
+
+def test_decoding():
+    run("decoding()")
+
+
+@pytest.mark.slow
+def test_decoding_more():
+    run("decoding(2, 5, jnp.bfloat16)", "decoding(3)", "gradients_of_decoding()")
 
 
 @pytest.mark.slow
