@@ -206,7 +206,7 @@ def decoding(devices=8, tokens=1, dtype=jnp.float32):
             mqa_jax.append_to_part(part, x, lengths, axis_name="s") for part, x in zip(cache, (key, value), strict=True)
         )
         limits: Any = dict(is_causal=True, query_offset=lengths, key_value_seq_lengths=lengths + tokens)
-        attend = functools.partial(mqa_jax.decode_attention, axis_name="s", implementation="xla")
+        attend: Any = functools.partial(mqa_jax.decode_attention, axis_name="s", implementation="xla")
         return attend(query, *cache, **limits, **options, local_window_size=(11, 0), return_residual=True), cache
 
     cut = P(None, "s")
@@ -241,7 +241,7 @@ def gradients_of_decoding():
     mesh, cut = mesh_of(8), P(None, "s")
     specs = {name: cut if name in ("key", "value") else P() for name in one.arrays}
 
-    def part(arrays, lengths):
+    def part(arrays: Any, lengths):
         options: Any = dict(is_causal=True, query_seq_lengths=lengths, axis_name="s", implementation="xla")
         return mqa_jax.decode_attention(**arrays, **options, return_residual=True)
 
