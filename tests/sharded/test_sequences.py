@@ -1,7 +1,15 @@
 """Sequences that are cut over 8 CPU devices, in processes of their own: their number is set before JAX uses any."""
 
+import os
+import subprocess
+import sys
+
+import jax
 import own_process
 import pytest
+
+from benchmarks import gpu_compile
+from benchmarks.gpu_compile import compiler
 
 PROGRAM = """
 import os
@@ -44,3 +52,13 @@ def test_decoding_more():
 @pytest.mark.slow
 def test_precision_and_memory():
     run("in_bfloat16()", "memory_is_linear()")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="compiles for one device without a GPU, not for eight")
+def test_messages_hide_behind_kernels():
+    environment = compiler.worker_environment()
+    paths = os.pathsep.join([environment["PYTHONPATH"], *sys.path])
+    program = "import on_gpus; on_gpus.messages_hide_behind_kernels()"
+    subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": paths}, check=True)
