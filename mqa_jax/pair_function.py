@@ -41,11 +41,29 @@ class PairFunction:
         left = iter(floats or ())
         return replace(self, arrays=tuple(next(left) if x is None else x for x in self.arrays))
 
+    def with_first(self, *, head: Array | int = 0, position: Array | int = 0, of_scores: bool) -> "PairFunction":
+        """For a part of the heads and positions, of which the first have these numbers among all of them."""
+        first = jnp.asarray(head, jnp.int32), jnp.asarray(position, jnp.int32)
+        return replace(self, arrays=(*first, *self.arrays), function=_NumberedFrom(self.function, of_scores))
+
     def of_pairs(self, *score: Array, head: Array, query: Array, key: Array) -> Array:
         """The result for scores `[B, N, T, S]`, whose axes it may share; `head` is `[N]`, `query` `[#B, 1, T, 1]`."""
         batch, head = self.batch[:, None, None, None], head[:, None, None]
         result = jnp.asarray(self.function(*score, batch, head, query, key, *self.arrays))
         return result.reshape((1,) * (4 - result.ndim) + result.shape)
+
+
+@dataclass(frozen=True)
+class _NumberedFrom:
+    """The function with the numbers of the first head and position as additional arrays, the first two."""
+
+    function: Callable[..., Any]
+    of_scores: bool
+
+    def __call__(self, *arguments: Any) -> Any:
+        score, others = arguments[: self.of_scores], arguments[self.of_scores :]
+        batch, head, query, key, first_head, position, *arrays = others
+        return self.function(*score, batch, head + first_head, query + position, key + position, *arrays)
 
 
 def derivative(function: Callable[[Array], Array], x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -50,8 +50,7 @@ def ring_attention(
         (`docs/devices.md` says which is better when). Gradients of keys and values are summed in float32 by both.
       order: of the tokens: "contiguous", or "zigzag" (`mqa_jax.zigzag`), for causal attention without a window, where
         devices then have equal work. All arrays, rows and columns alike, are in this order.
-      **options: all others of `dot_product_attention`. A ring has no `score_fn` and no `mask_fn`, a cut sequence no
-        `key_value_ring_lengths`.
+      **options: all others of `dot_product_attention` but `key_value_ring_lengths`.
 
     Returns:
       As `dot_product_attention`, for the queries of this device: `[..., T/n, N, V]`, and `[..., T/n, N]`. Both are
@@ -97,7 +96,7 @@ def sharded_attention(
         of devices divide one another; with fewer key/value heads than devices, some devices have the same.
       strategy, order: as for `ring_attention`.
       mesh: a mesh with these axes. Default: that of `jax.set_mesh`, or that of the arrays.
-      **options: all others of `dot_product_attention`, but those that `ring_attention` does not have.
+      **options: all others of `dot_product_attention` but `key_value_ring_lengths`.
 
     Returns:
       As `dot_product_attention`, cut as the query. Differentiable once, in reverse mode.
@@ -117,7 +116,7 @@ def sharded_attention(
 def _attend(
     axis: AxisName, strategy: str, order: str, implementation: str | None, inputs: Inputs
 ) -> tuple[Array, Array | None]:
-    checks.possible(inputs, strategy, order)
+    checks.possible(inputs, order)
     kernels = checks.kernels(implementation, compute_of(implementation, inputs))
     if 0 in (inputs.sizes.B, inputs.sizes.T, inputs.sizes.S, inputs.sizes.N):
         return flash.attend(kernels, inputs)

@@ -35,10 +35,8 @@ def axis_size(axis: AxisName) -> int:
         ) from error
 
 
-def possible(inputs: Inputs, strategy: str, order: str) -> None:
+def possible(inputs: Inputs, order: str) -> None:
     no_ring_buffer(inputs)
-    if strategy == "ring":
-        no_functions(inputs, "Use strategy='all_gather'")
     mask = inputs.mask
     if order == "zigzag" and (not mask.is_causal or mask.window is not None):
         raise ValueError(
@@ -54,19 +52,6 @@ def no_ring_buffer(inputs: Inputs) -> None:
             "key_value_ring_lengths cannot be combined with a sequence that is cut over devices, whose slots hold any "
             f"position: slots={inputs.mask.ring.slots}. Use a cache of all positions, with key_value_seq_lengths."
         )
-
-
-def no_functions(inputs: Inputs, remedy: str) -> None:
-    if names := _functions(inputs):
-        raise NotImplementedError(
-            f"Where keys are cut, the position of a key is not its index, with which {' and '.join(names)} would be "
-            f"called: {', '.join(f'{name} is not None' for name in names)}. {remedy}."
-        )
-
-
-def _functions(inputs: Inputs) -> list[str]:
-    given = {"score_fn": inputs.score_fn, "mask_fn": inputs.mask.function}
-    return [name for name, function in given.items() if function is not None]
 
 
 def results(inputs: Inputs, found: tuple[Array, Array | None]) -> Any:
@@ -172,9 +157,4 @@ def _check_heads(cut: Cut, inputs: Inputs) -> None:
         raise ValueError(
             "The number of key/value heads and that of the devices that share the heads must divide one another: "
             f"kv_heads={cut.kv_heads}, devices={devices}. Use another heads_axis, or repeat the heads."
-        )
-    if (names := _functions(inputs)) and devices > 1:
-        raise NotImplementedError(
-            f"Devices number their heads from 0, with which {' and '.join(names)} would be called: devices={devices}. "
-            "Leave out heads_axis."
         )

@@ -92,6 +92,11 @@ def pair(inputs: Inputs, queries: Chunk, keys: Chunk, key: Array, value: Array, 
     """Attention of a chunk of queries to a chunk of keys, without sinks, which are in no chunk."""
     inputs = rows(inputs, queries)
     operands, mask, dropout = inputs.operands, inputs.mask, inputs.dropout
+    score_fn, mask_fn = inputs.score_fn, mask.function
+    if score_fn is not None:
+        score_fn = score_fn.with_first(position=keys.position, of_scores=True)
+    if mask_fn is not None:
+        mask_fn = mask_fn.with_first(position=keys.position, of_scores=False)
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
     operands = replace(
         operands,
@@ -108,11 +113,13 @@ def pair(inputs: Inputs, queries: Chunk, keys: Chunk, key: Array, value: Array, 
         allowed=keys.columns_of(mask.allowed, axis=3),
         key_lengths=keys.lengths(mask.key_lengths),
         key_segments=keys.columns_of(mask.key_segments, axis=1),
+        function=mask_fn,
     )
     if dropout is not None:
         number = jnp.stack([jnp.zeros_like(queries.position), queries.position, keys.position])
         dropout = replace(dropout, first=dropout.numbers_of_first() + number)
-    return replace(inputs, operands=operands, mask=mask, dropout=dropout, residual=True, is_part=is_part)
+    changes: dict[str, Any] = dict(mask=mask, dropout=dropout, score_fn=score_fn, residual=True, is_part=is_part)
+    return replace(inputs, operands=operands, **changes)
 
 
 def add_pairs(total: Array, part: Array, queries: Chunk, keys: Chunk) -> Array:

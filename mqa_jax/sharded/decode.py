@@ -42,8 +42,8 @@ def decode_attention(
       key, value: `[..., S/n, K, H]` and `[..., S/n, K, V]`, in the order of the devices; 8 bits with scales as well.
       bias, mask: `[..., N, T, S]`, whole. Lengths and the query's offset are those of the whole sequence.
       axis_name: the mesh axis, or several, that the keys are cut over. All mesh axes have to be manual.
-      **options: all others of `dot_product_attention` but `score_fn`, `mask_fn` and `key_value_ring_lengths`; segments
-        of keys, and scales, are cut as the keys.
+      **options: all others of `dot_product_attention` but `key_value_ring_lengths`; segments of keys, and scales, are
+        cut as the keys.
 
     Returns:
       As `dot_product_attention`; the same on all devices. Two small sums over devices are all that is sent.
@@ -54,7 +54,6 @@ def decode_attention(
     devices, implementation = checks.axis_size(axis_name), options.get("implementation")
     inputs = inputs_of_part((1, devices), query, key, value, bias, mask, **options)
     checks.no_ring_buffer(inputs)
-    checks.no_functions(inputs, "Use ring_attention with strategy='all_gather', or a bias")
 
     def run(inputs: Inputs) -> tuple[Array, Array | None]:
         kernels = checks.kernels(implementation, compute_of(implementation, inputs))

@@ -53,14 +53,6 @@ def on_no_device_axis():
     return mqa_jax.ring_attention(*(jnp.zeros(x.shape, x.dtype) for x in shapes()), axis_name="s")
 
 
-def identity(score, batch, head, query, key):
-    return score
-
-
-def everywhere(batch, head, query, key):
-    return key == key
-
-
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "unknown strategy": (lambda: on_mesh(strategy="rings"), r"Unknown strategy='rings': use one of \['ring', 'all_g"),
     "unknown order": (lambda: on_mesh(order="striped"), r"Unknown order='striped': use one of \['contiguous', 'zig"),
@@ -150,21 +142,9 @@ NOT_POSSIBLE: dict[str, tuple[Callable[[], object], str]] = {
         lambda: on_mesh(key_value_ring_lengths=np.array([3, 4])),
         "key_value_ring_lengths cannot be combined .*slots=16. Use a cache of all positions",
     ),
-    "score_fn in a ring": (
-        lambda: on_mesh(score_fn=identity),
-        "not its index, with which score_fn would be called: score_fn is not None. Use strategy='all_gather'",
-    ),
-    "score_fn in decoding": (
-        lambda: decode(score_fn=identity),
-        "score_fn would be called: score_fn is not None. Use ring_attention with strategy='all_gather', or a bias",
-    ),
     "ring buffer in decoding": (
         lambda: decode(key_value_ring_lengths=np.array([3, 4])),
         "cannot be combined .*slots=16",
-    ),
-    "mask_fn and cut heads": (
-        lambda: on_mesh(mask_fn=everywhere, strategy="all_gather", heads_axis="b"),
-        "number their heads from 0, with which mask_fn would be called: devices=2. Leave out heads_axis",
     ),
     "reference": (
         lambda: on_mesh(implementation="reference"),

@@ -52,6 +52,13 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "offset": dict(query_offset=numbers(-9, 30)),
     "other lengths": dict(columns=2 * T, query_offset=21),
     "everything": EVERYTHING,
+    "functions": {
+        "score_fn[0]": mqa_jax.functions.t5,
+        "score_fn[1]": normal(8, N),
+        "mask_fn[0]": mqa_jax.functions.sink_and_window,
+        "mask_fn[1]": numbers(3)[0],
+        "mask_fn[2]": numbers(9)[0],
+    },
 }
 NOT_CAUSAL: dict[str, dict[str, Any]] = {
     "full": dict(is_causal=False),
@@ -116,7 +123,7 @@ def attention(mesh, strategy, order, devices, **axes):
 
 def agrees(name, attend):
     one, plain, right = problem(name)
-    actual = oracle.compiled(one, lambda arrays, options: attend(**arrays, **options))(one)
+    actual = oracle.compiled(one, lambda arrays, options: attend(**oracle.arguments(arrays, options)))(one)
     oracle.judge(actual, plain, right)
 
 
@@ -132,6 +139,7 @@ def some_of_everything():
     check("everything", "ring", "zigzag", 3)
     check("everything", "all_gather", "zigzag", 2)
     check("window and everything", "ring", "contiguous", 8)
+    check("functions", "ring", "zigzag", 2)
 
 
 def ways_of(name):
@@ -147,12 +155,14 @@ def everything(part=0, parts=1):
 
 def together_with_batch_and_heads():
     """Other mesh axes cut batch and heads, whose number exceeds that of key/value heads; dropout is the same."""
-    problem("everything")  # outside of any mesh
+    for name in ("everything", "functions"):
+        problem(name)  # outside of any mesh
     for (strategy, order), kind in zip(WAYS, itertools.cycle((AxisType.Auto, AxisType.Explicit))):
         for sizes in ((2, 2, 2), (1, 2, 4)):
             mesh = mesh_of(sizes, ("b", "s", "n"), kind)
             with jax.set_mesh(mesh):
                 agrees("everything", attention(None, strategy, order, 2, batch_axis="b", heads_axis="n"))
+                agrees("functions", attention(None, strategy, order, 2, batch_axis="b", heads_axis="n"))
 
 
 def in_shard_map():
