@@ -60,10 +60,11 @@ def backward(
     """The gradients of all operands but `inputs.constant`, which are None."""
     leaves, tree = jax.tree.flatten(inputs)
     numbers: Any = _operands(inputs, dict(enumerate(range(len(leaves)))))
-    wanted = tuple(jax.tree.leaves(replace(numbers, **dict.fromkeys(inputs.constant))))
+    constant: Any = dict.fromkeys(inputs.constant)
+    wanted = tuple(jax.tree.leaves(replace(numbers, **constant)))
     arguments = devices.alike([*leaves, out, *normalizer, d_out, d_log_sum_exp])
     found = backward_p.bind(*arguments, kernels=kernels, tree=tree, wanted=wanted, maps=())
-    return _operands(inputs, dict(zip(wanted, found)))
+    return replace(_operands(inputs, dict(zip(wanted, found))), **constant)
 
 
 def _bind_forward(kernels: Kernels, inputs: Inputs) -> list[Array]:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,13 @@ def on_two_meshes():
 
 def on_no_device_axis():
     return mqa_jax.ring_attention(*(jnp.zeros(x.shape, x.dtype) for x in shapes()), axis_name="s")
+
+
+def derivative_with_8_bits():
+    query, key, _ = shapes()
+    stored, scale = jnp.zeros(key.shape, jnp.int8), jnp.ones(key.shape[:-1])
+    options: Any = dict(key_scale=scale, value_scale=scale, sequence_axis="s", mesh=MESH)
+    return jax.eval_shape(jax.grad(lambda x: mqa_jax.sharded_attention(x, stored, stored, **options).sum()), query)
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
@@ -138,6 +146,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
 }
 NOT_POSSIBLE: dict[str, tuple[Callable[[], object], str]] = {
+    "derivative with 8 bits": (
+        derivative_with_8_bits,
+        "8 bits has no derivative. Differentiate with respect to the num",
+    ),
     "ring buffer": (
         lambda: on_mesh(key_value_ring_lengths=np.array([3, 4])),
         "key_value_ring_lengths cannot be combined .*slots=16. Use a cache of all positions",

@@ -80,6 +80,8 @@ TOKENS = {
     "mask": (2, 3),
     "query_segment_ids": (1,),
     "key_value_segment_ids": (1,),
+    "key_scale": (1,),
+    "value_scale": (1,),
 }
 
 
@@ -199,6 +201,41 @@ def in_bfloat16():
     for strategy, order in WAYS:
         attend = attention(mesh_of(8), strategy, order, 8)
         oracle.judge(oracle.compiled(low, lambda arrays, options, f=attend: f(**arrays, **options))(low), plain, right)
+
+
+def in_8_bits():
+    """The scales are gathered, the keys travel in 8 bits."""
+    stored = oracle.quantized(problem("everything")[0], "int8")
+    for strategy, order in WAYS:
+        attend = attention(mesh_of(3), strategy, order, 3)
+        run = oracle.compiled(stored, lambda arrays, options, f=attend: f(**arrays, **options), differentiated=False)
+        oracle.judge(run(stored), oracle.plain_outputs(stored), oracle.outputs(stored, "reference"))
+
+
+def under_transformations():
+    """Layers in a scan that are computed again, vmap, more leading axes, and gradients of some operands only."""
+    query, key, value = normal(2, 2, T, N, H), normal(2, 2, T, K, H), normal(2, 2, T, K, V)
+    one_device = functools.partial(mqa_jax.dot_product_attention, is_causal=True)
+
+    def layers(attend, query, key, value):
+        layer = jax.checkpoint(lambda x, _: (x + attend(x, key, value), None))
+        return jax.lax.scan(layer, query, None, length=2)[0]
+
+    def gradients(attend):
+        loss = lambda query, value: jnp.sum(jnp.sin(layers(attend, query, key, value)))
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(query, value)
+
+    for strategy in ("ring", "all_gather"):
+        options = dict(sequence_axis="s", mesh=mesh_of(2), strategy=strategy, is_causal=True, implementation="xla")
+        attend = functools.partial(mqa_jax.sharded_attention, **options)
+        for actual, expected in ((attend, one_device), (jax.vmap(attend), jax.vmap(one_device))):
+            for x, right in zip(*map(jax.tree.leaves, (gradients(actual), gradients(expected))), strict=True):
+                np.testing.assert_allclose(x, right, rtol=1e-5, atol=1e-5)
+    # Of queries alone, where the table of a function, a bias and sinks have no gradient.
+    options = dict(score_fn=(mqa_jax.functions.t5, normal(8, N)), bias=normal(1, N, T, T), sinks=normal(N))
+    loss = lambda attend: lambda query: jnp.sum(attend(query, key, value, **options) ** 2)
+    found, right = (jax.jit(jax.grad(loss(attend)))(query) for attend in (attend, one_device))
+    np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------

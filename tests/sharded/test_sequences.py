@@ -51,7 +51,7 @@ def test_decoding_more():
 
 @pytest.mark.slow
 def test_precision_and_memory():
-    run("in_bfloat16()", "memory_is_linear()")
+    run("in_bfloat16()", "in_8_bits()", "under_transformations()", "memory_is_linear()")
 
 
 @pytest.mark.slow
