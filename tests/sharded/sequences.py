@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import itertools
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mqa_jax
@@ -236,141 +235,3 @@ def under_transformations():
     loss = lambda attend: lambda query: jnp.sum(attend(query, key, value, **options) ** 2)
     found, right = (jax.jit(jax.grad(loss(attend)))(query) for attend in (attend, one_device))
     np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
-
-
-# -- decoding ---------------------------------------------------------------------------------------------------------
-
-
-def decoding(devices=8, tokens=1, dtype=jnp.float32):
-    """Steps of decoding with a cache that is cut over devices, against attention to all of it on one."""
-    mesh, slots = mesh_of(devices), T
-    cache = jnp.zeros((B, slots, K, H), dtype), jnp.zeros((B, slots, K, H), dtype)
-    lengths = numbers(0, slots - 3 * tokens)
-    options: Any = dict(sinks=normal(N), alibi_slopes=normal(N) / 8)
-
-    def step(query, key, value, lengths, cache):
-        cache = tuple(
-            mqa_jax.append_to_part(part, x, lengths, axis_name="s") for part, x in zip(cache, (key, value), strict=True)
-        )
-        limits: Any = dict(is_causal=True, query_offset=lengths, key_value_seq_lengths=lengths + tokens)
-        attend: Any = functools.partial(mqa_jax.decode_attention, axis_name="s", implementation="xla")
-        return attend(query, *cache, **limits, **options, local_window_size=(11, 0), return_residual=True), cache
-
-    cut = P(None, "s")
-    run = jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P(), P(), (cut, cut)), out_specs=(P(), (cut, cut)))
-    )
-    whole: Any = cache
-    for _ in range(3):
-        query, key, value = (normal(B, tokens, heads, H).astype(dtype) for heads in (N, K, K))
-        rows, columns = jnp.arange(B)[:, None], lengths[:, None] + jnp.arange(tokens)
-        whole = tuple(x.at[rows, columns].set(new) for x, new in zip(whole, (key, value)))
-        found, cache = run(query, key, value, lengths, cache)
-        limits = dict(is_causal=True, query_offset=lengths, key_value_seq_lengths=lengths + tokens)
-        one = oracle.Problem(
-            dict(query=query, key=whole[0], value=whole[1], **options), dict(limits, local_window_size=(11, 0))
-        )
-        actual = dict(zip(("out", "log_sum_exp"), found))
-        oracle.judge(actual, oracle.plain_outputs(one), oracle.outputs(one, "reference"))
-        jax.tree.map(np.testing.assert_array_equal, cache, whole)
-        lengths = lengths + tokens
-    text = run.lower(query, key, value, lengths, cache).compile().as_text()
-    row = B * tokens * N * 4
-    assert collectives(text) == {"all-reduce": sorted([row, row * (H + 1)])}
-    _, cache = run(query, key, value, numbers(slots, 0), cache)  # beyond the end, where nobody can raise
-    assert np.isnan(np.asarray(cache[0], np.float32)[0, -1]).all()
-    assert not np.isnan(np.asarray(cache[0], np.float32)[1]).any()
-
-
-def gradients_of_decoding():
-    """They are summed over devices where the operand is shared."""
-    one, plain, right = problem("sinks")
-    mesh, cut = mesh_of(8), P(None, "s")
-    specs = {name: cut if name in ("key", "value") else P() for name in one.arrays}
-
-    def part(arrays: Any, lengths):
-        options: Any = dict(is_causal=True, query_seq_lengths=lengths, axis_name="s", implementation="xla")
-        return mqa_jax.decode_attention(**arrays, **options, return_residual=True)
-
-    for check_vma in (True, False):
-        run = jax.shard_map(part, mesh=mesh, in_specs=(specs, P()), out_specs=(P(), P()), check_vma=check_vma)
-        attend = lambda arrays, options, run=run: run(arrays, options["query_seq_lengths"])
-        oracle.judge(oracle.compiled(one, attend)(one), plain, right)
-
-
-# -- what is sent -----------------------------------------------------------------------------------------------------
-
-BYTES = {"f32": 4, "bf16": 2, "s32": 4}
-
-
-def collectives(text):
-    """Of each kind, the sizes of the results in bytes, as the program has them: once for all turns of a loop."""
-    names = "all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"
-    found: dict[str, list[int]] = {}
-    for name in names:
-        for dtype, shape in re.findall(rf"= (\w+)\[([\d,]*)\]\S* {name}\(", text):
-            size = int(np.prod([int(n) for n in shape.split(",") if n])) * BYTES[dtype]
-            found.setdefault(name, []).append(size)
-    return {name: sorted(sizes) for name, sizes in found.items()}
-
-
-def compiled(devices, strategy, order, dtype=jnp.float32, tokens=256, gradient=True, **options):
-    mesh = mesh_of(devices)
-    shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, H), dtype, sharding=NamedSharding(mesh, P(None, "s")))
-    options = dict(sequence_axis="s", mesh=mesh, strategy=strategy, order=order, implementation="xla", **options)
-    attend = functools.partial(mqa_jax.sharded_attention, **options)
-    loss = lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32))
-    function = jax.grad(loss, argnums=(0, 1, 2)) if gradient else attend
-    return jax.jit(function).lower(shape(N), shape(K), shape(K)).compile()
-
-
-def collectives_are_those_of_the_formula():
-    """M bytes are a device's keys and values, Md their float32 gradients. A message in a loop is there once."""
-    for order, devices in [("contiguous", 8), ("zigzag", 4)]:
-        size = full = 2 * 256 * K * H // devices * 4
-        whole = size * devices // 2
-
-        def sent(strategy, gradient, order=order, devices=devices):
-            return collectives(compiled(devices, strategy, order, gradient=gradient, is_causal=True).as_text())
-
-        assert sent("ring", False) == {"collective-permute": [size]}
-        # Forward; keys of the backward pass, their gradients behind them, and the way home.
-        assert sent("ring", True) == {"collective-permute": sorted([size, size, full, full])}
-        assert sent("all_gather", False) == {"all-gather": [whole, whole]}
-        found = sent("all_gather", True)
-        assert found == {"all-gather": [whole] * 2, "reduce-scatter": [full // 2] * 2}, found  # XLA:CPU joins 2 and 2
-
-
-def a_window_ends_the_journey():
-    """The sends of a ring of 8 devices with 32 tokens each, by how far the window reaches to the left and right."""
-    sends = {
-        (0, 0): [],  # each its own keys
-        (32, 0): [1],  # those of one device before
-        (33, 0): [1, 1],
-        (0, 5): [-1, 1],  # begins with those of the device after
-        (40, 32): [-1, 1, 1, 1],
-        (-1, 0): [1] * 7,
-        (120, 120): [1] * 7,
-    }
-    for window, expected in sends.items():
-        text = str(
-            jax.make_jaxpr(
-                lambda x, window=window: mqa_jax.sharded_attention(
-                    x, x, x, sequence_axis="s", mesh=mesh_of(8), local_window_size=window, implementation="xla"
-                )
-            )(jnp.zeros((1, 256, 1, 8)))
-        )
-        first = re.findall(r"perm=\(\(0, (\d)\)", text)
-        turns = [int(n) for n in re.findall(r"length=(\d+)", text)]
-        found = [-1] * first.count("7") + [1] * sum(turns)
-        assert found == expected, f"{window}: {found}"
-
-
-def memory_is_linear():
-    """Temporary memory of output and gradients of twice as many tokens is twice as much."""
-    for strategy, order in WAYS:
-        small, large = (
-            compiled(4, strategy, order, tokens=tokens, is_causal=True).memory_analysis().temp_size_in_bytes
-            for tokens in (8192, 16384)
-        )
-        assert large <= 2.1 * small, f"{strategy}, {order}: {small}, {large}"

@@ -16,42 +16,51 @@ import os
 import conftest
 os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
 import jax.numpy as jnp
-import sequences
+import decoding, messages, sequences
 {calls}
 """
 
 
 def run(*parts):
-    own_process.run(PROGRAM.format(calls="\n".join(f"sequences.{part}" for part in parts)))
+    own_process.run(PROGRAM.format(calls="\n".join(parts)))
 
 
 def test_some_of_everything():
-    run("some_of_everything()", "collectives_are_those_of_the_formula()", "a_window_ends_the_journey()")
+    run(
+        "sequences.some_of_everything()",
+        "messages.collectives_are_those_of_the_formula()",
+        "messages.a_window_ends_the_journey()",
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_everything(part):
-    run(f"everything({part}, 4)")
+    run(f"sequences.everything({part}, 4)")
 
 
 @pytest.mark.slow
 def test_batch_and_heads():
-    run("together_with_batch_and_heads()", "in_shard_map()")
+    run("sequences.together_with_batch_and_heads()", "sequences.in_shard_map()")
 
 
 def test_decoding():
-    run("decoding()")
+    run("decoding.steps()")
 
 
 @pytest.mark.slow
 def test_decoding_more():
-    run("decoding(2, 5, jnp.bfloat16)", "decoding(3)", "gradients_of_decoding()")
+    run("decoding.steps(2, 5, jnp.bfloat16)", "decoding.steps(3)", "decoding.gradients()")
 
 
 @pytest.mark.slow
 def test_precision_and_memory():
-    run("in_bfloat16()", "in_8_bits()", "under_transformations()", "memory_is_linear()")
+    run(
+        "sequences.in_bfloat16()",
+        "sequences.in_8_bits()",
+        "sequences.under_transformations()",
+        "messages.memory_is_linear()",
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+"""Runs in a process of its own with 8 CPU devices: what devices that share a sequence send, and the memory it takes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from sequences import WAYS, H, K, N, mesh_of
+
+import mqa_jax
+
+BYTES = {"f32": 4, "bf16": 2, "s32": 4}
+
+
+def collectives(text):
+    """Of each kind, the sizes of the results in bytes, as the program has them: once for all turns of a loop."""
+    names = "all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"
+    found: dict[str, list[int]] = {}
+    for name in names:
+        for dtype, shape in re.findall(rf"= (\w+)\[([\d,]*)\]\S* {name}\(", text):
+            size = int(np.prod([int(n) for n in shape.split(",") if n])) * BYTES[dtype]
+            found.setdefault(name, []).append(size)
+    return {name: sorted(sizes) for name, sizes in found.items()}
+
+
+def compiled(devices, strategy, order, dtype=jnp.float32, tokens=256, gradient=True, **options):
+    mesh = mesh_of(devices)
+    shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, H), dtype, sharding=NamedSharding(mesh, P(None, "s")))
+    options = dict(sequence_axis="s", mesh=mesh, strategy=strategy, order=order, implementation="xla", **options)
+    attend = functools.partial(mqa_jax.sharded_attention, **options)
+    loss = lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32))
+    function = jax.grad(loss, argnums=(0, 1, 2)) if gradient else attend
+    return jax.jit(function).lower(shape(N), shape(K), shape(K)).compile()
+
+
+def collectives_are_those_of_the_formula():
+    """M bytes are a device's keys and values, Md their float32 gradients. A message in a loop is there once."""
+    for order, devices in [("contiguous", 8), ("zigzag", 4)]:
+        size = full = 2 * 256 * K * H // devices * 4
+        whole = size * devices // 2
+
+        def sent(strategy, gradient, order=order, devices=devices):
+            return collectives(compiled(devices, strategy, order, gradient=gradient, is_causal=True).as_text())
+
+        assert sent("ring", False) == {"collective-permute": [size]}
+        # Forward; keys of the backward pass, their gradients behind them, and the way home.
+        assert sent("ring", True) == {"collective-permute": sorted([size, size, full, full])}
+        assert sent("all_gather", False) == {"all-gather": [whole, whole]}
+        found = sent("all_gather", True)
+        assert found == {"all-gather": [whole] * 2, "reduce-scatter": [full // 2] * 2}, found  # XLA:CPU joins 2 and 2
+
+
+def a_window_ends_the_journey():
+    """The sends of a ring of 8 devices with 32 tokens each, by how far the window reaches to the left and right."""
+    sends = {
+        (0, 0): [],  # each its own keys
+        (32, 0): [1],  # those of one device before
+        (33, 0): [1, 1],
+        (0, 5): [-1, 1],  # begins with those of the device after
+        (40, 32): [-1, 1, 1, 1],
+        (-1, 0): [1] * 7,
+        (120, 120): [1] * 7,
+    }
+    for window, expected in sends.items():
+        text = str(
+            jax.make_jaxpr(
+                lambda x, window=window: mqa_jax.sharded_attention(
+                    x, x, x, sequence_axis="s", mesh=mesh_of(8), local_window_size=window, implementation="xla"
+                )
+            )(jnp.zeros((1, 256, 1, 8)))
+        )
+        first = re.findall(r"perm=\(\(0, (\d)\)", text)
+        turns = [int(n) for n in re.findall(r"length=(\d+)", text)]
+        found = [-1] * first.count("7") + [1] * sum(turns)
+        assert found == expected, f"{window}: {found}"
+
+
+def memory_is_linear():
+    """Temporary memory of output and gradients of twice as many tokens is twice as much."""
+    for strategy, order in WAYS:
+        small, large = (
+            compiled(4, strategy, order, tokens=tokens, is_causal=True).memory_analysis().temp_size_in_bytes
+            for tokens in (8192, 16384)
+        )
+        assert large <= 2.1 * small, f"{strategy}, {order}: {small}, {large}"
