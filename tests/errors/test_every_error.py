@@ -19,6 +19,7 @@ import test_hf_files
 import test_implementation_errors as implementations
 import test_module_errors as modules
 import test_pair_function_errors as pair_functions
+import test_partition_specs
 import test_torch_errors as torch
 import test_torch_interop
 from skins import needs_modes
@@ -58,6 +59,7 @@ def _raised() -> set[tuple[str, int | None]]:
         implementations.KERNELS,
         implementations.NOT_POSSIBLE,
         nnx_errors.MISTAKES,
+        test_partition_specs.WRONG,
     ]
     on_disk = test_hf_files.WRONG | test_hf_files.NEEDS_TORCH
     calls: list[Callable[[], object]] = [
