@@ -90,7 +90,7 @@ def partition_specs(
             f"[B, S, K, H], and other arrays that agree with it: {[_joined(path) for path in arrays][:4]}. Pass "
             "variables of linen, or nnx.state(model), with layers stacked along leading axes."
         )
-    return structure.unflatten([_spec(path, shape, modules, axes) for path, shape in arrays.items()])
+    return jax.tree.unflatten(structure, [_spec(path, shape, modules, axes) for path, shape in arrays.items()])
 
 
 # -- where the modules are --------------------------------------------------------------------------------------------
