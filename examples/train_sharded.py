@@ -5,9 +5,9 @@
 
     python examples/train_sharded.py --coordinator HOST:PORT --processes 2 --process 0     # and 1, on another machine
 
-The mesh axis `model` cuts the heads of attention, `data` the texts of a batch, the kernels and what the optimizer keeps of
-them. Each process has all devices that JAX finds on its machine, or `--devices` of its CPU. Processes need a folder `--out`
-that all of them see. `loss.png` shows which mesh computed which steps.
+The mesh axis `model` cuts the heads of attention, `data` the texts of a batch, the kernels and what the optimizer keeps
+of them. Each process has all devices that JAX finds on its machine, or `--devices` of its CPU. Processes need a folder
+`--out` that all of them see. `loss.png` shows which mesh computed which steps.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What a projection needs where mesh axes are `Explicit`, and the types of arrays say how they are cut.
 
-A product that sums over a cut axis, such as that of heads with the kernel of `out`, is ambiguous to JAX until the type of
-the result is given: tokens are cut as before, heads as the kernel has them, and features are whole.
+A product that sums over a cut axis, such as that of heads with the kernel of `out`, is ambiguous to JAX until the type
+of the result is given: tokens are cut as before, heads as the kernel has them, and features are whole.
 """
 
 from typing import Any
