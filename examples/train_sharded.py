@@ -23,7 +23,7 @@ import numpy as np
 from command_line import exit_with_a_sentence
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from manual import Text, load_text
 from train_checkpoints import check_folder, open_checkpoints, saved_step
 from train_lm import State, evaluate, first_state, make_step, record_of, train
@@ -150,7 +150,7 @@ def prepare(options: argparse.Namespace) -> tuple[Settings, Text, Mesh]:
 
 def main(
     arguments: list[str] | None = None, refuse: Callable[[], AbstractContextManager] = nullcontext
-) -> Float[Array, " steps"]:
+) -> Float[np.ndarray, " steps"]:
     """The losses. `refuse`: the context manager for the checks of the options."""
     options = parse_arguments(arguments)
     with refuse():

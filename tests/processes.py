@@ -1,6 +1,5 @@
 """One of several processes with devices of its own: attention modules on a mesh of all of them against one device."""
 
-import functools
 import sys
 from typing import Any
 
@@ -18,11 +17,12 @@ DEVICES = 2  # of each process
 MODULE = mqa_jax.GroupedQueryAttention(16, 4, kv_heads=2, attn_pdrop=0.2)
 
 
-@jax.jit
-@functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-def compute(params, x):
+def loss(params, x):
     out, _, _ = MODULE.apply({"params": params}, x, deterministic=False, rngs={"dropout": jax.random.key(2)})
     return jnp.sum(jnp.sin(out)), out
+
+
+compute: Any = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
 def compare(mesh: Any, inputs: Any, expected: Any) -> None:
