@@ -13,8 +13,7 @@ import mqa_jax
 
 DEVICES = 2  # of each process
 
-
-MODULE = mqa_jax.GroupedQueryAttention(16, 4, kv_heads=2, attn_pdrop=0.2)
+MODULE: Any = mqa_jax.GroupedQueryAttention(16, 4, kv_heads=2, attn_pdrop=0.2)
 
 
 def loss(params, x):
