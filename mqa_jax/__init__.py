@@ -27,7 +27,7 @@ from mqa_jax.positions import YarnScaling as YarnScaling
 from mqa_jax.positions import alibi_slopes as alibi_slopes
 from mqa_jax.quantization import dequantize as dequantize
 from mqa_jax.quantization import quantize as quantize
-from mqa_jax.sharded import partition_specs as partition_specs
+from mqa_jax.sharded.partition_specs import partition_specs as partition_specs
 
 __version__ = "0.1.0"
 
