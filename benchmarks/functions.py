@@ -1,19 +1,15 @@
-"""T5's relative positions on a CPU, as a function of scores and as an array of biases: python -m benchmarks.functions
-
-CPU seconds, the least of some runs, in turns; and the temporary memory of the compiled programs.
-"""
+"""T5's relative positions on a CPU, as a function of scores and as a bias: python -m benchmarks.functions"""
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 import mqa_jax
+from benchmarks import cpu_seconds
 from mqa_jax import functions
 
 HEADS, KV_HEADS, FEATURES, BUCKETS = 8, 2, 64, 32
@@ -41,36 +37,19 @@ def gradients(way: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
     return jax.grad(lambda *arrays: jnp.sum(way(*arrays) ** 2), argnums=(0, 1, 2, 3))
 
 
-def measured(direction: str, length: int, runs: int) -> dict[str, tuple[float, float]]:
-    """CPU seconds and MiB of each way."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
-    shapes = (1, length, HEADS, FEATURES), *[(1, length, KV_HEADS, FEATURES)] * 2, (BUCKETS, HEADS)
-    arrays = [normal(*shape) for shape in shapes]
-    programs = {
-        name: jax.jit(gradients(way) if direction == "with gradients" else way).lower(*arrays).compile()
-        for name, way in WAYS.items()
-    }
-    seconds = dict.fromkeys(WAYS, float("inf"))
-    for _ in range(runs):
-        for name, program in programs.items():
-            start = time.process_time()
-            jax.block_until_ready(program(*arrays))
-            seconds[name] = min(seconds[name], time.process_time() - start)
-    analyses: dict[str, Any] = {name: program.memory_analysis() for name, program in programs.items()}
-    memory = {name: analysis.temp_size_in_bytes / 2**20 for name, analysis in analyses.items()}
-    return {name: (seconds[name], memory[name]) for name in WAYS}
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--runs", type=int, default=5)
     chosen = parser.parse_args(arguments)
+    cpu_seconds.print_header("benchmarks.functions", f"--length {chosen.length} --runs {chosen.runs}")
+    keys = 1, chosen.length, KV_HEADS, FEATURES
+    arrays = cpu_seconds.normal((1, chosen.length, HEADS, FEATURES), keys, keys, (BUCKETS, HEADS))
     for direction in ("forward", "with gradients"):
-        found = measured(direction, chosen.length, chosen.runs)
-        for name, (seconds, memory) in found.items():
-            print(f"{direction:15} {name:9} {seconds:8.3f} CPU s {memory:9.1f} MiB")
+        ways = WAYS if direction == "forward" else {name: gradients(way) for name, way in WAYS.items()}
+        found = cpu_seconds.measured(ways, arrays, chosen.runs)
+        for name, cost in found.items():
+            print(f"{direction:15} {name:9} {cost}")
         ratios = [array / function for array, function in zip(found["bias"], found["score_fn"])]
         print(f"{direction:15} bias / score_fn: {ratios[0]:.2f} times the time, {ratios[1]:.0f} times the memory")
 

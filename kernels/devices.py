@@ -183,15 +183,12 @@ def _explicit(call: Call, mesh: Any) -> Callable[..., list]:
 def cut_of(call: Call, mesh: Any, specs: Sequence[PartitionSpec]) -> Cut:
     """The cut of the queries, and of the axes that `jax.vmap` has added."""
     found: dict[str, tuple[str, ...]] = {}
-    inputs = jax.tree.unflatten(call.parameters["tree"], call.arguments[: call.parameters["tree"].num_leaves])
-    # Functions of scores and masks get the numbers of heads, which a part does not know.
-    cuttable = "bt" if inputs.score_fn is not None or inputs.mask.function is not None else "btn"
     for letters, spec in reversed([*zip(call.letters_of_arguments, specs, strict=True)]):
         for letter, names in zip(letters, spec):
             if letter.isdigit() and names is not None:
                 found[letter] = _tuple(names)
     for letter, names in zip(call.letters_of_arguments[0], specs[0]):
-        if letter in cuttable and names is not None:
+        if letter in "btn" and names is not None:
             found[letter] = _tuple(names)
     return Cut(tuple(mesh), tuple(sorted(found.items())), *call.heads)
 

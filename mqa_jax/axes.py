@@ -3,7 +3,7 @@
 Batch rows, queries and heads may be cut over mesh axes; keys and features may not. What a device computes then needs
 
     - its part of each array: the same rows, queries and heads of all of them,
-    - the numbers of its first query (its position) and its first head (dropout),
+    - the numbers of its first query (its position) and its first head (dropout, functions of scores and masks),
     - its key/value head, where there are fewer of them than parts,
     - for gradients, their sum over the mesh axes that cut the queries, but not the operand.
 """
@@ -134,12 +134,16 @@ class Cut:
         """The inputs of this device, whose arrays are cut, with the numbers of its first query and head."""
         rows, heads = inputs.sizes.T, inputs.sizes.N
         row, head = (self.number(letter) * n for letter, n in (("t", rows), ("n", heads)))
-        mask, dropout = inputs.mask, inputs.dropout
+        mask, dropout, score_fn = inputs.mask, inputs.dropout, inputs.score_fn
         if self.count("t") > 1:
             mask = _moved(mask, row)
+        if self.count("n") > 1:
+            score_fn = None if score_fn is None else score_fn.with_first_head(head, of_scores=True)
+            of_mask = None if mask.function is None else mask.function.with_first_head(head, of_scores=False)
+            mask = replace(mask, function=of_mask)
         if dropout is not None and self.count("t") * self.count("n") > 1:
             dropout = _numbered(dropout, head, row)
-        return replace(inputs, mask=mask, dropout=dropout)
+        return replace(inputs, mask=mask, dropout=dropout, score_fn=score_fn)
 
 
 def _moved(mask: masks.Mask, row: Array) -> masks.Mask:

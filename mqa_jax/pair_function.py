@@ -41,11 +41,27 @@ class PairFunction:
         left = iter(floats or ())
         return replace(self, arrays=tuple(next(left) if x is None else x for x in self.arrays))
 
+    def with_first_head(self, number: Array, of_scores: bool) -> "PairFunction":
+        """For a part of the heads, of which the first has this number among all heads."""
+        return replace(self, arrays=(number, *self.arrays), function=_OfHeadsFrom(self.function, of_scores))
+
     def of_pairs(self, *score: Array, head: Array, query: Array, key: Array) -> Array:
         """The result for scores `[B, N, T, S]`, whose axes it may share; `head` is `[N]`, `query` `[#B, 1, T, 1]`."""
         batch, head = self.batch[:, None, None, None], head[:, None, None]
         result = jnp.asarray(self.function(*score, batch, head, query, key, *self.arrays))
         return result.reshape((1,) * (4 - result.ndim) + result.shape)
+
+
+@dataclass(frozen=True)
+class _OfHeadsFrom:
+    """The function with the number of the first head as an additional first array."""
+
+    function: Callable[..., Any]
+    of_scores: bool
+
+    def __call__(self, *arguments: Any) -> Any:
+        score, (batch, head, query, key, first, *arrays) = arguments[: self.of_scores], arguments[self.of_scores :]
+        return self.function(*score, batch, head + first, query, key, *arrays)
 
 
 def derivative(function: Callable[[Array], Array], x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import option_space
+import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,22 +37,28 @@ CUTS: dict[str, tuple[tuple[int, ...], tuple[str, ...], tuple[Any, Any, Any]]] =
 OPTIONS: dict[str, Any] = {
     "causal": lambda: dict(is_causal=True, query_offset=7),
     "dropout": lambda: dict(dropout_rate=0.3, dropout_rng=jax.random.key(1)),
-    "everything": lambda: dict(
-        bias=normal(1, N, 1, S),
-        mask=normal(B, 1, T, S) > -1,
-        sinks=normal(N),
-        alibi_slopes=normal(N) / 8,
-        logits_soft_cap=2.0,
-        local_window_size=(20, 9),
-        query_seq_lengths=jnp.arange(B) + 12,
-        key_value_seq_lengths=jnp.arange(B) * 4,
-        query_segment_ids=jnp.arange(B * T).reshape(B, T) // 50,
-        key_value_segment_ids=jnp.arange(B * S).reshape(B, S) // 80,
-        dropout_rate=0.3,
-        dropout_rng=jax.random.key(1),
-    ),
+    "everything": lambda: {
+        "bias": normal(1, N, 1, S),
+        "mask": normal(B, 1, T, S) > -1,
+        "sinks": normal(N),
+        "alibi_slopes": normal(N) / 8,
+        "logits_soft_cap": 2.0,
+        "local_window_size": (20, 9),
+        "query_seq_lengths": jnp.arange(B) + 12,
+        "key_value_seq_lengths": jnp.arange(B) * 4,
+        "query_segment_ids": jnp.arange(B * T).reshape(B, T) // 50,
+        "key_value_segment_ids": jnp.arange(B * S).reshape(B, S) // 80,
+        "dropout_rate": 0.3,
+        "dropout_rng": jax.random.key(1),
+        "score_fn": option_space.relative,
+        "score_fn[1]": normal(B, N, 41),
+        "score_fn[2]": 1 + normal(N) / 4,
+        "mask_fn": option_space.beginning_and_neighbours,
+        "mask_fn[1]": jnp.arange(B) * 4,
+        "mask_fn[2]": 9,
+    },
 }
-ARRAYS = "bias", "alibi_slopes", "sinks"  # the options with gradients
+ARRAYS = oracle.DIFFERENTIABLE[3:]  # the options with gradients
 
 
 def mesh_of(sizes, names, kind=AxisType.Auto):
@@ -71,6 +79,7 @@ def problem(kv_heads, options):
     arrays = dict(query=normal(B, T, N, H), key=normal(B, S, kv_heads, H), value=normal(B, S, kv_heads, H))
     arrays |= {name: rest.pop(name) for name in ARRAYS if name in rest}
     letters = dict(query="btnh", key="bskh", value="bskh", bias="bnts", alibi_slopes="n", sinks="n")
+    letters |= {"score_fn[1]": "...", "score_fn[2]": "."}  # whole on each device
     return arrays, {name: letters[name] for name in arrays}, rest
 
 
@@ -78,7 +87,8 @@ def results(arrays, options, implementation="xla"):
     """Output, log-sum-exp, their tangents and all gradients."""
 
     def function(arrays):
-        return mqa_jax.dot_product_attention(**arrays, **options, implementation=implementation, return_residual=True)
+        given = oracle.arguments(arrays, options)
+        return mqa_jax.dot_product_attention(**given, implementation=implementation, return_residual=True)
 
     def loss(arrays):
         out, log_sum_exp = function(arrays)

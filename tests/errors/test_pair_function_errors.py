@@ -58,7 +58,7 @@ def two(score, *_):
     return score, score
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REFUSED: dict[str, Any] = {
     "no function": (dict(score_fn=3), r"score_fn must be a function \(score, batch, head, .*score_fn=3 \(int\).*table"),
     "no arrays": (dict(mask_fn=()), "mask_fn must be a function"),
     "an array first": (dict(score_fn=(TABLE, functions.t5)), "score_fn must be a function"),

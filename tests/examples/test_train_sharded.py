@@ -36,7 +36,7 @@ def _trained(processes: int, *arguments: str) -> list[Any]:
 
 @pytest.mark.slow
 def test_the_losses_are_the_same_on_every_mesh(tmp_path):
-    """On one device; on 2 x 2 of two processes and, resumed, on 2 x 4 of one, with fewer key/value heads than devices."""
+    """On one device; on 2 x 2 of two processes; resumed, on 2 x 4 of one, with fewer key/value heads than devices."""
     (expected,) = _trained(1, *_arguments(tmp_path / "one", "--devices=1"))
     assert len(expected) == 12
     assert expected[-1] < expected[0] - 0.5

@@ -57,3 +57,20 @@ def test_a_mask_decides_how_large_tiles_are():
     causal, full = (tile_choice.cost(size, tile_choice.FORWARD, mask, 128, 128, 1) for mask in (True, False))
     assert causal == pytest.approx(full * 10 / 16)
     assert xla.tiles_for_cpu(size, is_causal=True).rows < 512
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "tile"),
+    [
+        ((2048, 2048), (8, 1), (128, 128, 1)),
+        ((640, 640), (12, 12), (128, 128, 1)),
+        ((129, 200), (9, 3), (72, 104, 1)),  # as even as possible
+        ((1024, 1024), (71, 1), (80, 128, 1)),  # a large group: fewer queries
+        ((1, 4096), (32, 8), (1, 128, 8)),  # few queries: all heads
+        ((7, 13), (4, 2), (7, 13, 2)),
+    ],
+)
+def test_tiles_of_tangents(lengths, heads, tile):
+    found = xla.tiles_of_tangents_for_cpu(sizes_of(*lengths, *heads))
+    assert (found.rows, found.columns, found.heads) == tile
+    assert found.rows * found.columns * found.heads * heads[0] // heads[1] <= tile_choice.MAX_SCORES
