@@ -152,7 +152,8 @@ def _spec(
     if name not in LETTERS:
         raise ValueError(
             f"An attention module of mqa_jax holds no array of this name: {_joined(path)}, shape={shape}. What a model "
-            "adds to it needs a scope, or an attribute, of its own beside the module."
+            "adds to it needs a scope, or an attribute, of its own beside the module; where the module is another "
+            "library's, pass the rest of the tree."
         )
     stacked = [None] * len(sizes["*"])
     return PartitionSpec(*stacked, *(_axis(x, shape[-1], sizes, axes) for x in LETTERS[name]))
