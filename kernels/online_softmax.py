@@ -24,6 +24,13 @@ class State(NamedTuple):
         full = lambda width, value: jnp.full((*rows, width), value, dtype)
         return cls(full(1, -jnp.inf), full(1, 0.0), full(features, 0.0))
 
+    @classmethod
+    def of(cls, out: Float[Array, "*R V"], normalizer: "Normalizer") -> "State":
+        """The state from which `finish` made these results, without a sink; the normalizer is `[*R]`."""
+        highest, log_total = (x[..., None] for x in normalizer)
+        total = jnp.where(highest == -jnp.inf, 0.0, jnp.exp(log_total))
+        return cls(highest, total, out.astype(total.dtype) * total)
+
 
 class Normalizer(NamedTuple):
     """The denominator of a row's softmax, exp(highest) * exp(log_total), as two numbers; (-inf, 0) in empty rows.
@@ -48,6 +55,14 @@ class Normalizer(NamedTuple):
 def finite(highest: Array) -> Array:
     """A shift for exp that is finite also in states of no keys, where -inf - (-inf) would be NaN."""
     return jnp.where(highest == -jnp.inf, 0.0, highest)
+
+
+def merge(one: State, other: State) -> State:
+    """The state of the keys of both."""
+    highest = jnp.maximum(one.highest, other.highest)
+    first, second = (jnp.exp(state.highest - finite(highest)) for state in (one, other))
+    weighted = one.weighted * first + other.weighted * second
+    return State(highest, one.total * first + other.total * second, weighted)
 
 
 def finish(state: State, sink: Float[Array, "*#R 1"] | None = None) -> tuple[Float[Array, "*R V"], Normalizer]:

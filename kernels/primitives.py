@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
@@ -43,9 +44,32 @@ QUANTIZED = (
 
 def attend(kernels: Kernels, inputs: Inputs) -> tuple[Output, LogSumExp]:
     """Output and log-sum-exp."""
-    leaves, tree = jax.tree.flatten(inputs)
-    out, log_sum_exp, *_ = attention_p.bind(*devices.alike(leaves), kernels=kernels, tree=tree, maps=())
+    out, log_sum_exp, *_ = _bind_forward(kernels, inputs)
     return out, log_sum_exp
+
+
+def forward(kernels: Kernels, inputs: Inputs) -> tuple[Output, Normalizer]:
+    """The forward pass alone, for a caller with a derivative of its own."""
+    out, _, *normalizer = _bind_forward(kernels, inputs)
+    return out, Normalizer(*normalizer)
+
+
+def backward(
+    kernels: Kernels, inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp
+) -> Operands:
+    """The gradients of all operands but `inputs.constant`, which are None."""
+    leaves, tree = jax.tree.flatten(inputs)
+    numbers: Any = _operands(inputs, dict(enumerate(range(len(leaves)))))
+    constant: Any = dict.fromkeys(inputs.constant)
+    wanted = tuple(jax.tree.leaves(replace(numbers, **constant)))
+    arguments = devices.alike([*leaves, out, *normalizer, d_out, d_log_sum_exp])
+    found = backward_p.bind(*arguments, kernels=kernels, tree=tree, wanted=wanted, maps=())
+    return replace(_operands(inputs, dict(zip(wanted, found))), **constant)
+
+
+def _bind_forward(kernels: Kernels, inputs: Inputs) -> list[Array]:
+    leaves, tree = jax.tree.flatten(inputs)
+    return attention_p.bind(*devices.alike(leaves), kernels=kernels, tree=tree, maps=())
 
 
 # -- what they compute ------------------------------------------------------------------------------------------------
@@ -87,7 +111,7 @@ def _operands(inputs: Inputs, leaves: dict[int, Any]) -> Operands:
 
 def _types_of_forward(*leaves: Any, kernels: Kernels, tree: Tree) -> list:
     inputs, query = jax.tree.unflatten(tree, leaves), leaves[0]
-    out = devices.like(query, (*query.shape[:-1], inputs.sizes.V), inputs.dtype)
+    out = devices.like(query, (*query.shape[:-1], inputs.sizes.V), inputs.out_dtype)
     number = devices.like(query, query.shape[:-1], inputs.score_dtype)
     return [out, number, number, number]
 
@@ -97,7 +121,9 @@ def _types_of_tangent(*arguments: Any, kernels: Kernels, tree: Tree, wanted: Wan
 
 
 def _types_of_backward(*arguments: Any, kernels: Kernels, tree: Tree, wanted: Wanted) -> list:
-    return [arguments[number].update(weak_type=False) for number in wanted]
+    inputs = jax.tree.unflatten(tree, arguments[: tree.num_leaves])
+    result = lambda x: x.update(dtype=np.dtype(inputs.dtype_of_gradient(x)), weak_type=False)
+    return [result(arguments[number]) for number in wanted]
 
 
 def _letters_of_forward(kernels: Kernels, tree: Tree) -> devices.Letters:
@@ -136,12 +162,12 @@ def _attention_jvp(leaves: Sequence[Array], tangents: Sequence[Any], *, kernels:
         raise NotImplementedError(QUANTIZED)
     out, log_sum_exp, *normalizer = attention_p.bind(*leaves, kernels=kernels, tree=tree, maps=())
     out, wanted = checkpoint_name(out, OUT_NAME), _given(tangents)
-    saved = checkpoint_name(_without_infinity(Normalizer(*normalizer)), LOG_SUM_EXP_NAME)
+    saved = checkpoint_name(without_infinity(Normalizer(*normalizer)), LOG_SUM_EXP_NAME)
     moved = _tangent_bind((*leaves, out, *saved), wanted, [tangents[i] for i in wanted], kernels, tree)
     return [out, log_sum_exp, *normalizer], [*moved, None, None]
 
 
-def _without_infinity(normalizer: Normalizer) -> Normalizer:
+def without_infinity(normalizer: Normalizer) -> Normalizer:
     """The largest number instead of -inf: exp(score - highest) is 0 as well, and `jax_debug_infs` finds nothing."""
     highest = normalizer.highest
     return normalizer._replace(highest=jnp.where(highest == -jnp.inf, jnp.finfo(highest.dtype).max, highest))

@@ -27,7 +27,14 @@ from mqa_jax.positions import YarnScaling as YarnScaling
 from mqa_jax.positions import alibi_slopes as alibi_slopes
 from mqa_jax.quantization import dequantize as dequantize
 from mqa_jax.quantization import quantize as quantize
+from mqa_jax.sharded.attention import ring_attention as ring_attention
+from mqa_jax.sharded.attention import sharded_attention as sharded_attention
+from mqa_jax.sharded.decode import append_to_part as append_to_part
+from mqa_jax.sharded.decode import decode_attention as decode_attention
 from mqa_jax.sharded.partition_specs import partition_specs as partition_specs
+from mqa_jax.sharded.zigzag import unzigzag as unzigzag
+from mqa_jax.sharded.zigzag import zigzag as zigzag
+from mqa_jax.sharded.zigzag import zigzag_positions as zigzag_positions
 
 __version__ = "0.1.0"
 

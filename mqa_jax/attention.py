@@ -177,9 +177,14 @@ def dot_product_attention(
 
 def inputs_of(*arguments: Any, **options: Any) -> Inputs:
     """The checked inputs of a call of `dot_product_attention` with these arguments."""
+    return inputs_of_part((1, 1), *arguments, **options)
+
+
+def inputs_of_part(parts: tuple[int, int], /, *arguments: Any, **options: Any) -> Inputs:
+    """The same of a device's part of a sequence; for `parts` see `checked_inputs`."""
     call = inspect.signature(dot_product_attention).bind(*arguments, **options)
     call.apply_defaults()
-    return checked_inputs(SimpleNamespace(**call.arguments))
+    return checked_inputs(SimpleNamespace(**call.arguments), parts)
 
 
 def attention_with_weights(*arguments: Any, **options: Any) -> tuple[Array, Array, Array]:
@@ -192,10 +197,16 @@ def attention_with_weights(*arguments: Any, **options: Any) -> tuple[Array, Arra
 
 def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tuple[Array, Array | None]]:
     """The function that computes these inputs."""
+    compute = compute_of(implementation, inputs)
+    return functools.partial(flash.attend, compute) if isinstance(compute, Kernels) else compute
+
+
+def compute_of(implementation: str | None, inputs: Inputs) -> Kernels | Callable[[Inputs], tuple[Array, Array | None]]:
+    """The kernels that compute these inputs, or a plain function."""
     if implementation is None:
         able = [entry for entry in IMPLEMENTATIONS.values() if entry.in_reach() and entry.cannot(inputs) is None]
         kernels = tuple((entry.platform, entry.compute) for entry in able if isinstance(entry.compute, Kernels))
-        return functools.partial(flash.attend, by_platform(None, *kernels))
+        return by_platform(None, *kernels)
     if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}.")
     entry = IMPLEMENTATIONS[implementation]
@@ -204,4 +215,4 @@ def choose(implementation: str | None, inputs: Inputs) -> Callable[[Inputs], tup
         raise NotImplementedError(f"implementation={implementation!r} cannot compute this call: {reason}.")
     if not isinstance(entry.compute, Kernels):
         return entry.compute
-    return functools.partial(flash.attend, by_platform(implementation, (entry.platform, entry.compute)))
+    return by_platform(implementation, (entry.platform, entry.compute))

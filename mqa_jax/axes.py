@@ -138,8 +138,8 @@ class Cut:
         if self.count("t") > 1:
             mask = _moved(mask, row)
         if self.count("n") > 1:
-            score_fn = None if score_fn is None else score_fn.with_first_head(head, of_scores=True)
-            of_mask = None if mask.function is None else mask.function.with_first_head(head, of_scores=False)
+            score_fn = None if score_fn is None else score_fn.with_first(head=head, of_scores=True)
+            of_mask = None if mask.function is None else mask.function.with_first(head=head, of_scores=False)
             mask = replace(mask, function=of_mask)
         if dropout is not None and self.count("t") * self.count("n") > 1:
             dropout = _numbered(dropout, head, row)

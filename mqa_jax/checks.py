@@ -27,8 +27,12 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 Call = SimpleNamespace  # the arguments of `mqa_jax.dot_product_attention` by name, as the caller passed them
 
 
-def checked_inputs(call: Call) -> Inputs:
-    """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1)."""
+def checked_inputs(call: Call, parts: tuple[int, int] = (1, 1)) -> Inputs:
+    """The call in normal form, except that arrays still have their leading batch axes (or as many of size 1).
+
+    `parts`: the query, its segments and the rows of bias and mask are one of that many equal parts of all rows, and
+    keys, values and their segments one of all columns. Lengths, offsets and the columns of bias and mask are whole.
+    """
     query = array("query", call.query)
     key, value = (
         array(name, of_batch(x, query.shape[:-3], 3)) for name, x in (("key", call.key), ("value", call.value))
@@ -38,7 +42,7 @@ def checked_inputs(call: Call) -> Inputs:
     _check_dtypes(query, key, value, are_scaled=any(scale is not None for scale in scales.values()))
     *batch, rows, heads, features = query.shape
     columns = key.shape[-3]
-    pairs = (*batch, heads, rows, columns)
+    pairs = (*batch, heads, rows, columns * parts[1])
     score_dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     score_fn = checked_function("score_fn", call.score_fn, tuple(batch), score_dtype)
     score_fn, score_arrays = (None, None) if score_fn is None else score_fn.split()
@@ -53,7 +57,7 @@ def checked_inputs(call: Call) -> Inputs:
             **{name: _scale(name, scale, key) for name, scale in scales.items()},
             score_arrays=score_arrays,
         ),
-        mask=_checked_mask(call, tuple(batch), pairs, score_dtype),
+        mask=_checked_mask(call, tuple(batch), pairs, score_dtype, parts),
         dropout=_checked_dropout(call, tuple(batch)),
         score_fn=score_fn,
         scale=_scale_of_scores(call.scale, features),
@@ -184,10 +188,10 @@ def _head_array(name: str, x: ArrayLike | None, heads: int) -> Array | None:
     return x
 
 
-def _checked_mask(call: Call, batch: tuple, pairs: tuple, dtype: DTypeLike) -> Mask:
-    rows, columns = pairs[-2:]
+def _checked_mask(call: Call, batch: tuple, pairs: tuple, dtype: DTypeLike, parts: tuple) -> Mask:
+    rows, columns = pairs[-2] * parts[0], pairs[-1]
     key_lengths, ring = _key_lengths(call, batch, columns)
-    query_segments, key_segments = _segments(call, batch, rows, columns)
+    query_segments, key_segments = _segments(call, batch, pairs[-2], columns // parts[1])
     return Mask(
         query_offset=_query_offset(call.query_offset, batch, rows),
         allowed=_pair_array("mask", call.mask, pairs, jnp.bool_),

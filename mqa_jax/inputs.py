@@ -54,6 +54,8 @@ class Inputs:
       score_fn: without the arrays that are in `operands`.
       residual: whether the log-sum-exp is returned.
       constant: in a backward pass, the names of the operands whose gradients are not needed.
+      is_part: whether these keys are a part of those of a larger problem. Output and gradients, which are summed with
+        those of the other parts, are then in `score_dtype`: rounded in each part they would err too much.
     """
 
     operands: Operands
@@ -65,6 +67,7 @@ class Inputs:
     precision: jax.lax.PrecisionLike = static()
     residual: bool = static(True)
     constant: tuple[str, ...] = static(())
+    is_part: bool = static(False)
 
     def needs_gradient(self, name: str) -> bool:
         """Whether a backward pass has to compute the gradient of this operand."""
@@ -84,6 +87,13 @@ class Inputs:
     def score_dtype(self) -> DTypeLike:
         """The dtype of scores, their softmax and every sum: float32, or float64 for a float64 query."""
         return jnp.float64 if self.dtype == jnp.float64 else jnp.float32
+
+    def dtype_of_gradient(self, operand: Array) -> DTypeLike:
+        return self.score_dtype if self.is_part else operand.dtype
+
+    @property
+    def out_dtype(self) -> DTypeLike:
+        return self.dtype_of_gradient(self.operands.query)
 
     @property
     def weight_dtype(self) -> DTypeLike:

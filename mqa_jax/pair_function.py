@@ -41,9 +41,10 @@ class PairFunction:
         left = iter(floats or ())
         return replace(self, arrays=tuple(next(left) if x is None else x for x in self.arrays))
 
-    def with_first_head(self, number: Array, of_scores: bool) -> "PairFunction":
-        """For a part of the heads, of which the first has this number among all heads."""
-        return replace(self, arrays=(number, *self.arrays), function=_OfHeadsFrom(self.function, of_scores))
+    def with_first(self, *, head: Array | int = 0, position: Array | int = 0, of_scores: bool) -> "PairFunction":
+        """For a part of the heads and positions, of which the first have these numbers among all of them."""
+        first = jnp.asarray(head, jnp.int32), jnp.asarray(position, jnp.int32)
+        return replace(self, arrays=(*first, *self.arrays), function=_NumberedFrom(self.function, of_scores))
 
     def of_pairs(self, *score: Array, head: Array, query: Array, key: Array) -> Array:
         """The result for scores `[B, N, T, S]`, whose axes it may share; `head` is `[N]`, `query` `[#B, 1, T, 1]`."""
@@ -53,15 +54,16 @@ class PairFunction:
 
 
 @dataclass(frozen=True)
-class _OfHeadsFrom:
-    """The function with the number of the first head as an additional first array."""
+class _NumberedFrom:
+    """The function with the numbers of the first head and position as additional arrays, the first two."""
 
     function: Callable[..., Any]
     of_scores: bool
 
     def __call__(self, *arguments: Any) -> Any:
-        score, (batch, head, query, key, first, *arrays) = arguments[: self.of_scores], arguments[self.of_scores :]
-        return self.function(*score, batch, head + first, query, key, *arrays)
+        score, others = arguments[: self.of_scores], arguments[self.of_scores :]
+        batch, head, query, key, first_head, position, *arrays = others
+        return self.function(*score, batch, head + first_head, query + position, key + position, *arrays)
 
 
 def derivative(function: Callable[[Array], Array], x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -83,7 +83,7 @@ def d_query(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -
         batch, head, tile = place_of_program()
         _one_tile_of_d_query(Program(inputs, config, interpret, batch, head), saved, tile, bounds, out)
 
-    shape = jax.ShapeDtypeStruct(inputs.operands.query.shape, inputs.dtype)
+    shape = jax.ShapeDtypeStruct(inputs.operands.query.shape, inputs.out_dtype)
     bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
     return kernel_call("mqa_dq", kernel, grid, config, shape, interpret)(inputs, saved, bounds)
 
@@ -125,11 +125,11 @@ def d_key_and_value(
         program = Program(inputs, config, interpret, batch, kv_head * size.G, transposed=True)
         _one_tile_of_d_key(program, saved, tile, Share(share, shares), bounds, (d_key, d_value))
 
-    shape = lambda x: jax.ShapeDtypeStruct((shares, *x.shape), inputs.dtype if shares == 1 else jnp.float32)
+    shape = lambda x: jax.ShapeDtypeStruct((shares, *x.shape), inputs.out_dtype if shares == 1 else jnp.float32)
     shapes = shape(inputs.operands.key), shape(inputs.operands.value)
     bounds = tile_bounds.row_tiles(inputs.mask, size, config.rows, config.columns)
     sums = kernel_call("mqa_dkv", kernel, grid, config, shapes, interpret)(inputs, saved, bounds)
-    d_key, d_value = (x[0] if shares == 1 else jnp.sum(x, axis=0).astype(inputs.dtype) for x in sums)
+    d_key, d_value = (x[0] if shares == 1 else jnp.sum(x, axis=0).astype(inputs.out_dtype) for x in sums)
     return d_key, d_value
 
 

@@ -47,11 +47,17 @@ def kernel_call(
 
     body.__name__ = name  # Triton uses the name of the function and ignores `pallas_call(name=...)`
     parameters = lowering.quiet_parameters()(num_warps=config.warps, num_stages=config.stages)
+    shapes = jax.tree.map(_without_varying_axes, out)
     launch = pallas.pallas_call(
-        body, out_shape=out, grid=grid, compiler_params=parameters, interpret=interpret, name=name
+        body, out_shape=shapes, grid=grid, compiler_params=parameters, interpret=interpret, name=name
     )
     run = launch if interpret else lambda *arguments: launch(*lowering.in_reach(name, arguments))
     return run if _launcher.value is None else _launcher.value(name, run, out)
+
+
+def _without_varying_axes(x: Any) -> jax.ShapeDtypeStruct:
+    """As all arrays of a kernel are (`kernels.devices`); inside of `jax.shard_map` Pallas asks for it."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.sharding.ManualAxisType())
 
 
 def load(reference: Any, *index: Any, where: Any = None) -> Array:

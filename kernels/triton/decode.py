@@ -46,7 +46,7 @@ def decode_kernel(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple[
         finish(program, state, row, out, normalizer, split.number)
 
     number: Any = jax.ShapeDtypeStruct((splits, size.B, size.K, rows), jnp.float32)
-    out = jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), inputs.dtype if alone else jnp.float32)
+    out = jax.ShapeDtypeStruct((splits, size.B, rows, size.K, size.V), inputs.out_dtype if alone else jnp.float32)
     shapes = out, Normalizer(number, number)
     mask = replace(inputs.mask, query_segments=packed.mask.query_segments)
     bounds = tile_bounds.key_tiles(mask, size, config.rows, config.columns, size.G)

@@ -46,7 +46,7 @@ def forward_kernel(inputs: Inputs, config: TileConfig, interpret: bool) -> tuple
         finish(program, state, row, out, normalizer)
 
     number: Any = jax.ShapeDtypeStruct((size.B, size.N, size.T), jnp.float32)
-    shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
+    shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.out_dtype), Normalizer(number, number)
     bounds = tile_bounds.key_tiles(inputs.mask, size, config.rows, config.columns)
     run = kernel_call("mqa_forward", kernel, grid, config, shapes, interpret)
     out, normalizer = run(inputs, bounds)

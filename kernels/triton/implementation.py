@@ -109,7 +109,7 @@ def backward(
             else None
         ),
     )
-    in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(x.dtype)
+    in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(inputs.dtype_of_gradient(x))
     return jax.tree.map(in_its_dtype, gradients, given, is_leaf=lambda x: x is None)
 
 

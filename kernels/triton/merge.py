@@ -51,7 +51,7 @@ def merge(
             store(into, number, batch, position, span(head, 1), where=first)
 
     number: Any = jax.ShapeDtypeStruct((size.B, size.T, size.N), jnp.float32)
-    shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.dtype), Normalizer(number, number)
+    shapes = jax.ShapeDtypeStruct((size.B, size.T, size.N, size.V), inputs.out_dtype), Normalizer(number, number)
     grid = -(-size.V // tile.columns), size.T * size.G, size.B * size.K
     run = kernel_call("mqa_merge", kernel, grid, tile, shapes, interpret)
     return run(outs, normalizers)

@@ -34,7 +34,9 @@ MAX_SHARES = 64  # only arrays of few tiles are shared, so these sums are small
 def d_bias(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, "#B #N #T #S"]:
     bias = inputs.operands.bias
     assert bias is not None  # the caller has checked it
-    return _summed(inputs, saved, Reduction.over(inputs, bias.shape, config), config, interpret).astype(bias.dtype)
+    return _summed(inputs, saved, Reduction.over(inputs, bias.shape, config), config, interpret).astype(
+        inputs.dtype_of_gradient(bias)
+    )
 
 
 def d_slopes(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) -> Float[Array, " N"]:
@@ -43,7 +45,7 @@ def d_slopes(inputs: Inputs, saved: Saved, config: TileConfig, interpret: bool) 
     assert slopes is not None
     reduction = Reduction.over(inputs, (1, inputs.sizes.N, 1, 1), config)
     sums = _summed(inputs, saved, reduction, config, interpret, times_distance=True)
-    return -sums[0, :, 0, 0].astype(slopes.dtype)
+    return -sums[0, :, 0, 0].astype(inputs.dtype_of_gradient(slopes))
 
 
 class Reduction(NamedTuple):

@@ -159,11 +159,13 @@ def add_to_score_terms(tiling: Tiling, place: Place, steps: Steps, d_score: Scor
 
 
 def gradients(inputs: Inputs, sums: Sums, normalizer: Normalizer, delta: Float[Array, "B T N"]) -> Operands:
-    """The sums, in the shapes and dtypes of the operands."""
+    """The sums, in the shapes of the operands."""
     operands = inputs.operands
 
     def like(x: Array | None, operand: Array | None) -> Any:
-        return None if x is None or operand is None else x.reshape(operand.shape).astype(operand.dtype)
+        if x is None or operand is None:
+            return None
+        return x.reshape(operand.shape).astype(inputs.dtype_of_gradient(operand))
 
     return Operands(
         query=like(sums.query, operands.query),

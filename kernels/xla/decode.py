@@ -85,7 +85,7 @@ def forward_few_queries(inputs: Inputs, steps: Steps) -> tuple[Output, Normalize
         state = lax.fori_loop(blocks.start, blocks.stop, step, state)
     state = state._replace(weighted=jnp.sum(state.weighted, axis=1))
     out, normalizer = online_softmax.finish(state, _sinks_of_rows(inputs))
-    return _ungroup(out, size).astype(inputs.dtype), jax.tree.map(lambda x: _ungroup(x, size)[..., 0], normalizer)
+    return _ungroup(out, size).astype(inputs.out_dtype), jax.tree.map(lambda x: _ungroup(x, size)[..., 0], normalizer)
 
 
 def attend(

@@ -31,7 +31,7 @@ def forward_in_tiles(inputs: Inputs, shape: TileShape) -> tuple[Output, Normaliz
 
     heads = size.B, size.T, size.K, size.G
     number = jnp.zeros((*heads, 1), inputs.score_dtype)
-    results = jnp.zeros((*heads, size.V), inputs.dtype), Normalizer(number, number)
+    results = jnp.zeros((*heads, size.V), inputs.out_dtype), Normalizer(number, number)
     out, normalizer = lax.fori_loop(0, tiling.head_blocks * tiling.row_tiles, query_tile, results)
     of_rows = lambda x: x.reshape(size.B, size.T, size.N)
     return out.reshape(size.B, size.T, size.N, size.V), jax.tree.map(of_rows, normalizer)

@@ -12,6 +12,7 @@ from typing import Any
 import nnx_errors
 import odd_layers
 import pytest
+import sharded_errors as sharded
 import test_cache_errors as caches
 import test_function_errors as function
 import test_hf_configs
@@ -60,6 +61,8 @@ def _raised() -> set[tuple[str, int | None]]:
         implementations.NOT_POSSIBLE,
         nnx_errors.MISTAKES,
         test_partition_specs.WRONG,
+        sharded.MISTAKES,
+        sharded.NOT_POSSIBLE,
     ]
     on_disk = test_hf_files.WRONG | test_hf_files.NEEDS_TORCH
     calls: list[Callable[[], object]] = [

@@ -1,0 +1,160 @@
+"""Checks of what attention over a cut sequence adds to `mqa_jax.checks`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+from mqa_jax.arguments import shown
+from mqa_jax.axes import Cut
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels.platforms import Kernels
+from mqa_jax.sharded.chunks import ORDERS, Order
+from mqa_jax.sharded.strategies import AxisName
+
+STRATEGIES = "ring", "all_gather"
+
+
+def known(strategy: str, order: str) -> None:
+    for name, word, words in (("strategy", strategy, STRATEGIES), ("order", order, ORDERS)):
+        if word not in words:
+            raise ValueError(f"Unknown {name}={word!r}: use one of {list(words)}.")
+
+
+def axis_size(axis: AxisName) -> int:
+    """Inside of `jax.shard_map`."""
+    try:
+        return lax.axis_size(axis)
+    except (NameError, TypeError) as error:
+        there = list(jax.sharding.get_abstract_mesh().manual_axes)
+        raise ValueError(
+            f"axis_name must name a mesh axis of the jax.shard_map around the call: axis_name={axis!r}, manual axes "
+            f"{there}. Outside of jax.shard_map, call sharded_attention."
+        ) from error
+
+
+def possible(inputs: Inputs, order: str) -> None:
+    no_ring_buffer(inputs)
+    mask = inputs.mask
+    if order == "zigzag" and (not mask.is_causal or mask.window is not None):
+        raise ValueError(
+            "order='zigzag' is for causal attention without a window; without a causal mask, or with a window, "
+            f"order='contiguous' gives all devices equal work: is_causal={mask.is_causal}, "
+            f"local_window_size={mask.window}."
+        )
+
+
+def no_ring_buffer(inputs: Inputs) -> None:
+    if inputs.mask.ring is not None:
+        raise NotImplementedError(
+            "key_value_ring_lengths cannot be combined with a sequence that is cut over devices, whose slots hold any "
+            f"position: slots={inputs.mask.ring.slots}. Use a cache of all positions, with key_value_seq_lengths."
+        )
+
+
+def results(inputs: Inputs, found: tuple[Array, Array | None]) -> Any:
+    """What the caller asked for."""
+    return found if inputs.residual else found[0]
+
+
+def divides(order: Order, inputs: Inputs) -> None:
+    size = inputs.sizes
+    if size.T % order.count or size.S % order.count:
+        raise ValueError(
+            "With order='zigzag' the length must be a multiple of 2 * devices: "
+            f"T={size.T * order.devices}, S={size.S * order.devices}, devices={order.devices}. Pad the sequence."
+        )
+
+
+def kernels(implementation: str | None, compute: Any) -> Kernels:
+    if not isinstance(compute, Kernels):
+        raise NotImplementedError(
+            f"implementation={implementation!r} has no passes that could run on a part of the keys. "
+            "Use implementation=None, 'triton' or 'xla'."
+        )
+    return compute
+
+
+def belong_together(part: Array, tokens: Array) -> None:
+    """A cache and new tokens."""
+    shapes = [(x.shape[:1], *x.shape[2:]) for x in (part, tokens)]
+    if min(part.ndim, tokens.ndim) < 2 or shapes[0] != shapes[1] or part.dtype != tokens.dtype:
+        raise ValueError(
+            "tokens [B, T, ...] must have the dtype of the cache [B, S/n, ...] and its axes but the second: "
+            f"tokens={shown(tokens)}, part={shown(part)}. Cast or reshape them."
+        )
+
+
+# -- whole arrays -----------------------------------------------------------------------------------------------------
+
+
+def mesh_of(mesh: Any, **arrays: Any) -> Any:
+    """The mesh of the call: the one given, or that of `jax.set_mesh`, or that of the arrays."""
+    given = [mesh] if mesh is not None else [jax.sharding.get_abstract_mesh()]
+    if mesh is None and given[0].empty:
+        found = {name: _mesh_of_array(x) for name, x in arrays.items()}
+        given = list(dict.fromkeys(x for x in found.values() if x is not None))
+        if len(given) > 1:
+            raise ValueError(f"query, key and value must be on one mesh: {found}. Place them with jax.device_put.")
+    if not given:
+        raise ValueError(
+            "sharded_attention needs a mesh, and neither jax.set_mesh nor the arrays have one: mesh=None. Pass mesh=, "
+            "or call inside of jax.set_mesh(mesh)."
+        )
+    return given[0]
+
+
+def _mesh_of_array(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        mesh = jax.typeof(x).sharding.mesh
+        if isinstance(x, jax.core.Tracer) or not mesh.empty:
+            return None if mesh.empty else mesh
+        return getattr(x.sharding, "mesh", None)
+    return None
+
+
+def cut_of(mesh: Any, inputs: Inputs, sequence: AxisName, batch: AxisName | None, heads: AxisName | None) -> Cut:
+    """The mesh axes of each axis of the arrays."""
+    words = {"sequence_axis": sequence, "batch_axis": batch, "heads_axis": heads}
+    names = {name: _names(name, word, mesh) for name, word in words.items()}
+    every = [name for group in names.values() for name in group]
+    if len(set(every)) < len(every):
+        raise ValueError(f"A mesh axis can cut one axis of the arrays: {names}. Give each another mesh axis.")
+    size, by_letter = inputs.sizes, dict(zip("tbn", names.values()))
+    cut = Cut(tuple(mesh.shape.items()), tuple({**by_letter, "s": by_letter["t"]}.items()), size.N, size.K)
+    *leading, _, _, _ = inputs.operands.query.shape
+    lengths: dict[str, tuple[str, Any]] = {
+        "query length T": ("t", size.T),
+        "key length S": ("s", size.S),
+        "batch B": ("b", leading[-1] if leading else 1),
+        "number of query heads N": ("n", size.N),
+    }
+    for name, (letter, length) in lengths.items():
+        if length % cut.count(letter):
+            raise ValueError(
+                f"The {name} must be a multiple of the devices that share it: {letter.upper()}={length}, mesh axes "
+                f"{cut.names(letter)}, devices={cut.count(letter)}. Pad the arrays, or use fewer devices."
+            )
+    _check_heads(cut, inputs)
+    return cut
+
+
+def _names(name: str, word: Any, mesh: Any) -> tuple[str, ...]:
+    is_left_out = word is None and name != "sequence_axis"
+    names = () if is_left_out else tuple(word) if isinstance(word, Sequence) and not isinstance(word, str) else (word,)
+    if unknown := [x for x in names if x not in mesh.shape]:
+        raise ValueError(
+            f"{name} must name axes of the mesh: {name}={shown(word)}, unknown {unknown}, mesh {dict(mesh.shape)}."
+        )
+    return names
+
+
+def _check_heads(cut: Cut, inputs: Inputs) -> None:
+    devices = cut.count("n")
+    if cut.kv_heads % devices and devices % cut.kv_heads:
+        raise ValueError(
+            "The number of key/value heads and that of the devices that share the heads must divide one another: "
+            f"kv_heads={cut.kv_heads}, devices={devices}. Use another heads_axis, or repeat the heads."
+        )

@@ -1,0 +1,114 @@
+"""Decoding with a cache whose positions are cut over devices, inside of `jax.shard_map`.
+
+The queries are few and the keys are many, so keys stay where they are: each device attends to its own, and what is
+summed over devices are its output and the sum of its weights (Dao et al. 2023, "Flash-Decoding"). A new token is
+written by the device that has its position.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Shaped
+
+from mqa_jax import reference
+from mqa_jax.arguments import array, in_32_bits, integers
+from mqa_jax.attention import compute_of, inputs_of_part
+from mqa_jax.batch_axes import over_flat_batch
+from mqa_jax.inputs import Inputs
+from mqa_jax.kernels import flash, online_softmax
+from mqa_jax.kernels.online_softmax import State
+from mqa_jax.sharded import checks
+from mqa_jax.sharded.chunks import Chunk, Order, pair
+from mqa_jax.sharded.strategies import AxisName
+
+
+def decode_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    axis_name: AxisName,
+    **options: Any,
+) -> Any:
+    """Attention of queries, the same on all devices, to keys of which each of n devices has an equal part.
+
+    Args:
+      query: `[..., T, N, H]`, whole.
+      key, value: `[..., S/n, K, H]` and `[..., S/n, K, V]`, in the order of the devices; 8 bits with scales as well.
+      bias, mask: `[..., N, T, S]`, whole. Lengths and the query's offset are those of the whole sequence.
+      axis_name: the mesh axis, or several, that the keys are cut over. All mesh axes have to be manual.
+      **options: all others of `dot_product_attention` but `key_value_ring_lengths`; segments of keys, and scales, are
+        cut as the keys.
+
+    Returns:
+      As `dot_product_attention`; the same on all devices. Two small sums over devices are all that is sent.
+
+    Raises:
+      ValueError, NotImplementedError: as `ring_attention`.
+    """
+    devices, implementation = checks.axis_size(axis_name), options.get("implementation")
+    inputs = inputs_of_part((1, devices), query, key, value, bias, mask, **options)
+    checks.no_ring_buffer(inputs)
+
+    def run(inputs: Inputs) -> tuple[Array, Array | None]:
+        kernels = checks.kernels(implementation, compute_of(implementation, inputs))
+        first = jnp.int32(0)
+        (keys,) = Order("contiguous", devices).chunks(lax.axis_index(axis_name), inputs.sizes.S)
+        operands, queries = inputs.operands, Chunk(first, 0, first, inputs.sizes.T)
+        part = pair(inputs, queries, keys, operands.key, operands.value, is_part=False)
+        state = _summed(axis_name, *flash.attend(kernels, part))
+        sinks = reference.sinks_of_rows(inputs)
+        out, normalizer = online_softmax.finish(state, None if sinks is None else sinks.swapaxes(1, 2))
+        return out.astype(inputs.dtype), normalizer.log_sum_exp[..., 0] if inputs.residual else None
+
+    return checks.results(inputs, over_flat_batch(run, inputs))
+
+
+def _summed(axis: AxisName, out: Array, log_sum_exp: Array | None) -> State:
+    """Over devices: the highest number first, and then, in one message, all that is weighted by it."""
+    assert log_sum_exp is not None  # a part has one
+    highest = lax.pmax(lax.stop_gradient(log_sum_exp), axis)[..., None]
+    weight = jnp.exp(log_sum_exp[..., None] - online_softmax.finite(highest))
+    total = lax.psum(jnp.concatenate([out.astype(weight.dtype) * weight, weight], axis=-1), axis)
+    return State(highest, total[..., -1:], total[..., :-1])
+
+
+def append_to_part(
+    part: ArrayLike, tokens: ArrayLike, position: ArrayLike, *, axis_name: AxisName
+) -> Shaped[Array, "B part ..."]:
+    """A cache with new tokens, of which each device has a part: the device that has a position writes it.
+
+    Args:
+      part: `[B, S/n, ...]`, the part of this device; keys, values, or their scales.
+      tokens: `[B, T, ...]`, the same on all devices, in the dtype of the cache.
+      position: of the first token in the whole cache, an int or int `[B]`.
+      axis_name: the mesh axis, or several, that the cache is cut over.
+
+    Returns:
+      The part with its tokens. It is written in place where the caller donates it. Where a traced position is beyond
+      the end, the last token of a floating point cache becomes NaN, and so does attention to it.
+
+    Raises:
+      ValueError: the shapes or dtypes do not belong together, or the tokens go beyond the end.
+    """
+    devices = checks.axis_size(axis_name)
+    part, tokens = array("part", part), array("tokens", tokens)
+    checks.belong_together(part, tokens)
+    batch, slots, count = *part.shape[:2], tokens.shape[1]
+    first = integers("position", position, (), (batch,))
+    end = slots * devices
+    if not isinstance(first, jax.core.Tracer):
+        rule = f"leave all {count} tokens in the cache"
+        first = in_32_bits("position", first, rule, f"the cache has {end} positions", 0, end - count)
+    index = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))[:, None] + jnp.arange(count, dtype=jnp.int32)
+    if jnp.issubdtype(tokens.dtype, jnp.inexact):
+        fits = (index >= 0) & (index < end)
+        tokens = jnp.where(fits.reshape(*fits.shape, *[1] * (tokens.ndim - 2)), tokens, jnp.nan)
+    slot = jnp.clip(index, 0, end - 1) - lax.axis_index(axis_name) * slots
+    slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)  # beyond the end: not written
+    return part.at[jnp.arange(batch)[:, None], slot].set(tokens, mode="drop")
