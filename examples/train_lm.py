@@ -11,10 +11,9 @@ of `llama.py`. It takes about a minute and a half on two CPU cores, prints a tab
 
 import argparse
 import functools
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,75 +23,20 @@ import jax.numpy as jnp
 import llama_nnx
 import numpy as np
 import optax
-from command_line import Parser, exit_with_a_sentence
+from command_line import exit_with_a_sentence
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
-from llama import Llama, LlamaConfig
+from llama import Llama
 from manual import Text, load_text
 from tqdm import tqdm
 from train_checkpoints import check_folder, open_checkpoints, restore, save
 from train_report import Params, Result, decode_speed, save_plot, table, write_text
+from train_settings import Settings, check_bounds, check_settings, settings_of, training_parser
 
 from mqa_jax import nnx as mqa_nnx
 
 SHOW_EVERY = 10  # steps; showing a loss waits until it is computed
-
-
-def option(default: Any, meaning: str) -> Any:
-    """A setting that is also a command-line option."""
-    return field(default=default, metadata={"help": meaning})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings that determine a loss curve, with the text. A checkpoint is only resumed with the same settings."""
-
-    kv_heads: int
-    heads: int = option(8, "query heads")
-    layers: int = option(2, "layers")
-    dim: int = option(128, "features of the model")
-    hidden: int = option(256, "width of the MLP")
-    length: int = option(128, "bytes of a training text")
-    batch: int = option(8, "training texts a step")
-    steps: int = option(250, "steps to train")
-    learning_rate: float = option(5e-3, "its peak; it rises for a tenth of the steps, then falls along a cosine")
-    dropout: float = option(0.05, "rate at which attention weights are dropped")
-    remat: bool = option(False, "compute layers again in the backward pass, to save memory")
-    seed: int = option(0, "of the parameters, the batches and the dropout")
-    api: str = option("linen", "linen or nnx: which of Flax's the trained model is written in")
-
-    @property
-    def name(self) -> str:
-        return {self.heads: "MHA", 1: "MQA"}.get(self.kv_heads, "GQA")
-
-    @property
-    def model(self) -> Llama:
-        config = LlamaConfig(
-            vocabulary=256,
-            layers=self.layers,
-            dim=self.dim,
-            hidden=self.hidden,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.dim // self.heads,
-            max_length=self.length,
-            attn_pdrop=self.dropout,
-            remat=self.remat,
-        )
-        return Llama(config)
-
-    @property
-    def abstract_nnx_model(self) -> llama_nnx.Llama:
-        """The same model in NNX, with shapes for parameters."""
-        return nnx.eval_shape(lambda: llama_nnx.Llama(self.model.config, rngs=nnx.Rngs(0)))
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.steps // 10, self.steps, self.learning_rate / 20
-        )
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
 
 
 class State(NamedTuple):
@@ -126,8 +70,13 @@ def mean_loss_nnx(model: Any, params: Params, texts: Int[Array, "B T_plus_1"], d
     return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
 
 
-def make_step(settings: Settings) -> Callable[[State, UInt8[Array, " bytes"]], State]:
-    """One compiled step of training; batch and dropout depend only on the seed and the number of the step."""
+def make_step(
+    settings: Settings, place: Callable[[Array], Array] = lambda texts: texts, **compiling: Any
+) -> Callable[[State, UInt8[Array, " bytes"]], State]:
+    """One compiled step of training; batch and dropout depend only on the seed and the number of the step.
+
+    `place`: what says how devices share the texts of a step. `compiling`: options of `jax.jit`.
+    """
     loss_of: Callable[[Params, Array, Array], Array]
     if settings.api == "nnx":
         loss_of = functools.partial(mean_loss_nnx, settings.abstract_nnx_model)
@@ -140,14 +89,14 @@ def make_step(settings: Settings) -> Callable[[State, UInt8[Array, " bytes"]], S
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         batch_key, dropout_key = jax.random.split(key)
         starts = jax.random.randint(batch_key, (settings.batch, 1), 0, train.size - settings.length)
-        texts = train[starts + jnp.arange(settings.length + 1)].astype(jnp.int32)
+        texts = place(train[starts + jnp.arange(settings.length + 1)].astype(jnp.int32))
         loss, gradients = jax.value_and_grad(loss_of)(state.params, texts, dropout_key)
         updates, optimizer = settings.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, optimizer, state.losses.at[state.step].set(loss))
 
     chex.clear_trace_counter()  # it counts by source code, which is the same for all models
-    return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    return jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, **compiling)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -163,19 +112,28 @@ def record_of(settings: Settings, text: Text) -> dict[str, Any]:
     return asdict(settings) | {"text_checksum": text.checksum}
 
 
-def train(settings: Settings, text: Text, folder: Path, save_every: int) -> State:
-    """Trains from the last checkpoint in `folder`, or from the start, to the last step."""
-    record = record_of(settings, text)
-    step = make_step(settings)
+def train(
+    settings: Settings,
+    text: Text,
+    folder: Path,
+    save_every: int,
+    state: State | None = None,
+    step: Callable[[State, Array], State] | None = None,
+    last: int | None = None,
+) -> State:
+    """Trains from the last checkpoint in `folder`, or from `state`, by default the first, to the step `last`."""
+    record, last = record_of(settings, text), settings.steps if last is None else last
+    step = make_step(settings) if step is None else step
     with open_checkpoints(folder) as manager:
-        state = restore(manager, first_state(settings), record)
+        state = restore(manager, first_state(settings) if state is None else state, record)
         done = int(state.step)
-        with tqdm(total=settings.steps, initial=done, desc=settings.name, unit="step") as bar:
-            for number in range(done + 1, settings.steps + 1):
+        quiet = jax.process_index() > 0
+        with tqdm(total=last, initial=done, desc=settings.name, unit="step", disable=quiet) as bar:
+            for number in range(done + 1, last + 1):
                 state = step(state, text.train)
                 if number % SHOW_EVERY == 0:
                     bar.set_postfix(loss=f"{state.losses[number - 1]:.3f}", refresh=False)
-                if number % save_every == 0 or number == settings.steps:
+                if number % save_every == 0 or number == last:
                     save(manager, state, record)
                 bar.update()
     return state
@@ -183,26 +141,10 @@ def train(settings: Settings, text: Text, folder: Path, save_every: int) -> Stat
 
 def check(options: argparse.Namespace, text: Text) -> None:
     """Checks the options before training."""
-    lower: dict[str, float] = dict(
-        heads=1, layers=1, dim=1, hidden=1, steps=1, batch=1, length=2, seed=0, dropout=0, temperature=0
-    )
-    lower |= dict(learning_rate=0, checkpoint_every=1, decode_rows=1, decode_length=32)
-    upper: dict[str, float] = dict(dropout=1, seed=2**31)
-    if options.api not in ("linen", "nnx"):
-        raise ValueError(f"--api is linen or nnx: api={options.api!r}.")
-    for name, bound in lower.items():
-        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        if not bound <= value < math.inf:
-            raise ValueError(f"{option} must be at least {bound}: {name}={value}.")
-        if name in upper and value >= upper[name]:
-            raise ValueError(f"{option} must be less than {upper[name]}: {name}={value}.")
+    check_settings(options, text)
+    check_bounds(options, dict(temperature=0, decode_rows=1, decode_length=32), {})
     if len(set(options.kv_heads)) != len(options.kv_heads):
         raise ValueError(f"--kv-heads names each model once: kv_heads={options.kv_heads}.")
-    if options.batch * (options.length + 1) > text.held_out.size:
-        raise ValueError(
-            f"A batch must fit into the {text.held_out.size} bytes that are held out: batch={options.batch}, "
-            f"length={options.length}. Make one of them smaller."
-        )
     if not 0 < len(options.prompt.encode()) < options.length:
         raise ValueError(
             f"A prompt must have at least one byte, and fewer than a training text: prompt={options.prompt!r}, "
@@ -229,15 +171,8 @@ def measure(settings: Settings, text: Text, state: State, options: argparse.Name
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = training_parser(__doc__, "runs/train_lm")
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2, 1], help="one model for each")
-    for setting in fields(Settings)[1:]:
-        flag = "--" + setting.name.replace("_", "-")
-        kind: Any = dict(action="store_true") if setting.type is bool else dict(type=setting.type)
-        parser.add_argument(flag, default=setting.default, help=setting.metadata["help"], **kind)
-    parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="folder for checkpoints and loss.png")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--prompt", default="The ", help="what each model continues")
     parser.add_argument("--temperature", type=float, default=0.5, help="of these samples; 0 is greedy")
     parser.add_argument("--decode-rows", type=int, default=16, help="rows in the measurement of decoding")
@@ -248,8 +183,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def prepare(options: argparse.Namespace, text: Text) -> dict[Path, Settings]:
     """The runs and their folders, after all checks."""
     check(options, text)
-    shared = {setting.name: getattr(options, setting.name) for setting in fields(Settings)[1:]}
-    runs = {options.out / f"kv_heads_{kv}": Settings(kv_heads=kv, **shared) for kv in options.kv_heads}
+    runs = {options.out / f"kv_heads_{kv}": settings_of(options, kv) for kv in options.kv_heads}
     for folder, settings in runs.items():
         jax.eval_shape(functools.partial(first_state, settings))  # raises if the settings are invalid
         check_folder(folder, record_of(settings, text), options.resume)

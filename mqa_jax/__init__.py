@@ -31,6 +31,7 @@ from mqa_jax.sharded.attention import ring_attention as ring_attention
 from mqa_jax.sharded.attention import sharded_attention as sharded_attention
 from mqa_jax.sharded.decode import append_to_part as append_to_part
 from mqa_jax.sharded.decode import decode_attention as decode_attention
+from mqa_jax.sharded.partition_specs import partition_specs as partition_specs
 from mqa_jax.sharded.zigzag import unzigzag as unzigzag
 from mqa_jax.sharded.zigzag import zigzag as zigzag
 from mqa_jax.sharded.zigzag import zigzag_positions as zigzag_positions

@@ -45,6 +45,7 @@ PUBLIC = {
     "dot_product_attention",
     "init_cache",
     "merge_partials",
+    "partition_specs",
     "quantize",
     "reorder_cache",
     "reset_cache",

@@ -18,7 +18,7 @@ from mqa_jax import shapes
 from mqa_jax.attention import attention_with_weights, dot_product_attention
 from mqa_jax.cache import append, layout
 from mqa_jax.cache.append import Keys, Lengths
-from mqa_jax.layer import calls, upstream
+from mqa_jax.layer import calls, projection, upstream
 from mqa_jax.layer.settings import AttentionSettings
 from mqa_jax.positions import alibi_slopes, falcon_alibi
 
@@ -156,15 +156,16 @@ class AttentionLayer(AttentionSettings, ABC):
     # -- its parts ----------------------------------------------------------------------------------------------------
 
     def _dense_settings(self, name: str) -> dict[str, Any]:
-        """Shape, bias and initializers of a projection."""
-        initializers = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+        """Shape, bias and initializers of a projection, and how it is computed."""
+        settings: dict[str, Any] = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+        settings |= dict(dot_general=projection.dot_general, promote_dtype=projection.promote)
         if name == "out":
             use_bias = self.use_bias if self.use_out_bias is None else self.use_out_bias
             own = dict(kernel_init=self.out_kernel_init, bias_init=self.out_bias_init)
-            initializers |= {name: initializer for name, initializer in own.items() if initializer is not None}
-            return dict(features=self.out_features or self.dim, axis=(-2, -1), use_bias=use_bias, **initializers)
+            settings |= {name: initializer for name, initializer in own.items() if initializer is not None}
+            return dict(features=self.out_features or self.dim, axis=(-2, -1), use_bias=use_bias, **settings)
         heads = self.heads if name == "query" else self._kv_heads
-        return dict(features=(heads, self._head_dim), axis=-1, use_bias=self.use_bias, **initializers)
+        return dict(features=(heads, self._head_dim), axis=-1, use_bias=self.use_bias, **settings)
 
     def _weight_settings(self, name: str) -> tuple[Initializer, tuple[int, ...] | None]:
         """How a parameter beside the projections starts, and its shape; None where there is no such parameter."""
@@ -260,15 +261,17 @@ class AttentionLayer(AttentionSettings, ABC):
         bias_k, bias_v = self._weight("bias_k"), self._weight("bias_v")
         assert bias_k is not None  # for mypy: the settings have both
         assert bias_v is not None
-        grouped = query.reshape(*query.shape[:-2], self._kv_heads, -1, self._head_dim).astype(log_sum_exp.dtype)
+        group = self.heads // self._kv_heads
+
+        def of_heads(x: Array) -> Array:
+            """`[1, ..., N, H]`. Explicit mesh axes cut neither `jnp.repeat` nor queries in groups of K."""
+            x = jnp.broadcast_to(x[:, None], (x.shape[0], group, x.shape[1])).reshape(self.heads, -1)
+            return jnp.expand_dims(x, range(out.ndim - 2)).astype(log_sum_exp.dtype)
+
         scale = self._head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-        score = scale * jnp.einsum(
-            "...kgh,kh->...kg", grouped, bias_k.astype(grouped.dtype), precision="highest"
-        ).reshape(log_sum_exp.shape)
+        score = scale * jnp.sum(query.astype(log_sum_exp.dtype) * of_heads(bias_k), axis=-1)
         share = jax.nn.sigmoid(log_sum_exp - score)  # of the keys before it, [..., T, N]
-        added = jnp.repeat(bias_v, self.heads // self._kv_heads, axis=0)  # [N, H]
-        added = jnp.expand_dims(added, range(out.ndim - 2)).astype(share.dtype)
-        out = (share[..., None] * out + (1 - share)[..., None] * added).astype(out.dtype)
+        out = (share[..., None] * out + (1 - share)[..., None] * of_heads(bias_v)).astype(out.dtype)
         return out, None if weights is None else weights * jnp.swapaxes(share, -1, -2)[..., None]
 
     def _dropout(self, deterministic: bool | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import test_hf_files
 import test_implementation_errors as implementations
 import test_module_errors as modules
 import test_pair_function_errors as pair_functions
+import test_partition_specs
 import test_torch_errors as torch
 import test_torch_interop
 from skins import needs_modes
@@ -59,6 +60,7 @@ def _raised() -> set[tuple[str, int | None]]:
         implementations.KERNELS,
         implementations.NOT_POSSIBLE,
         nnx_errors.MISTAKES,
+        test_partition_specs.WRONG,
         sharded.MISTAKES,
         sharded.NOT_POSSIBLE,
     ]

@@ -1,0 +1,152 @@
+"""Runs in a process of its own with 8 CPU devices: attention modules cut by `partition_specs` against one device."""
+
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import close, collectives, mesh_of, normal
+
+import mqa_jax
+from mqa_jax import nnx as mqa_nnx
+
+KINDS = AxisType.Auto, AxisType.Explicit
+NAMES = "data", "model"
+X = normal(4, 12, 32)
+KEY = jax.random.key(0)
+# With whether the mesh axis cuts key/value heads: it has 4 devices.
+SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "norms, sinks, dropout": (dict(kv_heads=4, qk_ln=True, sinks=True, rope=mqa_jax.Rope(), attn_pdrop=0.3), True),
+    "learned key and value": (dict(kv_heads=4, qk_gn=True, add_bias_kv=True, alibi=True), True),
+    "fewer key/value heads": (dict(kv_heads=2, qk_ln=True, add_bias_kv=True, add_zero_attn=True), False),
+    "no output projection": (dict(kv_heads=4, output_projection=False), True),
+}
+
+
+def placed(tree, specs, mesh):
+    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+
+
+def shuffled(params):
+    """Biases that are not 0, scales that are not 1."""
+    return jax.tree.map(lambda x: x + normal(*x.shape) / 8, params)
+
+
+def run_linen(module):
+    def loss(params, x):
+        out = module.apply({"params": params}, x, deterministic=False, rngs={"dropout": KEY})[0]
+        return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def linen_against_one_device(settings=SETTINGS, embeds=(None, "data")):
+    """Megatron's tensor parallelism, with kernels cut over the data axis as well; gradients have their types."""
+    for name in settings:
+        chosen, cuts_keys = SETTINGS[name]
+        module = mqa_jax.GroupedQueryAttention(32, 8, **chosen)
+        params = shuffled(module.init(KEY, X, deterministic=True)["params"])
+        expected = run_linen(module)(params, X)
+        for embed, kind in itertools.product(embeds, KINDS):
+            mesh = mesh_of((2, 4), NAMES, kind)
+            keys = "model" if cuts_keys else None
+            specs = mqa_jax.partition_specs(params, heads="model", kv_heads=keys, embed=embed)
+            with jax.set_mesh(mesh):
+                cut = placed(params, specs, mesh)
+                actual = run_linen(module)(cut, placed(X, P("data"), mesh))
+            close(actual, expected, f"{name}, {kind}, {embed=}")
+            if kind == AxisType.Explicit:
+                for x, gradient in zip(jax.tree.leaves(cut), jax.tree.leaves(actual[1][0]), strict=True):
+                    assert jax.typeof(x).sharding.spec == jax.typeof(gradient).sharding.spec
+
+
+def nnx_against_one_device():
+    """The same parameters in NNX, whose state has specs of its own."""
+    model = mqa_nnx.GroupedQueryAttention(32, 8, kv_heads=4, qk_ln=True, sinks=True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    state = shuffled(state)
+
+    @jax.jit
+    def run(state, x):
+        def loss(state, x):
+            out = nnx.merge(graph, state)(x)[0]
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(state, x)
+
+    expected = run(state, X)
+    specs = mqa_jax.partition_specs(state, heads="model", kv_heads="model", embed="data")
+    for kind in KINDS:
+        mesh = mesh_of((2, 4), NAMES, kind)
+        with jax.set_mesh(mesh):
+            close(run(placed(state, specs, mesh), placed(X, P("data"), mesh)), expected, f"{kind}")
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + mqa_jax.GroupedQueryAttention(32, 8, kv_heads=4)(x)[0], None
+
+
+def stack():
+    """Two layers in `nn.scan` and `nn.remat`, and their parameters."""
+    layers = nn.scan(
+        nn.remat(Layer, prevent_cse=False),
+        variable_axes={"params": 0, "cache": 0},
+        split_rngs={"params": True},
+        length=2,
+    )()
+    return layers, layers.init(KEY, X, None)["params"]
+
+
+def counts_of_collectives():
+    """Of 2 layers in a loop: sums after `out`, of the gradients of x and of parameters; with `embed` kernels travel."""
+    bar: dict[str | None, tuple[dict, dict]] = {
+        None: ({"all-reduce": 1}, {"all-reduce": 3}),
+        "data": ({"all-gather": 5, "all-reduce": 1}, {"all-gather": 9, "all-reduce": 3}),
+    }
+    layers, params = stack()
+    function = lambda params, x: layers.apply({"params": params}, x, None)[0]
+    gradients = jax.grad(lambda params, x: jnp.sum(function(params, x) ** 2), argnums=(0, 1))
+    for (embed, expected), kind in itertools.product(bar.items(), KINDS):
+        mesh = mesh_of((2, 4), NAMES, kind)
+        specs = mqa_jax.partition_specs(params, heads="model", kv_heads="model", embed=embed)
+        with jax.set_mesh(mesh):
+            mine = placed(params, specs, mesh), placed(X, P("data"), mesh)
+            shardings = jax.tree.map(lambda x: x.sharding, mine)
+            programs = jax.jit(function, out_shardings=shardings[1]), jax.jit(gradients, out_shardings=shardings)
+            found = tuple(collectives(program.lower(*mine).compile().as_text()) for program in programs)
+        assert found == expected, f"{embed=}, {kind}: {found}"
+
+
+def decoding():
+    """A prompt and a token in scanned layers with caches of batch and heads, and, on Auto axes, of the sequence."""
+    layers, params = stack()
+
+    @jax.jit
+    def step(params, cache, x):
+        (out, _), state = layers.apply({"params": params, "cache": cache}, x, None, mutable=["cache"])
+        return out, state["cache"]
+
+    def both(params, cache, x):
+        prompt, cache = step(params, cache, x[:, :11])
+        return prompt, *step(params, cache, x[:, 11:])
+
+    cache = mqa_jax.init_cache(layers, 4, 16, X, None)
+    expected = both(params, cache, X)
+    for kind, axes in [
+        *itertools.product(KINDS, [dict(batch="data", kv_heads="model")]),
+        (AxisType.Auto, dict(batch="data", sequence="model")),
+    ]:
+        mesh = mesh_of((2, 4), NAMES, kind)
+        with jax.set_mesh(mesh):
+            cut = placed(params, mqa_jax.partition_specs(params, heads="model", kv_heads=axes.get("kv_heads")), mesh)
+            mine, x = placed(cache, mqa_jax.partition_specs(cache, **axes), mesh), placed(X, P("data"), mesh)
+            actual = both(cut, mine, x)
+            if "sequence" not in axes:
+                assert collectives(step.lower(cut, mine, x[:, :1]).compile().as_text()) == {"all-reduce": 1}
+        close(actual, expected, f"{kind}, {axes}")
