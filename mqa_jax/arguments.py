@@ -97,3 +97,19 @@ def flag(name: str, x: Any) -> bool:
 
 def _has_bools(x: Any) -> bool:
     return getattr(x, "dtype", None) == jnp.bool_
+
+
+def of_batch(x: Any, batch: tuple, axes: int) -> Any:
+    """One sequence `[T, N, H]` may come with other arrays that are a batch of one, `[1, S, K, H]`, as in `jax.nn`.
+
+    `axes`: the number of axes that follow the batch axes.
+    """
+    if isinstance(x, list | tuple):
+        return of_batch(x[0], batch, axes) if not batch and len(x) == 1 and _depth(x) == axes + 1 else x
+    if batch or not hasattr(x, "shape") or len(x.shape) != axes + 1 or x.shape[0] != 1:
+        return x
+    return x.reshape(x.shape[1:])  # a numpy array by numpy: JAX would narrow 64 bits to 32
+
+
+def _depth(x: Any) -> int:
+    return 1 + _depth(x[0]) if isinstance(x, list | tuple) and x else np.ndim(x)

@@ -15,9 +15,9 @@ import pytest
 from forced_tiles import SMALL, tiled, use_tiles
 
 import mqa_jax
-from mqa_jax.checks import checked_window
 from mqa_jax.kernels import tiles
 from mqa_jax.kernels.xla.tile import TileShape
+from mqa_jax.mask_checks import checked_window
 from mqa_jax.masks import MAX_INT32, MIN_INT32, Mask
 
 COLUMNS = 21

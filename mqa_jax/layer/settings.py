@@ -8,8 +8,8 @@ from jax.nn.initializers import Initializer, lecun_normal, zeros
 from jax.typing import DTypeLike
 
 from mqa_jax.cache import layout
-from mqa_jax.checks import checked_window
 from mqa_jax.layer import upstream
+from mqa_jax.mask_checks import checked_window
 from mqa_jax.positions import Rope, TemperatureTuning
 from mqa_jax.setting_types import check_types
 
