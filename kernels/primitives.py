@@ -68,6 +68,7 @@ def backward(
 
 
 def _bind_forward(kernels: Kernels, inputs: Inputs) -> list[Array]:
+    axes.check_types(inputs.operands.query, inputs.operands.key, inputs.operands.value)
     leaves, tree = jax.tree.flatten(inputs)
     return attention_p.bind(*devices.alike(leaves), kernels=kernels, tree=tree, maps=())
 

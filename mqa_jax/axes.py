@@ -60,6 +60,36 @@ def of_leaves(inputs: Any) -> list[str]:
     return found
 
 
+def check_types(query: Array, key: Array, value: Array) -> None:
+    """Checks that `Explicit` mesh axes, which are part of the types of arrays, cut what can be cut."""
+    for name, x in dict(query=query, key=key, value=value).items():
+        for letter, names in zip(LETTERS[name], _cuts(x), strict=True):
+            if names and letter in "hv":
+                raise ValueError(
+                    f"Batch, queries and heads may be cut over mesh axes, features may not: {name} has the type "
+                    f"{jax.typeof(x)}. Use jax.sharding.reshard first."
+                )
+            if names and letter == "s":
+                raise ValueError(
+                    f"Keys that are cut along the sequence need mqa_jax.sharded_attention: {name} has the type "
+                    f"{jax.typeof(x)}. To gather them, use jax.sharding.reshard first."
+                )
+    cuts, kv_heads = dict(zip(QUERY, _cuts(query), strict=True)), key.shape[-2]
+    devices = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in cuts["n"])
+    if kv_heads % devices and devices % kv_heads:
+        raise ValueError(
+            "The number of key/value heads and that of the parts of the query heads must divide one another: "
+            f"{kv_heads=}, parts={devices}, of mesh axes {cuts['n']}. Cut the heads over fewer devices."
+        )
+
+
+def _cuts(x: Array) -> list[tuple[str, ...]]:
+    """The mesh axes of more than one device that cut each axis, as its type says."""
+    sharding = jax.typeof(x).sharding
+    names = [each if isinstance(each, tuple) else (each,) for each in sharding.spec]
+    return [tuple(name for name in each if sharding.mesh.shape.get(name, 1) > 1) for each in names]
+
+
 def expanded(letters: str, axes: int) -> str:
     """With a letter for each axis."""
     return letters[:-1].ljust(axes, "x") if letters.endswith(WHOLE) else letters

@@ -61,6 +61,15 @@ OPTIONS: dict[str, Any] = {
 ARRAYS = oracle.DIFFERENTIABLE[3:]  # the options with gradients
 
 
+# How a mesh of 2 x 3 devices cuts arrays [8, 24, 6, 16] and two [8, 40, 2, 16], and the message.
+WRONG_TYPES: list[tuple[dict[str, P], str]] = [
+    ({"query": P(None, None, None, "b")}, r"features may not: query has the type f\S*32\[8,24,6,16@b\]. Use jax.shard"),
+    ({"value": P(None, None, None, "b")}, "features may not: value"),
+    ({"key": P(None, "b")}, r"need mqa_jax.sharded_attention: key has the type f\S*32\[8,40@b,2,16\]. To gather"),
+    ({"query": P(None, None, "n")}, r"must divide one another: kv_heads=2, parts=3, of mesh axes \('n',\)"),
+]
+
+
 def mesh_of(sizes, names, kind=AxisType.Auto):
     count = int(np.prod(sizes))
     return jax.make_mesh(sizes, names, axis_types=(kind,) * len(names), devices=jax.devices()[:count])
@@ -201,6 +210,13 @@ def what_is_refused():
         NotImplementedError, match=r"all mesh axes to be manual.*\['b'\], others {'n': 4}. Leave out `ax"
     ):
         jax.jit(partly).lower(arrays)
+    explicit = mesh_of((2, 3), ("b", "n"), AxisType.Explicit)
+    sizes = dict(query=(B, T, 6, H), key=(B, S, 2, H), value=(B, S, 2, H))
+    for cut, message in WRONG_TYPES:
+        put = lambda name, cut=cut: NamedSharding(explicit, cut.get(name, P()))
+        wrong = {name: jax.device_put(normal(*shape), put(name)) for name, shape in sizes.items()}
+        with pytest.raises(ValueError, match=message):
+            function(wrong)
     mine = placed(arrays, letters, ("b", None, "n"), 8, mesh)
     with pytest.raises(NotImplementedError, match=r"Auto mesh axes for jax.export:.*num_devices=8.*Use Explicit mesh"):
         jax.export.export(jax.jit(function))(mine)

@@ -40,7 +40,7 @@ def test_no_error_is_missing_from_these_tables():
         for node in ast.walk(ast.parse(path.read_text()))
         # Those of commands, of Python's own protocols and of several devices are in their own tests.
         if isinstance(node, ast.Raise)
-        and path.name != "devices.py"
+        and path.name not in ("axes.py", "devices.py")
         and not re.search("SystemExit|AttributeError", ast.unparse(node))
     }
     assert sorted(written - _raised()) == []
