@@ -90,8 +90,8 @@ def append_to_part(
       axis_name: the mesh axis, or several, that the cache is cut over.
 
     Returns:
-      The part with its tokens. It is written in place where the caller donates it. Where a traced position is beyond
-      the end, the last token of a floating point cache becomes NaN, and so does attention to it.
+      The part with its tokens. It is written in place where the caller donates it. Where traced positions go beyond the
+      end, a floating point cache gets NaN in their place, the last slot included, and so does attention to them.
 
     Raises:
       ValueError: the shapes or dtypes do not belong together, or the tokens go beyond the end.
@@ -105,10 +105,13 @@ def append_to_part(
     if not isinstance(first, jax.core.Tracer):
         rule = f"leave all {count} tokens in the cache"
         first = in_32_bits("position", first, rule, f"the cache has {end} positions", 0, end - count)
-    index = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))[:, None] + jnp.arange(count, dtype=jnp.int32)
+    start = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
+    index = start[:, None] + jnp.arange(count, dtype=jnp.int32)
     if jnp.issubdtype(tokens.dtype, jnp.inexact):
-        fits = (index >= 0) & (index < end)
-        tokens = jnp.where(fits.reshape(*fits.shape, *[1] * (tokens.ndim - 2)), tokens, jnp.nan)
+        fits = (index[:, 0] >= 0) & (
+            index[:, -1] < end
+        )  # all: which of two writes to the last slot counts is not defined
+        tokens = jnp.where(fits.reshape(batch, *[1] * (tokens.ndim - 1)), tokens, jnp.nan)
     slot = jnp.clip(index, 0, end - 1) - lax.axis_index(axis_name) * slots
     slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)  # beyond the end: not written
     return part.at[jnp.arange(batch)[:, None], slot].set(tokens, mode="drop")
