@@ -108,9 +108,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """What is there now stays. Each test traces programs, of which little is garbage: looking for it took a tenth."""
-    gc.collect()
-    gc.freeze()
+    """Each test traces programs, of which little is garbage: looking for it took a tenth.
+
+    Without `gc.freeze`: Hypothesis would not find what refers to its random numbers, and warns of it in some test.
+    """
     gc.set_threshold(100_000, 20, 20)
 
 
