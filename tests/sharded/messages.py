@@ -50,7 +50,8 @@ def collectives_are_those_of_the_formula():
         assert sent("ring", True) == {"collective-permute": sorted([size, size, full, full])}
         assert sent("all_gather", False) == {"all-gather": [whole, whole]}
         found = sent("all_gather", True)
-        assert found == {"all-gather": [whole] * 2, "reduce-scatter": [full // 2] * 2}, found  # XLA:CPU joins 2 and 2
+        assert found.pop("all-gather") in ([whole] * 2, [whole] * 4)  # the XLA of some versions joins 2 and 2
+        assert found == {"reduce-scatter": [full // 2] * 2}
 
 
 def a_window_ends_the_journey():
