@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from mqa_jax import masks
-from mqa_jax.dropout import Dropout
 from mqa_jax.inputs import Inputs
 
 WHOLE = "*"  # any number of axes, none of which is cut
@@ -172,7 +171,7 @@ class Cut:
             of_mask = None if mask.function is None else mask.function.with_first(head=head, of_scores=False)
             mask = replace(mask, function=of_mask)
         if dropout is not None and self.count("t") * self.count("n") > 1:
-            dropout = _numbered(dropout, head, row)
+            dropout = dropout.with_first(head=head, row=row)
         return replace(inputs, mask=mask, dropout=dropout, score_fn=score_fn)
 
 
@@ -180,7 +179,3 @@ def _moved(mask: masks.Mask, row: Array) -> masks.Mask:
     offset = jnp.zeros(1, jnp.int32) if mask.query_offset is None else mask.query_offset
     lengths = None if mask.query_lengths is None else mask.query_lengths - row
     return replace(mask, query_offset=offset + row, query_lengths=lengths)
-
-
-def _numbered(dropout: Dropout, head: Array, row: Array) -> Dropout:
-    return replace(dropout, first=dropout.numbers_of_first() + jnp.stack([head, row, jnp.zeros_like(row)]))

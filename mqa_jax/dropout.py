@@ -6,7 +6,7 @@ multiplications, which give the same bits in XLA, in a GPU kernel and in numpy. 
 columns, 16 bits each, so a kernel that handles both computes one hash; the rate is therefore rounded to 1/65536.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,11 @@ class Dropout:
 
     def numbers_of_first(self) -> Int[Array, "3"]:
         return jnp.zeros(3, jnp.int32) if self.first is None else self.first
+
+    def with_first(self, *, head: Array | int = 0, row: Array | int = 0, column: Array | int = 0) -> "Dropout":
+        """For a part of these arrays, of which the first head, query row and key column have these numbers in them."""
+        numbers = jnp.stack([jnp.asarray(number, jnp.int32) for number in (head, row, column)])
+        return replace(self, first=self.numbers_of_first() + numbers)
 
     @property
     def scale(self) -> float:

@@ -116,8 +116,7 @@ def pair(inputs: Inputs, queries: Chunk, keys: Chunk, key: Array, value: Array, 
         function=mask_fn,
     )
     if dropout is not None:
-        number = jnp.stack([jnp.zeros_like(queries.position), queries.position, keys.position])
-        dropout = replace(dropout, first=dropout.numbers_of_first() + number)
+        dropout = dropout.with_first(row=queries.position, column=keys.position)
     changes: dict[str, Any] = dict(mask=mask, dropout=dropout, score_fn=score_fn, residual=True, is_part=is_part)
     return replace(inputs, operands=operands, **changes)
 

@@ -13,14 +13,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Shaped
 
-from mqa_jax import reference
 from mqa_jax.arguments import array, in_32_bits, integers
 from mqa_jax.attention import compute_of, inputs_of_part
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import flash, online_softmax
 from mqa_jax.kernels.online_softmax import State
-from mqa_jax.sharded import checks
+from mqa_jax.sharded import checks, ring
 from mqa_jax.sharded.chunks import Chunk, Order, pair
 from mqa_jax.sharded.strategies import AxisName
 
@@ -62,9 +61,8 @@ def decode_attention(
         operands, queries = inputs.operands, Chunk(first, 0, first, inputs.sizes.T)
         part = pair(inputs, queries, keys, operands.key, operands.value, is_part=False)
         state = _summed(axis_name, *flash.attend(kernels, part))
-        sinks = reference.sinks_of_rows(inputs)
-        out, normalizer = online_softmax.finish(state, None if sinks is None else sinks.swapaxes(1, 2))
-        return out.astype(inputs.dtype), normalizer.log_sum_exp[..., 0] if inputs.residual else None
+        out, normalizer = ring.finish(inputs, state)
+        return out, normalizer.log_sum_exp if inputs.residual else None
 
     return checks.results(inputs, over_flat_batch(run, inputs))
 
@@ -108,9 +106,8 @@ def append_to_part(
     start = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
     index = start[:, None] + jnp.arange(count, dtype=jnp.int32)
     if jnp.issubdtype(tokens.dtype, jnp.inexact):
-        fits = (index[:, 0] >= 0) & (
-            index[:, -1] < end
-        )  # all: which of two writes to the last slot counts is not defined
+        # All tokens of a row or none: which of two writes to the last slot counts is not defined.
+        fits = (start >= 0) & (start <= end - count)
         tokens = jnp.where(fits.reshape(batch, *[1] * (tokens.ndim - 1)), tokens, jnp.nan)
     slot = jnp.clip(index, 0, end - 1) - lax.axis_index(axis_name) * slots
     slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)  # beyond the end: not written

@@ -85,11 +85,11 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[Output, Normalizer]:
 
     states = varying_like(tuple(map(empty, queries)), inputs.operands.query)
     states = plan.strategy.forward(key, value, step, states)
-    results = [_finish(rows(inputs, chunk), state) for chunk, state in zip(queries, states)]
+    results = [finish(rows(inputs, chunk), state) for chunk, state in zip(queries, states)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)
 
 
-def _finish(inputs: Inputs, state: State) -> tuple[Output, Normalizer]:
+def finish(inputs: Inputs, state: State) -> tuple[Output, Normalizer]:
     """With the sinks, which are scores of no step."""
     sinks = reference.sinks_of_rows(inputs)
     out, normalizer = online_softmax.finish(state, None if sinks is None else sinks.swapaxes(1, 2))
