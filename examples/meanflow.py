@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
-from command_line import Parser, exit_with_a_sentence
+from command_line import Parser, exit_with_a_sentence, option
 from jaxtyping import Array, Float, PRNGKeyArray
 from lobed_curves import LOBES, curves, draw, nearest, plot
 from tqdm import tqdm
@@ -36,11 +36,6 @@ import mqa_jax
 AVERAGED = 0.98  # of the mean of the parameters that samples are drawn with, a step keeps so much
 SHOW_EVERY = 20  # steps; showing a loss waits until it is computed
 LENGTHS = 1024, 2048, 4096  # tokens, in the table of memory
-
-
-def option(default: Any, meaning: str) -> Any:
-    """A setting that is also a command-line option."""
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +236,7 @@ def memory_table(settings: Settings, lengths: tuple[int, ...] = LENGTHS) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    for setting in fields(Settings):
-        flag, kind = "--" + setting.name.replace("_", "-"), type(setting.default)
-        parser.add_argument(flag, type=kind, default=setting.default, help=setting.metadata["help"])
+    parser.add_settings(fields(Settings))
     parser.add_argument("--out", type=Path, default=Path("runs/meanflow"), help="folder for meanflow.png")
     parser.add_argument("--memory", action="store_true", help="print the temporary memory of a step and train nothing")
     return parser.parse_args(arguments)

@@ -2,21 +2,15 @@
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import llama_nnx
 import optax
-from command_line import Parser
+from command_line import Parser, option
 from flax import nnx
 from llama import Llama, LlamaConfig
 from manual import Text
-
-
-def option(default: Any, meaning: str) -> Any:
-    """A setting that is also a command-line option."""
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +67,7 @@ class Settings:
 def training_parser(description: str | None, out: str) -> Parser:
     """With the options of all settings but `kv_heads`, and those of a run."""
     parser = Parser(description)
-    for setting in fields(Settings)[1:]:
-        flag = "--" + setting.name.replace("_", "-")
-        kind: Any = dict(action="store_true") if setting.type is bool else dict(type=setting.type)
-        parser.add_argument(flag, default=setting.default, help=setting.metadata["help"], **kind)
+    parser.add_settings(fields(Settings)[1:])
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for checkpoints and loss.png")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints")
