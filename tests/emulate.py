@@ -109,12 +109,13 @@ def outcomes(orders: list[Order], jobs: int) -> Iterator[Outcome]:
         yield from pool.map(run, orders)
 
 
-def orders_of(gpus: list[str], kinds: list[str], words: list[str], every: int) -> list[Order]:
+def orders_of(gpus: list[str], kinds: list[str], words: list[str], every: int, in_turn: bool) -> list[Order]:
     orders = []
-    for gpu in gpus:
+    for turn, gpu in enumerate(gpus):
         for kind in kinds:
             names = [name for name, _ in KINDS[kind](gpu)]
             chosen = range(0, len(names), every if kind == "pairs" else 1)
+            chosen = chosen[turn :: len(gpus)] if in_turn else chosen
             orders += [Order(gpu, kind, n) for n in chosen if not words or any(word in names[n] for word in words)]
     return orders
 
@@ -130,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="mutants: faults in the kernels' source; broken: compiled kernels that lack an instruction",
     )  # fmt: skip
     parser.add_argument("--every", type=int, default=32, help="of the rows with pairs of options run each so-many-th")
+    parser.add_argument("--in-turn", action="store_true", help="each call on one of the GPUs, in turn, not on all")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
     reason = emulation.missing()
@@ -139,7 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     prepare()
     start = time.monotonic()
     found = []
-    for outcome in outcomes(orders_of(options.gpu, options.kinds, options.only, options.every), options.jobs):
+    orders = orders_of(options.gpu, options.kinds, options.only, options.every, options.in_turn)
+    for outcome in outcomes(orders, options.jobs):
         found.append(outcome)
         state = "ok" if outcome.wrong is None else "WRONG"
         kernels = " ".join(name.removeprefix("mqa_") for name in outcome.kernels)
