@@ -21,6 +21,9 @@ JOBS ?= 2
 ARGS ?=
 LOCK ?= locked
 
+# Tests and examples start many processes: where this is set each compiles what it imports anew, 2 s of JAX's 3.
+export PYTHONDONTWRITEBYTECODE :=
+
 VENV := .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))$(if $(filter locked,$(LOCK)),,-$(or $(LOCK),newest))
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile

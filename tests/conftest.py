@@ -121,6 +121,7 @@ def pytest_collection_modifyitems(config, items):
 
     On a GPU only what tells something about kernels; elsewhere what needs one is skipped, counted and named.
     """
+    one_in = config.getoption("--one-in")
     cases: collections.Counter[str] = collections.Counter()
     chosen: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
@@ -129,7 +130,7 @@ def pytest_collection_modifyitems(config, items):
         name = item.nodeid.partition("[")[0]
         if sampled and cases[name] % sampled.args[0]:
             item.add_marker(pytest.mark.slow)
-        (left_out if cases[name] % config.getoption("--one-in") else chosen).append(item)
+        (left_out if cases[name] % one_in and "one_in" not in item.fixturenames else chosen).append(item)
         cases[name] += 1
     config.hook.pytest_deselected(items=left_out)
     items[:] = chosen
@@ -141,6 +142,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip("a GPU and the option --gpu are wanted"))
+
+
+@pytest.fixture
+def one_in(request):
+    """For tests that leave out cases by themselves, since one process runs many."""
+    return request.config.getoption("--one-in")
 
 
 def pytest_generate_tests(metafunc):
