@@ -50,7 +50,7 @@ fuzz: $(VENV)/develop
 	$(RUN) tests/fuzz.py $(ARGS)
 
 test: $(VENV)/develop
-	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m 'not slow' --one-in 10 $(ARGS)
 
 test-all: $(VENV)/develop
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -115,9 +115,9 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+@pytest.hookimpl(trylast=True)  # of what `-m` and `-k` choose
 def pytest_collection_modifyitems(config, items):
-    """Of the cases of a test that is `sampled`, all but every nth are slow. With --one-in others are left out.
+    """With --one-in every nth case of each test is chosen.
 
     On a GPU only what tells something about kernels; elsewhere what needs one is skipped, counted and named.
     """
@@ -126,10 +126,7 @@ def pytest_collection_modifyitems(config, items):
     chosen: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     for item in items:
-        sampled = item.get_closest_marker("sampled")
         name = item.nodeid.partition("[")[0]
-        if sampled and cases[name] % sampled.args[0]:
-            item.add_marker(pytest.mark.slow)
         (left_out if cases[name] % one_in and "one_in" not in item.fixturenames else chosen).append(item)
         cases[name] += 1
     config.hook.pytest_deselected(items=left_out)

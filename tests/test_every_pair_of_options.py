@@ -56,19 +56,16 @@ def test_plain_xla(row):
     judge(WAYS["xla"], row)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("row", rows_of(WAYS["xla, few queries"]))
 def test_plain_xla_of_few_queries(row):
     judge(WAYS["xla, few queries"], row)
 
 
-@pytest.mark.sampled(12)
 @pytest.mark.parametrize("row", rows_of(WAYS["xla, tiles of CPUs"]))
 def test_plain_xla_in_tiles_of_cpus(row):
     judge(WAYS["xla, tiles of CPUs"], row)
 
 
-@pytest.mark.sampled(12)
 @pytest.mark.parametrize("row", rows_of(WAYS["xla, tiles of accelerators"]))
 def test_plain_xla_in_tiles_of_accelerators(row):
     judge(WAYS["xla, tiles of accelerators"], row)
@@ -80,7 +77,6 @@ def test_triton(request, row):
     judge(_on_this_machine(request, WAYS["triton"]), row)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("row", rows_of(WAYS["triton, few queries"]))
 def test_triton_of_few_queries(request, row):

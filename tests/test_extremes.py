@@ -62,7 +62,6 @@ def judge(monkeypatch, implementation: str, rows: int, visible, distance, slopes
     oracle.judge_float32(actual, expected)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)
@@ -75,7 +74,6 @@ def test_windows_and_offsets(monkeypatch, implementation, rows, name):
     judge(monkeypatch, implementation, rows, visible, distance, slopes, is_causal=is_causal, **options)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("window", [None, (3, 0), (2**31 - 2, 0), (0, 2**31 - 2)])
 @pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)

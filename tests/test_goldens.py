@@ -70,7 +70,6 @@ def _run_with_gradients(golden: Golden):
     return outputs, gradients
 
 
-@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in EXCLUDED])
 def test_golden(name):
     golden = golden_modules.load(name)

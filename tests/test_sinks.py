@@ -123,7 +123,6 @@ def test_parts_with_the_sink_in_one_of_them(implementation):
         oracle.judge_float32(oracle.compiled(whole, attend)(whole), expected)
 
 
-@pytest.mark.sampled(4)
 @everywhere
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_gradients_of_16_bits(place, dtype):
@@ -134,7 +133,6 @@ def test_gradients_of_16_bits(place, dtype):
     oracle.judge(oracle.results(low, implementation), plain, reference)
 
 
-@pytest.mark.sampled(2)
 @everywhere
 def test_gradients_have_the_dtype_of_sinks_and_slopes(place):
     implementation, rows = place

@@ -38,7 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # -- cached decoding equals the full pass ------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(name):
     """A prompt in two chunks, then one and several tokens at a time."""

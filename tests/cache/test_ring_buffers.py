@@ -17,7 +17,6 @@ pytestmark = pytest.mark.usefixtures("skin")
 SKINS = ("linen",)  # test_nnx.py compares the bits of NNX with it; test_schedules.py runs with both
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_ring_computes_what_the_full_pass_does(name):
     settings = {**RING, **OPTIONS[name]}
@@ -31,7 +30,6 @@ def test_a_ring_computes_what_the_full_pass_does(name):
     np.testing.assert_array_equal(cache["ring_index"], sum(SCHEDULE))
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", PAIRS)
 def test_masks_and_biases_of_a_ring_are_by_position(name):
     module, params = make(**RING)
@@ -51,7 +49,6 @@ TABLES: dict[str, Any] = {
 }
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["static", "ring"])
 @pytest.mark.parametrize("name", TABLES)
 def test_one_table_of_all_pairs_serves_every_call(name, layout):

@@ -67,7 +67,6 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of a GGUF
 }
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.torch
 @pytest.mark.parametrize("name", SAME)
 def test_a_gguf_file_is_the_folder_that_says_the_same(tmp_path, small, name):

@@ -56,7 +56,6 @@ FOLDERS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.torch
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_is_what_transformers_reads(tmp_path, name):

@@ -11,7 +11,6 @@ LOWEST = float(jnp.finfo(jnp.bfloat16).min)  # a number of both dtypes
 SHAPE: dict[str, Any] = dict(batch=(1,), heads=4, kv_heads=2, features=80)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("implementation", ["xla", "kernels"])
 @pytest.mark.parametrize(("rows", "columns"), [(37, 203), (1, 1301), (3, 1301)])

@@ -30,7 +30,6 @@ def expected(way: str, number: int):
     return WAYS[way].expected(WAYS[way].table[number])
 
 
-@pytest.mark.sampled(12)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.function}: {mutant.old} -> {mutant.new}")
 def test_every_mutant_is_noticed(mutant):
     with applied(mutant):

@@ -28,7 +28,6 @@ from mqa_jax.kernels.triton import implementation as triton
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "sizes"), problems.FOR_PRECISION_IN_DTYPES, ids=str)
 def test_precision(dtype, sizes):
     """With the tiles of the table, at most twice the error of a plain computation in the same dtype."""
@@ -37,13 +36,11 @@ def test_precision(dtype, sizes):
     oracle.judge(oracle.results(problem, "kernels"), plain, reference)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "bits", "sizes"), problems.FOR_PRECISION_IN_8_BITS, ids=str)
 def test_precision_of_8_bits(dtype, bits, sizes):
     oracle.judge_8_bits(oracle.random_problem(np.random.default_rng(0), **sizes), dtype, bits, "kernels")
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("features", "value_features"), [(96, 96), (192, 128), (8, 256), (256, 256)])
 def test_head_sizes_in_pieces(monkeypatch, features, value_features):
     """192 = 128 + 64, 96 = 64 + 32; and cut smaller, as full float32 products want them."""

@@ -144,7 +144,6 @@ def test_a_small_bias_is_refused_and_none_goes_on_to_xla(dtype):
     assert kernels_in(lowered_for_cuda(functools.partial(attend, name=None), query, bias).as_text()) == []
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", *filter(IS_COMPUTED, SMALL_FLOATS)])
 @pytest.mark.usefixtures("kernels")
 def test_slopes_and_sinks_of_any_dtype(dtype):

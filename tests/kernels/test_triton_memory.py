@@ -31,7 +31,6 @@ TOUCHING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TOUCHING)
 def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(monkeypatch, name):
     """On a strict model of a GPU's memory, see `strict_gpu`; interpret mode would hide it."""
@@ -59,7 +58,6 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradients, expected_gradients)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("cache", "least_keys", "kernels"),
     [
@@ -92,7 +90,6 @@ def test_a_decoding_step_touches_what_exists(cache, least_keys, kernels, monkeyp
     np.testing.assert_allclose(normalizer.log_sum_exp, expected[1], atol=1e-5)
 
 
-@pytest.mark.sampled(5)
 @pytest.mark.parametrize("cache", ["static", "ring in 8 bits"])
 @pytest.mark.parametrize("shared", list(itertools.product((False, True), repeat=4)), ids=str)
 def test_few_queries_with_pairs_shared_along_any_axes(shared, cache, monkeypatch):

@@ -65,7 +65,6 @@ def test_everything_at_once():
         oracle.judge(tangents.of_kernels(problem, interpret=True)(problem, moving), *expected)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "sizes"), problems.FOR_PRECISION_IN_DTYPES, ids=str)
 def test_precision(dtype, sizes, interpret):
     """With the tiles of the table, at most twice the error of a plain computation in the same dtype."""

@@ -28,7 +28,6 @@ def test_every_combination_of_options_as_users_call_it(problem):
     oracle.judge_float32(oracle.results(problem, None), oracle.results(problem, "reference"))
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "sizes"), problems.FOR_PRECISION_IN_DTYPES, ids=str)
 def test_precision(monkeypatch, dtype, sizes):
     """In each dtype, at most twice the error of a plain computation in that dtype: output, LSE and gradients."""
@@ -39,7 +38,6 @@ def test_precision(monkeypatch, dtype, sizes):
         oracle.judge(fast, plain, reference)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "bits", "sizes"), problems.FOR_PRECISION_IN_8_BITS, ids=str)
 def test_precision_of_8_bits(monkeypatch, dtype, bits, sizes):
     problem = oracle.random_problem(np.random.default_rng(0), **sizes)
@@ -58,7 +56,6 @@ def test_it_is_deterministic():
         np.testing.assert_array_equal(x, second[name], err_msg=name)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "rows", "columns", "features", "dtype"),
     [

@@ -90,13 +90,11 @@ def rows_with_derivatives(way: str) -> list[Any]:
     return [row for row in rows_of(WAYS[way]) if "bits" not in row.values[0]]
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("row", rows_with_derivatives("xla"))
 def test_every_pair_of_options(row):
     judge(WAYS["xla"], row)
 
 
-@pytest.mark.sampled(12)
 @pytest.mark.parametrize("row", rows_with_derivatives("xla, few queries"))
 def test_few_queries(row):
     judge(WAYS["xla, few queries"], row)

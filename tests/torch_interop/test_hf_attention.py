@@ -42,7 +42,6 @@ def converted(meta, arrays):
     return dataclasses.replace(module, deterministic=True), params
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_caches(name):
     """The whole text at once, and a prompt and two steps through our cache, which then holds what theirs does."""
@@ -69,7 +68,6 @@ def test_every_family_has_a_vector_or_weights():
     assert set(hf_attention.FAMILIES) - covered == {"mistral", "qwen2", "bert"}  # these are compared with live layers
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.torch
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
 def test_a_live_model_with_a_window_in_some_layers(model_type):

@@ -25,7 +25,6 @@ def compare(layer: Any, module: Any, variables: Any, **options: Any) -> parity.R
     return parity.compare(module, variables, layer, X, **options)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_of_transformers(name):
     """Outputs within 1e-5, gradients within 1e-4 or 1e-5 of the largest, and decoding from torch's own cache."""
@@ -97,7 +96,6 @@ WRONG: dict[str, Any] = {
 }
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [*CONFIGS, *upstream_layers.LAYERS])
 def test_wrong_conversions_are_caught(name):
     layer = hf_layer(name) if name in CONFIGS else upstream_layers.LAYERS[name]()

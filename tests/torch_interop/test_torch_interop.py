@@ -33,7 +33,6 @@ def test_torch_multihead_attention(kdim, vdim, bias):
     np.testing.assert_allclose(ours.mean(1), weights.detach().numpy(), atol=1e-6)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.torch
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 def test_a_llama_layer_and_its_gradients(kv_heads):

@@ -21,7 +21,6 @@ def equal(layer, other) -> bool:
     return all(name == name_ and (x == x_).all() and x.dtype == x_.dtype for (name, x), (name_, x_) in pairs)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_layer_of_transformers_there_and_back(name):
     layer = hf_layer(name)

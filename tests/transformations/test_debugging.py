@@ -53,7 +53,6 @@ def _checkified(function, *arguments):
     return results
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_all_checks_of_checkify_find_nothing_where_nothing_is_wrong(implementation, rows):
@@ -78,7 +77,6 @@ def test_all_checks_of_checkify_find_nothing_where_nothing_is_wrong(implementati
     chex.assert_trees_all_close(gradients, jax.grad(lambda arrays: attend(**arrays).sum())(problem.arrays), atol=1e-5)
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "settings",
     [{}, dict(cache_layout="ring", local_window_size=(3, 0)), dict(cache_dtype="int8"), dict(rope=mqa_jax.Rope())],

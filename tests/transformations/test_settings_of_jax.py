@@ -46,7 +46,6 @@ def test_jax_enable_x64_changes_nothing(implementation, rows):
     oracle.judge_float32(actual, expected)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", [1, 13])
 @pytest.mark.parametrize("implementation", [None, "xla", "reference"])
 def test_float64_is_computed_in_float64(implementation, rows):
@@ -110,7 +109,6 @@ def test_precision_is_passed_on_by_every_path(rows, platform):
     assert products or (platform, rows) == ("cpu", 1)
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("rows", [1, 13])
 def test_rank_promotion_may_raise(rows, implementation):
@@ -145,7 +143,6 @@ def test_rank_promotion_may_raise(rows, implementation):
     oracle.judge_float32(actual, oracle.results(problem, "reference"))
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["static", "ring"])
 @pytest.mark.parametrize("tokens", [1, 5, 29])
 def test_rank_promotion_may_raise_in_modules_with_a_cache(layout, tokens):
