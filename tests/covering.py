@@ -38,7 +38,8 @@ def table(choices: Choices, exist: Callable[[Row], bool], known: Iterable[Pair] 
     Greedy: a row starts with a pair that is missing; every other option is chosen so that as many missing pairs as
     possible join it, and is left out if that joins none.
     """
-    missing = dict.fromkeys(pair for pair in every_pair(choices, exist) if pair not in set(known))
+    already = set(known)
+    missing = dict.fromkeys(pair for pair in every_pair(choices, exist) if pair not in already)
     rows = []
     while missing:
         row: Row = dict(next(iter(missing)))

@@ -33,18 +33,8 @@ def name(row: covering.Row) -> str:
     return "-".join(option if choice is True else f"{option}={choice}" for option, choice in given.items())
 
 
-ONE_IN = 10  # of the rows with several options is also in the short suite
-
-
 def rows_of(way: Way) -> list[Any]:
-    """All rows; those with several options but for a few are for `make test-all`."""
-    nothing, rows = way.table[0], [*way.table, *way.table_in_8_bits]
-    alone = lambda row: sum(choice != nothing.get(option) for option, choice in row.items()) <= 1
-    long = lambda number: number % ONE_IN and not alone(rows[number])
-    return [
-        pytest.param(row, id=name(row), marks=[pytest.mark.slow] if long(number) else [])
-        for number, row in enumerate(rows)
-    ]
+    return [pytest.param(row, id=name(row)) for row in (*way.table, *way.table_in_8_bits)]
 
 
 def judge(way: Way, row: covering.Row) -> None:
@@ -154,6 +144,7 @@ def test_the_options_are_all_there_are():
     assert arguments - given == {"implementation", "return_residual", "precision"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_leave_something_to_judge(way):
     """In each row of a table, over its value sets: a quarter of the queries see a key in one of them.

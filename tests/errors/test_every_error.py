@@ -31,6 +31,7 @@ from mqa_jax.torch_interop.hugging_face import attention as hf_attention
 
 @needs_modes
 @pytest.mark.torch
+@pytest.mark.slow
 def test_no_error_is_missing_from_these_tables():
     """Every `raise` of the package is reached by one of them."""
     package = Path(mqa_jax.__file__).parent
