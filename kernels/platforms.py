@@ -7,7 +7,7 @@ saved for the other two, which get the largest finite number instead of -inf.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,11 +34,15 @@ def tangent_in_row_blocks(
 
 @dataclass(frozen=True)
 class Kernels:
-    """The passes. `tangents` has None for an operand whose tangent is zero."""
+    """The passes. `tangents` has None for an operand whose tangent is zero.
+
+    `textbook` computes the same in operations that JAX differentiates, for second derivatives.
+    """
 
     forward: Callable[[Inputs], tuple[Output, Normalizer]]
     backward: Callable[[Inputs, Output, Normalizer, Output, LogSumExp], Operands]
     tangent: Callable[[Inputs, Output, Normalizer, Operands], tuple[Output, LogSumExp]] = tangent_in_row_blocks
+    textbook: Callable[[Inputs], tuple[Output, LogSumExp]] = row_blocks.attend
 
 
 @functools.cache  # the same object for the same choices, so that jit finds the programs compiled for it
@@ -47,7 +51,7 @@ def by_platform(name: str | None, *choices: tuple[str | None, Kernels]) -> Kerne
 
     Where there is neither, lowering raises NotImplementedError for implementation `name`.
     """
-    return Kernels(**{each.name: _by_platform(name, choices, each.name) for each in fields(Kernels)})
+    return Kernels(**{which: _by_platform(name, choices, which) for which in ("forward", "backward", "tangent")})
 
 
 def _by_platform(name: str | None, choices: tuple[tuple[str | None, Kernels], ...], which: str) -> Callable:

@@ -6,7 +6,7 @@
 
 All three compute with the passes of a fused implementation (`platforms.Kernels`). `jax.custom_vjp` has no forward mode,
 and `jax.custom_jvp` no way to say how a tangent is transposed. The derivatives of tangent_p and backward_p with respect
-to the operands, that is second derivatives, are those of `row_blocks`.
+to the operands, that is second derivatives, are those of textbook attention (`Kernels.textbook`, `row_blocks`).
 
 The arguments are the leaves of `Inputs`, of which the operands come first; after them, for the last two primitives,
 output and normalizer, which are functions of the inputs: their own tangents are not used. `wanted` has the indices of
@@ -65,6 +65,19 @@ def backward(
     arguments = devices.alike([*leaves, out, *normalizer, d_out, d_log_sum_exp])
     found = backward_p.bind(*arguments, kernels=kernels, tree=tree, wanted=wanted, maps=())
     return replace(_operands(inputs, dict(zip(wanted, found))), **constant)
+
+
+def tangent(
+    kernels: Kernels, inputs: Inputs, out: Output, normalizer: Normalizer, tangents: Operands
+) -> tuple[Output, LogSumExp]:
+    """The tangents of output, in its dtype, and log-sum-exp. At least one operand has one, the others have None."""
+    leaves, tree = jax.tree.flatten(inputs)
+    structure: Any = jax.tree.structure(inputs.operands)
+    moved = {i: x for i, x in enumerate(structure.flatten_up_to(tangents)) if x is not None}
+    arguments = devices.alike([*leaves, out, *normalizer, *moved.values()])
+    saved, changes = arguments[: -len(moved)], arguments[-len(moved) :]
+    d_out, d_log_sum_exp = _tangent_bind(saved, tuple(moved), changes, kernels, tree)
+    return d_out, d_log_sum_exp
 
 
 def _bind_forward(kernels: Kernels, inputs: Inputs) -> list[Array]:
@@ -185,7 +198,8 @@ def _tangent_jvp(
         inner = tuple(wanted[i] for i in again)
         terms.append(_tangent_bind(saved, inner, [changes[len(saved) + i] for i in again], **parameters))
     if moved := _given(changes[: tree.num_leaves]):
-        first = lambda leaves: row_blocks.tangent(tree, leaves, dict(zip(wanted, tangents)))
+        textbook, given = _textbook(kernels, tree), dict(zip(wanted, tangents))
+        first = lambda leaves: row_blocks.derivative(textbook, leaves, given)
         terms.append(row_blocks.derivative(first, arguments[: tree.num_leaves], {i: changes[i] for i in moved}))
     results = tangent_p.bind(*arguments, **parameters, wanted=wanted, maps=())
     return results, _sum(terms)
@@ -209,7 +223,8 @@ def _backward_jvp(
         filled = [jnp.zeros_like(x) if dx is None else dx for x, dx in zip(cotangents, changes[-2:])]
         terms.append(backward_p.bind(*saved, *filled, **parameters, maps=()))
     if moved := _given(changes[: tree.num_leaves]):
-        first = lambda leaves: row_blocks.gradients(tree, leaves, cotangents, wanted)
+        textbook = _textbook(kernels, tree)
+        first = lambda leaves: row_blocks.gradients(textbook, leaves, cotangents, wanted)
         terms.append(row_blocks.derivative(first, arguments[: tree.num_leaves], {i: changes[i] for i in moved}))
     return backward_p.bind(*arguments, **parameters, maps=()), _sum(terms)
 
@@ -221,6 +236,10 @@ def _backward_transpose(cotangents: list, arguments: list, *, kernels: Kernels, 
 
 def _tangent_bind(saved: Sequence[Any], wanted: Wanted, tangents: list, kernels: Kernels, tree: Tree) -> list[Array]:
     return tangent_p.bind(*saved, *tangents, kernels=kernels, tree=tree, wanted=wanted, maps=())
+
+
+def _textbook(kernels: Kernels, tree: Tree) -> row_blocks.OfLeaves:
+    return lambda leaves: kernels.textbook(jax.tree.unflatten(tree, leaves))
 
 
 def _given(tangents: Sequence[Any]) -> tuple[int, ...]:

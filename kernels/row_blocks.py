@@ -19,6 +19,7 @@ from mqa_jax.inputs import Inputs
 from mqa_jax.shapes import Length
 
 MAX_SCORES = 1 << 22  # of a block, 16 MiB in float32
+OfLeaves = Callable[[Sequence[Array]], Any]  # a function of the leaves of `Inputs`
 
 
 def attend(inputs: Inputs) -> tuple[Array, Array]:
@@ -37,26 +38,22 @@ def attend(inputs: Inputs) -> tuple[Array, Array]:
     return jax.tree.map(joined, results)
 
 
-def tangent(tree: Any, leaves: Sequence[Array], tangents: dict[int, Array]) -> list[Array]:
-    """The tangents of output and log-sum-exp, for tangents of some leaves."""
-    return derivative(lambda leaves: attend(jax.tree.unflatten(tree, leaves)), leaves, tangents)
-
-
-def gradients(tree: Any, leaves: Sequence[Array], cotangents: Sequence[Array], wanted: Sequence[int]) -> list[Array]:
+def gradients(
+    function: OfLeaves, leaves: Sequence[Array], cotangents: Sequence[Array], wanted: Sequence[int]
+) -> list[Array]:
     """The gradients of some leaves."""
-    function = _of_some(lambda leaves: attend(jax.tree.unflatten(tree, leaves)), leaves, wanted)
-    _, transposed = jax.vjp(function, *(leaves[number] for number in wanted))
+    _, transposed = jax.vjp(_of_some(function, leaves, wanted), *(leaves[number] for number in wanted))
     return list(transposed(tuple(cotangents)))
 
 
-def derivative(function: Callable[[Sequence[Array]], Any], leaves: Sequence[Array], tangents: dict[int, Array]) -> list:
-    """The tangents of the results of a function of leaves, of which some have a tangent."""
+def derivative(function: OfLeaves, leaves: Sequence[Array], tangents: dict[int, Array]) -> list:
+    """The tangents of the results, where some leaves have a tangent."""
     numbers = list(tangents)
     _, moved = jax.jvp(_of_some(function, leaves, numbers), [leaves[i] for i in numbers], list(tangents.values()))
     return list(moved)
 
 
-def _of_some(function: Callable, leaves: Sequence[Array], numbers: Sequence[int]) -> Callable:
+def _of_some(function: OfLeaves, leaves: Sequence[Array], numbers: Sequence[int]) -> Callable:
     """The function of the leaves with these numbers; the others are constant."""
     return lambda *some: function([dict(zip(numbers, some)).get(i, x) for i, x in enumerate(leaves)])
 

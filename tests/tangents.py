@@ -1,5 +1,6 @@
 """Tangents of output and log-sum-exp (forward mode): of an implementation, the reference, the plain computation."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -77,7 +78,7 @@ def of_kernels(problem: oracle.Problem, interpret: bool) -> Callable[[oracle.Pro
     def run(both: Any) -> tuple[Any, Any]:
         return triton.tangent(both.inputs, *saved(both.inputs, interpret), both.tangents, interpret=interpret)
 
-    return _compiled(problem, lambda arrays, tangents, options: over_flat_batch(run, moved(arrays, tangents, options)))
+    return compiled(problem, lambda arrays, tangents, options: over_flat_batch(run, moved(arrays, tangents, options)))
 
 
 # -- of an implementation ---------------------------------------------------------------------------------------------
@@ -85,10 +86,18 @@ def of_kernels(problem: oracle.Problem, interpret: bool) -> Callable[[oracle.Pro
 
 def of_implementation(problem: oracle.Problem, name: str) -> Callable[[oracle.Problem, Arrays], Found]:
     """As JAX computes them from `dot_product_attention`."""
-    attend = lambda arrays, options: mqa_jax.dot_product_attention(
-        **oracle.arguments(arrays, options), implementation=name, return_residual=True
+    return of_function(problem, functools.partial(attend, name))
+
+
+def attend(implementation: str, arrays: Arrays, options: dict[str, Any]) -> Any:
+    return mqa_jax.dot_product_attention(
+        **oracle.arguments(arrays, options), implementation=implementation, return_residual=True
     )
-    return _compiled(problem, _differentiated(attend))
+
+
+def of_function(problem: oracle.Problem, attend: Callable[..., Any]) -> Callable[[oracle.Problem, Arrays], Found]:
+    """Of a function of arrays and options."""
+    return compiled(problem, _differentiated(attend))
 
 
 # -- what they are judged by ------------------------------------------------------------------------------------------
@@ -96,13 +105,15 @@ def of_implementation(problem: oracle.Problem, name: str) -> Callable[[oracle.Pr
 
 def of_plain(problem: oracle.Problem) -> Callable[[oracle.Problem, Arrays], Found]:
     """In the precision of the arrays."""
-    return _compiled(problem, _differentiated(oracle.plain_attention))
+    return of_function(problem, oracle.plain_attention)
 
 
 def of_reference(problem: oracle.Problem) -> Callable[[oracle.Problem, Arrays], Found]:
     """In float64."""
-    compute = of_implementation(problem, "reference")
+    return in_float64(of_implementation(problem, "reference"))
 
+
+def in_float64(compute: Callable[[oracle.Problem, Arrays], Found]) -> Callable[[oracle.Problem, Arrays], Found]:
     def exact(problem: oracle.Problem, tangents: Arrays) -> Found:
         with jax.enable_x64(True):
             tangents = {name: x.astype(jnp.float64) for name, x in tangents.items()}
@@ -119,13 +130,14 @@ def _differentiated(attend: Callable[[Arrays, dict[str, Any]], Any]) -> Callable
     return tangents_of
 
 
-def _compiled(problem: oracle.Problem, tangents_of: Callable) -> Callable[[oracle.Problem, Arrays], Found]:
+def compiled(problem: oracle.Problem, tangents_of: Callable) -> Callable[[oracle.Problem, Arrays], Found]:
     """For problems that differ in the values of arrays; what is an array is an argument of the program."""
     static = {name: x for name, x in problem.options.items() if not isinstance(x, jax.Array)}
 
     @jax.jit
     def compute(arrays: Arrays, tangents: Arrays, options: dict[str, Any]) -> Found:
-        return dict(zip(("out", "log_sum_exp"), tangents_of(arrays, tangents, static | options)))
+        found = tangents_of(arrays, tangents, static | options)
+        return found if isinstance(found, dict) else dict(zip(("out", "log_sum_exp"), found))
 
     def for_values(other: oracle.Problem, tangents: Arrays) -> Found:
         options = {name: x for name, x in other.options.items() if name not in static}

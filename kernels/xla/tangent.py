@@ -61,7 +61,7 @@ def tangent_in_tiles(
     mean, weighted = (x.reshape(size.B, size.T, size.N, -1) for x in results)
     mean = mean[..., 0] + row_terms.moved_by_sinks(inputs.operands.sinks, tangents.sinks, normalizer)
     moved = weighted - mean[..., None] * out.astype(weighted.dtype)
-    return moved.astype(inputs.dtype), mean
+    return moved.astype(inputs.out_dtype), mean
 
 
 def add_tile(

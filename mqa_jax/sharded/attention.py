@@ -61,6 +61,7 @@ def ring_attention(
       NotImplementedError: an option that a cut sequence does not have, or an implementation without passes of its own.
     """
     devices = checks.axis_size(axis_name)
+    checks.of_mesh(axis_name)
     checks.known(strategy, order)
     implementation = options.get("implementation")
     inputs = inputs_of_part((devices, devices), query, key, value, bias, mask, **options)

@@ -28,11 +28,22 @@ def axis_size(axis: AxisName) -> int:
     try:
         return lax.axis_size(axis)
     except (NameError, TypeError) as error:
-        there = list(jax.sharding.get_abstract_mesh().manual_axes)
-        raise ValueError(
-            f"axis_name must name a mesh axis of the jax.shard_map around the call: axis_name={axis!r}, manual axes "
-            f"{there}. Outside of jax.shard_map, call sharded_attention."
-        ) from error
+        raise _no_mesh_axis(axis) from error
+
+
+def of_mesh(axis: AxisName) -> None:
+    """Not one of `jax.vmap`."""
+    names = axis if isinstance(axis, tuple) else (axis,)
+    if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        raise _no_mesh_axis(axis)
+
+
+def _no_mesh_axis(axis: AxisName) -> ValueError:
+    there = list(jax.sharding.get_abstract_mesh().manual_axes)
+    return ValueError(
+        f"axis_name must name a mesh axis of the jax.shard_map around the call: axis_name={axis!r}, manual axes "
+        f"{there}. Outside of jax.shard_map, call sharded_attention."
+    )
 
 
 def possible(inputs: Inputs, order: str) -> None:

@@ -1,8 +1,10 @@
-"""Attention over a sequence that is cut over devices, inside of `jax.shard_map`, and its derivative.
+"""Attention over a sequence that is cut over devices, inside of `jax.shard_map`, and its derivatives.
 
 Each device keeps its queries. Keys and values come to it (`strategies`); the results of all steps are merged by their
-normalizers, in float32. The backward pass of FlashAttention needs nothing of the forward pass but the output and the
-normalizer of whole rows: with these, each step gives its own share of every gradient, so no step is saved.
+normalizers, in float32. The other passes of FlashAttention need nothing of the forward pass but the output and the
+normalizer of whole rows: with these, each step gives its own share of every tangent and gradient, so no step is saved.
+
+The passes are those of an implementation (`platforms.Kernels`), which `primitives` makes differentiable as it does all.
 """
 
 import functools
@@ -12,18 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from mqa_jax import reference
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import devices, online_softmax, primitives, row_terms
+from mqa_jax.kernels import devices, online_softmax, primitives, row_blocks, row_terms
 from mqa_jax.kernels.online_softmax import Normalizer, State
 from mqa_jax.kernels.platforms import Kernels
 from mqa_jax.shapes import LogSumExp, Output
 from mqa_jax.sharded.chunks import Chunk, add_pairs, pair, rows
-from mqa_jax.sharded.strategies import AllGather, Held, Ring, varying_like
+from mqa_jax.sharded.strategies import AllGather, AxisName, Held, Ring, varying_like
 
 
 class Plan(NamedTuple):
@@ -46,34 +46,49 @@ class Plan(NamedTuple):
 
 def attend(kernels: Kernels, strategy: Ring | AllGather, inputs: Inputs) -> tuple[Output, LogSumExp | None]:
     """Output and log-sum-exp of this device's queries; `inputs` have its parts of all arrays, and whole lengths."""
-    leaves, tree = jax.tree.flatten(inputs)
-    *leaves, _ = devices.alike([*leaves, lax.axis_index(strategy.axis)])
-    inputs = _with_columns(strategy, jax.tree.unflatten(tree, leaves))
-    operands, rest = inputs.operands, replace(inputs, operands=None)  # type: ignore[arg-type]
-    out, log_sum_exp = _attend(Plan(kernels, strategy), operands, rest)
+    inputs = _ordered(strategy, _with_numbers_of_keys(strategy.axis, _varying(strategy.axis, inputs)))
+    out, log_sum_exp = primitives.attend(passes(Plan(kernels, strategy)), inputs)
     return out, log_sum_exp if inputs.residual else None
 
 
-def _with_columns(strategy: Ring | AllGather, inputs: Inputs) -> Inputs:
-    """Numbers of keys, which are few, and the columns of bias and mask, as every step needs them."""
+@functools.cache  # the same object for the same plan, so that jit finds the programs compiled for it
+def passes(plan: Plan) -> Kernels:
+    """All passes but `textbook` run when they are lowered, where types do not say over which axes arrays vary."""
+    lowered = lambda function: lambda *arguments: function(plan, *_varying(plan.strategy.axis, arguments))
+    return Kernels(*map(lowered, (_forward, _backward, _tangent)), textbook=functools.partial(_textbook, plan))
+
+
+def _varying(axis: AxisName, tree: Any) -> Any:
+    """As the index of the device varies."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, devices.alike([*leaves, lax.axis_index(axis)])[:-1])
+
+
+def _with_numbers_of_keys(axis: AxisName, inputs: Inputs) -> Inputs:
+    """Those of all keys, which are few: segments and scales."""
     operands, mask = inputs.operands, inputs.mask
-    gather = lambda x: None if x is None else lax.all_gather(x, strategy.axis, axis=1, tiled=True)
     numbers = mask.key_segments, operands.key_scale, operands.value_scale
-    segments, key_scale, value_scale = (strategy.whole(gather(x)) for x in numbers)
+    gather = lambda x: None if x is None else lax.all_gather(x, axis, axis=1, tiled=True)
+    segments, key_scale, value_scale = map(gather, numbers)
+    operands = replace(operands, key_scale=key_scale, value_scale=value_scale)
+    return replace(inputs, operands=operands, mask=replace(mask, key_segments=segments))
+
+
+def _ordered(strategy: Ring | AllGather, inputs: Inputs) -> Inputs:
+    """Arrays with all columns, in the order in which steps need them."""
+    operands, mask = inputs.operands, inputs.mask
+    numbers = mask.key_segments, operands.key_scale, operands.value_scale
+    segments, key_scale, value_scale = (strategy.whole(x) for x in numbers)
     bias, allowed = (strategy.whole(x, axis=3) for x in (operands.bias, mask.allowed))
     operands = replace(operands, bias=bias, key_scale=key_scale, value_scale=value_scale)
     return replace(inputs, operands=operands, mask=replace(mask, allowed=allowed, key_segments=segments))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, operands: Operands, rest: Inputs) -> tuple[Output, LogSumExp]:
-    out, normalizer = _forward(plan, replace(rest, operands=operands))
-    return out, normalizer.log_sum_exp
+# -- forward ----------------------------------------------------------------------------------------------------------
 
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[Output, Normalizer]:
     queries, size = plan.queries(inputs), inputs.sizes
-    key, value = inputs.operands.key, inputs.operands.value
     empty = lambda chunk: State.empty(size.B, chunk.length, size.N, features=size.V, dtype=inputs.score_dtype)
 
     def step(keys: list[Chunk], held: Held, states: tuple[State, ...]) -> tuple[State, ...]:
@@ -84,7 +99,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[Output, Normalizer]:
         return tuple(found)
 
     states = varying_like(tuple(map(empty, queries)), inputs.operands.query)
-    states = plan.strategy.forward(key, value, step, states)
+    states = plan.strategy.forward((inputs.operands.key, inputs.operands.value), step, states)
     results = [finish(rows(inputs, chunk), state) for chunk, state in zip(queries, states)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)
 
@@ -94,6 +109,40 @@ def finish(inputs: Inputs, state: State) -> tuple[Output, Normalizer]:
     sinks = reference.sinks_of_rows(inputs)
     out, normalizer = online_softmax.finish(state, None if sinks is None else sinks.swapaxes(1, 2))
     return out.astype(inputs.dtype), jax.tree.map(lambda x: x[..., 0], normalizer)
+
+
+# -- forward mode -----------------------------------------------------------------------------------------------------
+
+
+def _tangent(
+    plan: Plan, inputs: Inputs, out: Output, normalizer: Normalizer, tangents: Operands
+) -> tuple[Output, LogSumExp]:
+    """With normalizers of whole rows both tangents are sums over keys; those of keys and values travel with them."""
+    queries, operands, size = plan.queries(inputs), inputs.operands, inputs.sizes
+    of_rows = out.astype(inputs.score_dtype), normalizer
+    moved = replace(inputs, operands=tangents)
+
+    def step(keys: list[Chunk], held: Any, sums: tuple) -> tuple:
+        found = list(sums)
+        for i, j in plan.pairs(inputs, keys):
+            (key, value), of_keys = held[j]
+            problem = pair(inputs, queries[i], keys[j], key, value)
+            changes = pair(moved, queries[i], keys[j], *of_keys).operands
+            part = primitives.tangent(plan.kernels, problem, *jax.tree.map(queries[i].of, of_rows), changes)
+            found[i] = jax.tree.map(jnp.add, found[i], part)
+        return tuple(found)
+
+    zeros = lambda length: tuple(jnp.zeros((size.B, length, size.N, *x), inputs.score_dtype) for x in ((size.V,), ()))
+    sums = varying_like(tuple(zeros(chunk.length) for chunk in queries), operands.query)
+    if jax.tree.leaves(replace(tangents, sinks=None)):
+        sums = plan.strategy.forward(((operands.key, operands.value), (tangents.key, tangents.value)), step, sums)
+    d_out, d_log_sum_exp = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *sums)
+    by_sinks = row_terms.moved_by_sinks(operands.sinks, tangents.sinks, normalizer)
+    d_out = d_out - by_sinks[..., None] * of_rows[0]
+    return d_out.astype(inputs.dtype), d_log_sum_exp + by_sinks
+
+
+# -- reverse mode -----------------------------------------------------------------------------------------------------
 
 
 class _Sums(NamedTuple):
@@ -124,9 +173,14 @@ class _Sums(NamedTuple):
         return _Sums(tuple(by_number), others)
 
 
+OPTIONAL = "bias", "alibi_slopes", "sinks", "score_arrays"  # whose gradients cost something of their own
+
+
 def _backward(
     plan: Plan, inputs: Inputs, out: Output, normalizer: Normalizer, d_out: Output, d_log_sum_exp: LogSumExp
 ) -> Operands:
+    inputs, d_out = lax.optimization_barrier((inputs, d_out))  # else XLA keeps what the forward pass gathered
+    inputs = replace(inputs, constant=tuple(name for name in inputs.constant if name in OPTIONAL))
     queries, operands, of_rows = plan.queries(inputs), inputs.operands, (out, normalizer, d_out, d_log_sum_exp)
 
     def step(keys: list[Chunk], held: Held, sums: _Sums) -> tuple[_Sums, Held]:
@@ -145,36 +199,24 @@ def _backward(
     if inputs.needs_gradient("sinks"):
         d_sinks = row_terms.d_sinks(operands.sinks, normalizer, row_terms.delta(out, d_out, d_log_sum_exp))
     d_query = jnp.concatenate(sums.queries, axis=1)
-    return replace(sums.others, query=d_query, key=d_key, value=d_value, sinks=d_sinks)
-
-
-# -- the derivative ---------------------------------------------------------------------------------------------------
-
-OPTIONAL = "bias", "alibi_slopes", "sinks", "score_arrays"  # whose gradients cost something of their own
-
-
-def _attend_forward(plan: Plan, operands: Any, rest: Any) -> tuple[tuple[Output, LogSumExp], tuple]:
-    """JAX says for each array whether it is differentiated."""
-    if operands.key_scale is not None:
-        raise NotImplementedError(primitives.QUANTIZED)
-    needed = lambda name: any(x.perturbed for x in jax.tree.leaves(getattr(operands, name)))
-    constant = tuple(name for name in OPTIONAL if not needed(name))
-    operands, rest = jax.tree.map(lambda x: x.value, (operands, rest))
-    inputs = replace(rest, operands=operands, constant=constant)
-    out, normalizer = _forward(plan, inputs)
-    saved = checkpoint_name(out, primitives.OUT_NAME), primitives.without_infinity(normalizer)
-    named = checkpoint_name(saved[1], primitives.LOG_SUM_EXP_NAME)
-    return (saved[0], normalizer.log_sum_exp), (inputs, saved[0], named)
-
-
-def _attend_backward(plan: Plan, saved: tuple, cotangents: tuple) -> tuple[Operands, None]:
-    inputs, out, normalizer = saved
-    filled = [jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents]
-    d_out, d_log_sum_exp, _ = devices.alike([*filled, out])
-    inputs, d_out = lax.optimization_barrier((inputs, d_out))  # else XLA keeps what the forward pass gathered
-    found = _backward(plan, inputs, out, normalizer, d_out, d_log_sum_exp)
+    found = replace(sums.others, query=d_query, key=d_key, value=d_value, sinks=d_sinks)
     in_its_dtype = lambda gradient, x: None if gradient is None else gradient.astype(x.dtype)
-    return jax.tree.map(in_its_dtype, found, inputs.operands, is_leaf=lambda x: x is None), None
+    return jax.tree.map(in_its_dtype, found, inputs.operands, is_leaf=lambda x: x is None)
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+# -- second derivatives -----------------------------------------------------------------------------------------------
+
+
+def _textbook(plan: Plan, inputs: Inputs) -> tuple[Output, LogSumExp]:
+    """With the keys of all devices at once."""
+    strategy, operands = plan.strategy, inputs.operands
+    gather = AllGather(strategy.axis, strategy.order)
+    if isinstance(strategy, Ring):
+        inputs = _ordered(gather, inputs)
+
+    def step(keys: list[Chunk], held: Held, _: None) -> Any:
+        problems = [pair(inputs, queries, keys[0], *held[0], is_part=False) for queries in plan.queries(inputs)]
+        with_sinks = [replace(x, operands=replace(x.operands, sinks=operands.sinks)) for x in problems]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *map(row_blocks.attend, with_sinks))
+
+    return gather.forward((operands.key, operands.value), step, None)

@@ -5,8 +5,9 @@
     AllGather   every device gets all keys and values at once (Grattafiori et al. 2024, "The Llama 3 Herd of Models",
                 arXiv 2407.21783, section 3.3.2)
 
-Both call `step(chunks, held, carry)`: chunks of keys, their keys and values, and what is summed over all steps. In the
-backward pass it also returns the gradients of `held`, float32, which are summed over devices before they are rounded.
+Both call `step(chunks, held, carry)`: chunks of keys, their keys and values (in forward mode their tangents, too), and
+what is summed over all steps. In the backward pass it also returns the gradients of keys and values, float32, which are
+summed over devices before they are rounded.
 """
 
 import itertools
@@ -40,22 +41,23 @@ class AllGather:
     axis: AxisName
     order: Order
 
-    def forward(self, key: Array, value: Array, step: Callable[..., Carry], carry: Carry) -> Carry:
-        return step(*self._all(key, value), carry)
+    def forward(self, own: Any, step: Callable[..., Carry], carry: Carry) -> Carry:
+        return step(*self._all(own), carry)
 
     def backward(
         self, key: Array, value: Array, step: Callable[..., tuple[Carry, Held]], carry: Carry
     ) -> tuple[Carry, Array, Array]:
-        carry, ((d_key, d_value),) = step(*self._all(key, value), carry)
+        carry, ((d_key, d_value),) = step(*self._all((key, value)), carry)
         return carry, self._own(d_key), self._own(d_value)
 
     def whole(self, x: Any, axis: int = 1) -> Any:
         """An array with all columns, in the order of the sequence."""
         return x if x is None or self.order.count == 1 or x.shape[axis] == 1 else unzigzag(x, self.order.devices, axis)
 
-    def _all(self, key: Array, value: Array) -> tuple[list[Chunk], Held]:
-        key, value = (self.whole(lax.all_gather(x, self.axis, axis=1, tiled=True)) for x in (key, value))
-        return [Chunk(jnp.int32(0), 0, jnp.int32(0), key.shape[1])], [(key, value)]
+    def _all(self, own: Any) -> tuple[list[Chunk], list[Any]]:
+        held = jax.tree.map(lambda x: self.whole(lax.all_gather(x, self.axis, axis=1, tiled=True)), own)
+        length = jax.tree.leaves(held)[0].shape[1]
+        return [Chunk(jnp.int32(0), 0, jnp.int32(0), length)], [held]
 
     def _own(self, gradient: Array) -> Array:
         if self.order.count > 1:
@@ -91,8 +93,9 @@ class Ring:
         """The order of columns is that of the devices, which is the order in which keys arrive."""
         return x
 
-    def forward(self, key: Array, value: Array, step: Callable[..., Carry], carry: Carry) -> Carry:
-        message = _Message.of(self._chunks(0, key), key, value)
+    def forward(self, own: Any, step: Callable[..., Carry], carry: Carry) -> Carry:
+        key, *_ = jax.tree.leaves(own)
+        message = _Message.of(self._chunks(0, key), own)
 
         def turn(number: Any, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
             held, carry = state
@@ -106,7 +109,7 @@ class Ring:
     def backward(
         self, key: Array, value: Array, step: Callable[..., tuple[Carry, Held]], carry: Carry
     ) -> tuple[Carry, Array, Array]:
-        message = _Message.of(self._chunks(0, key), key, value)
+        message = _Message.of(self._chunks(0, key), (key, value))
         shape = jax.eval_shape(lambda: step(self._chunks(0, key), message.unpack(message.flat), carry))[1][0][0]
 
         def turn(number: Any, state: tuple[Array, Array, Carry]) -> tuple[Array, Array, Carry]:
@@ -140,21 +143,22 @@ class Ring:
 
 @dataclass(frozen=True)
 class _Message:
-    """Keys and values of all chunks, one after the other: each is contiguous, whatever H and V are."""
+    """The arrays of all chunks, one after the other: each is contiguous, whatever H and V are."""
 
     flat: Array
-    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    shapes: list[tuple[int, ...]]
+    tree: Any
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk], key: Array, value: Array) -> "_Message":
-        held = [(chunk.of(key), chunk.of(value)) for chunk in chunks]
-        return cls(_pack(held), [(k.shape, v.shape) for k, v in held])
+    def of(cls, chunks: Sequence[Chunk], own: Any) -> "_Message":
+        held = [jax.tree.map(chunk.of, own) for chunk in chunks]
+        return cls(_pack(held), [x.shape for x in jax.tree.leaves(held)], jax.tree.structure(held))
 
-    def unpack(self, flat: Array) -> Held:
-        ends = [*itertools.accumulate(math.prod(shape) for pair in self.shapes for shape in pair)]
-        parts = iter(jnp.split(flat, ends[:-1]))
-        return [(next(parts).reshape(key), next(parts).reshape(value)) for key, value in self.shapes]
+    def unpack(self, flat: Array) -> list[Any]:
+        ends = [*itertools.accumulate(map(math.prod, self.shapes))]
+        parts = [x.reshape(shape) for x, shape in zip(jnp.split(flat, ends[:-1]), self.shapes, strict=True)]
+        return jax.tree.unflatten(self.tree, parts)
 
 
-def _pack(held: Held) -> Array:
-    return jnp.concatenate([x.reshape(-1) for pair in held for x in pair])
+def _pack(held: Any) -> Array:
+    return jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(held)])

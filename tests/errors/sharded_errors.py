@@ -54,6 +54,11 @@ def on_no_device_axis():
     return mqa_jax.ring_attention(*(jnp.zeros(x.shape, x.dtype) for x in shapes()), axis_name="s")
 
 
+def on_an_axis_of_vmap():
+    call = functools.partial(mqa_jax.ring_attention, axis_name="s")
+    return jax.eval_shape(jax.vmap(call, axis_name="s"), *(jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes()))
+
+
 def derivative_with_8_bits():
     query, key, _ = shapes()
     stored, scale = jnp.zeros(key.shape, jnp.int8), jnp.ones(key.shape[:-1])
@@ -74,6 +79,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         r"axis_name must name a mesh axis .*axis_name='t', manual axes \['b', 's'\]. Outside .* sharded_attention",
     ),
     "outside": (on_no_device_axis, r"axis_name must name a mesh axis of the jax.shard_map around .*manual axes \[\]"),
+    "axis of vmap": (on_an_axis_of_vmap, r"axis_name must name a mesh axis .*axis_name='s', manual axes \[\]"),
     "no axis": (lambda: on_mesh(sequence_axis=None), r"sequence_axis must name axes of the mesh: sequence_axis=None"),
     "axis twice": (
         lambda: on_mesh(batch_axis="s"),
