@@ -6,23 +6,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import oracle
 import tangents
-from sequences import DEVICES, OPTIONS, WAYS, attention, inside_shard_map, mesh_of, problem, ways_of
+from jax.sharding import PartitionSpec as P
+from sequences import OPTIONS, WAYS, H, K, N, T, V, attention, inside_shard_map, mesh_of, normal, problem, ways_of
+
+import mqa_jax
 
 # -- first derivatives ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def expected(name):
-    """Tangents, NaN in the padding, which nothing may read, and what the results are judged by."""
+def expected(name, operands=None):
+    """Tangents, by default of all operands, NaN in the padding, which nothing may read; and what results are judged by."""
     one, *_ = problem(name)
-    moved = tangents.random_tangents(one)
+    moved = tangents.random_tangents(one, operands)
     return one, moved, *tangents.expected(one, moved)
 
 
-def agrees(name, attend):
-    one, moved, plain, right = expected(name)
+def agrees(name, attend, operands=None):
+    one, moved, plain, right = expected(name, operands)
     oracle.judge(tangents.of_function(one, with_arguments(attend))(one, moved), plain, right)
 
 
@@ -41,14 +45,15 @@ def check(judged, name, strategy, order, devices, *more):
 def some_of_everything():
     check(agrees, "everything", "ring", "zigzag", 3)
     check(agrees, "functions", "all_gather", "zigzag", 2)
-    check(agrees, "window and everything", "ring", "contiguous", 8)
 
 
 def everything():
-    """Each option with each way, on one number of devices each."""
-    every = ((name, way) for name in OPTIONS for way in ways_of(name))
-    for (name, way), devices in zip(every, itertools.cycle(DEVICES[::-1])):
-        check(agrees, name, *way, devices)
+    """Each option with one way on one number of devices; and tangents of some operands alone."""
+    for number, (name, devices) in enumerate(zip(OPTIONS, itertools.cycle((8, 3, 1, 3, 8)))):
+        ways = ways_of(name)
+        check(agrees, name, *ways[number % len(ways)], devices)
+    for operands in (("query",), ("value", "alibi_slopes"), ("sinks",)):
+        check(agrees, "everything", "ring", "zigzag", 3, operands)
 
 
 # -- second derivatives -----------------------------------------------------------------------------------------------
@@ -98,13 +103,12 @@ def some_second():
     check(curves_alike, "everything", "ring", "zigzag", 3, "jvp of grad")
 
 
-def all_second():
-    """Each way on each number of devices, in all modes."""
-    names = itertools.cycle(("everything", "functions", "other lengths"))
-    for way, devices, mode in itertools.product(WAYS, DEVICES, MODES):
-        check(curves_alike, next(names), *way, devices, mode)
-    for mode in MODES:
-        check(curves_alike, "window and everything", "ring", "contiguous", 8, mode)
+def second():
+    """Each way, and each mode."""
+    cycles = map(itertools.cycle, (("everything", "functions"), WAYS, (8, 3, 1), MODES))
+    for name, way, devices, mode in itertools.islice(zip(*cycles), 6):
+        check(curves_alike, name, *way, devices, mode)
+    check(curves_alike, "window and everything", "ring", "contiguous", 8, "grad of jvp")
 
 
 # -- inside of `jax.shard_map` ----------------------------------------------------------------------------------------
@@ -116,3 +120,42 @@ def in_shard_map():
         attend = inside_shard_map(strategy, order, check_vma)
         agrees("sinks", attend)
         curves_alike("sinks", attend, mode)
+
+
+def under_transformations():
+    """Layers in a scan that are computed again, vmap, and no jit: JAX runs `shard_map` one operation after the other."""
+    query, key, value = normal(2, 2, T, N, H), normal(2, 2, T, K, H), normal(2, 2, T, K, V)
+    moved = jnp.cos(query)
+    one_device = functools.partial(mqa_jax.dot_product_attention, is_causal=True)
+
+    def layers(attend, query):
+        layer = jax.checkpoint(lambda x, _: (x + attend(x, key, value), None))
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, query, None, length=2)[0]))
+
+    def derivatives(attend):
+        gradient = jax.grad(functools.partial(layers, attend))
+        return jax.jit(lambda: jax.jvp(gradient, (query,), (moved,)))()
+
+    def moves(attend):
+        return jax.linearize(lambda query: attend(query, key[0], value[0]), query[0])[1](moved[0])
+
+    mesh, options = mesh_of(2), dict(is_causal=True, implementation="xla")
+    attend = functools.partial(mqa_jax.sharded_attention, sequence_axis="s", mesh=mesh, **options)
+    gathering = functools.partial(attend, strategy="all_gather")
+    inside = functools.partial(mqa_jax.ring_attention, axis_name="s", **options)
+    eager = jax.shard_map(inside, mesh=mesh, in_specs=P(None, "s"), out_specs=P(None, "s"))
+    found = derivatives(attend), derivatives(jax.vmap(gathering)), moves(eager)
+    right = *[derivatives(one_device)] * 2, moves(one_device)
+    for x, y in zip(*map(jax.tree.leaves, (found, right)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+def in_bfloat16():
+    """The shares of 8 devices are float32."""
+    one, *_ = problem("causal")
+    low = one.astype(jnp.bfloat16)
+    moved = tangents.random_tangents(low)
+    plain, right = tangents.expected(low, moved)
+    for way in WAYS:
+        attend = with_arguments(attention(mesh_of(8), *way, 8))
+        oracle.judge(tangents.of_function(low, attend)(low, moved), plain, right)

@@ -28,14 +28,21 @@ def collectives(text):
     return {name: sorted(sizes) for name, sizes in found.items()}
 
 
-def compiled(devices, strategy, order, dtype=jnp.float32, tokens=256, gradient=True, **options):
+def compiled(devices, strategy, order, dtype=jnp.float32, tokens=256, which="gradient", **options):
+    """The output alone, and with its tangents, gradients or curvature."""
     mesh = mesh_of(devices)
     shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, H), dtype, sharding=NamedSharding(mesh, P(None, "s")))
     options = dict(sequence_axis="s", mesh=mesh, strategy=strategy, order=order, implementation="xla", **options)
     attend = functools.partial(mqa_jax.sharded_attention, **options)
     loss = lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32))
-    function = jax.grad(loss, argnums=(0, 1, 2)) if gradient else attend
-    return jax.jit(function).lower(shape(N), shape(K), shape(K)).compile()
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    functions = {
+        "output": attend,
+        "tangents": lambda *arrays: jax.jvp(attend, arrays, arrays),
+        "gradient": gradient,
+        "curvature": lambda *arrays: jax.jvp(gradient, arrays, arrays),
+    }
+    return jax.jit(functions[which]).lower(shape(N), shape(K), shape(K)).compile()
 
 
 def collectives_are_those_of_the_formula():
@@ -44,14 +51,15 @@ def collectives_are_those_of_the_formula():
         size = full = 2 * 256 * K * H // devices * 4
         whole = size * devices // 2
 
-        def sent(strategy, gradient, order=order, devices=devices):
-            return collectives(compiled(devices, strategy, order, gradient=gradient, is_causal=True).as_text())
+        def sent(strategy, which, order=order, devices=devices):
+            return collectives(compiled(devices, strategy, order, which=which, is_causal=True).as_text())
 
-        assert sent("ring", False) == {"collective-permute": [size]}
+        assert sent("ring", "output") == {"collective-permute": [size]}
+        assert sent("ring", "tangents") == {"collective-permute": [size, 2 * size]}
         # Forward; keys of the backward pass, their gradients behind them, and the way home.
-        assert sent("ring", True) == {"collective-permute": sorted([size, size, full, full])}
-        assert sent("all_gather", False) == {"all-gather": [whole, whole]}
-        found = sent("all_gather", True)
+        assert sent("ring", "gradient") == {"collective-permute": sorted([size, size, full, full])}
+        assert sent("all_gather", "output") == {"all-gather": [whole, whole]}
+        found = sent("all_gather", "gradient")
         assert found.pop("all-gather") in ([whole] * 2, [whole] * 4)  # the XLA of some versions joins 2 and 2
         assert found == {"reduce-scatter": [full // 2] * 2}
 
@@ -86,10 +94,10 @@ def a_window_ends_the_journey():
 
 
 def memory_is_linear():
-    """Temporary memory of output and gradients of twice as many tokens is twice as much."""
-    for strategy, order in WAYS:
+    """Temporary memory of all derivatives of twice as many tokens is twice as much."""
+    for (strategy, order), which in zip((*WAYS, *WAYS[1:3]), ["gradient"] * 4 + ["tangents", "curvature"]):
         small, large = (
-            compiled(4, strategy, order, tokens=tokens, is_causal=True).memory_analysis().temp_size_in_bytes
+            compiled(4, strategy, order, tokens=tokens, which=which, is_causal=True).memory_analysis().temp_size_in_bytes
             for tokens in (8192, 16384)
         )
-        assert large <= 2.1 * small, f"{strategy}, {order}: {small}, {large}"
+        assert large <= 2.1 * small, f"{strategy}, {order}, {which}: {small}, {large}"

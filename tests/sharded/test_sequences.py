@@ -16,7 +16,7 @@ import os
 import conftest
 os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
 import jax.numpy as jnp
-import decoding, messages, sequences
+import decoding, derivatives, messages, sequences
 {calls}
 """
 
@@ -28,6 +28,8 @@ def run(*parts):
 def test_some_of_everything():
     run(
         "sequences.some_of_everything()",
+        "derivatives.some_of_everything()",
+        "derivatives.some_second()",
         "messages.collectives_are_those_of_the_formula()",
         "messages.a_window_ends_the_journey()",
     )
@@ -42,6 +44,12 @@ def test_everything(part):
 @pytest.mark.slow
 def test_batch_and_heads():
     run("sequences.together_with_batch_and_heads()", "sequences.in_shard_map()")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["everything", "second", "in_shard_map", "under_transformations", "in_bfloat16"])
+def test_derivatives(part):
+    run(f"derivatives.{part}()")
 
 
 def test_decoding():
