@@ -54,7 +54,8 @@ def ring_attention(
 
     Returns:
       As `dot_product_attention`, for the queries of this device: `[..., T/n, N, V]`, and `[..., T/n, N]`. Both are
-      differentiable once, in reverse mode. In a window of a causal call keys travel no further than it reaches.
+      differentiable, to any order, in forward and reverse mode; second derivatives gather all keys and values. In a
+      window of a causal call keys travel no further than it reaches.
 
     Raises:
       ValueError: the call is wrong, as there; or the axis, strategy or order does not exist or fit.
@@ -100,7 +101,7 @@ def sharded_attention(
       **options: all others of `dot_product_attention` but `key_value_ring_lengths`.
 
     Returns:
-      As `dot_product_attention`, cut as the query. Differentiable once, in reverse mode.
+      As `dot_product_attention`, cut as the query. Differentiable as `ring_attention` is.
 
     Raises:
       ValueError, NotImplementedError: as `ring_attention`; and where the axes of the mesh do not exist or do not divide

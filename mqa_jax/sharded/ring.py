@@ -55,7 +55,7 @@ def attend(kernels: Kernels, strategy: Ring | AllGather, inputs: Inputs) -> tupl
 def passes(plan: Plan) -> Kernels:
     """All passes but `textbook` run when they are lowered, where types do not say over which axes arrays vary."""
     lowered = lambda function: lambda *arguments: function(plan, *_varying(plan.strategy.axis, arguments))
-    return Kernels(*map(lowered, (_forward, _backward, _tangent)), textbook=functools.partial(_textbook, plan))
+    return Kernels(lowered(_forward), lowered(_backward), lowered(_tangent), functools.partial(_textbook, plan))
 
 
 def _varying(axis: AxisName, tree: Any) -> Any:
@@ -119,7 +119,7 @@ def _tangent(
 ) -> tuple[Output, LogSumExp]:
     """With normalizers of whole rows both tangents are sums over keys; those of keys and values travel with them."""
     queries, operands, size = plan.queries(inputs), inputs.operands, inputs.sizes
-    of_rows = out.astype(inputs.score_dtype), normalizer
+    of_rows: Any = out.astype(inputs.score_dtype), normalizer
     moved = replace(inputs, operands=tangents)
 
     def step(keys: list[Chunk], held: Any, sums: tuple) -> tuple:

@@ -56,7 +56,9 @@ def on_no_device_axis():
 
 def on_an_axis_of_vmap():
     call = functools.partial(mqa_jax.ring_attention, axis_name="s")
-    return jax.eval_shape(jax.vmap(call, axis_name="s"), *(jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes()))
+    return jax.eval_shape(
+        jax.vmap(call, axis_name="s"), *(jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes())
+    )
 
 
 def derivative_with_8_bits():

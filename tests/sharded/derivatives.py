@@ -19,7 +19,7 @@ import mqa_jax
 
 @functools.cache
 def expected(name, operands=None):
-    """Tangents, by default of all operands, NaN in the padding, which nothing may read; and what results are judged by."""
+    """Tangents, NaN in the padding, which nothing may read, and what the results are judged by."""
     one, *_ = problem(name)
     moved = tangents.random_tangents(one, operands)
     return one, moved, *tangents.expected(one, moved)
@@ -123,7 +123,7 @@ def in_shard_map():
 
 
 def under_transformations():
-    """Layers in a scan that are computed again, vmap, and no jit: JAX runs `shard_map` one operation after the other."""
+    """Layers in a scan that are computed again, vmap, and no jit, where `shard_map` runs one operation at a time."""
     query, key, value = normal(2, 2, T, N, H), normal(2, 2, T, K, H), normal(2, 2, T, K, V)
     moved = jnp.cos(query)
     one_device = functools.partial(mqa_jax.dot_product_attention, is_causal=True)
@@ -139,7 +139,8 @@ def under_transformations():
     def moves(attend):
         return jax.linearize(lambda query: attend(query, key[0], value[0]), query[0])[1](moved[0])
 
-    mesh, options = mesh_of(2), dict(is_causal=True, implementation="xla")
+    mesh = mesh_of(2)
+    options: Any = dict(is_causal=True, implementation="xla")
     attend = functools.partial(mqa_jax.sharded_attention, sequence_axis="s", mesh=mesh, **options)
     gathering = functools.partial(attend, strategy="all_gather")
     inside = functools.partial(mqa_jax.ring_attention, axis_name="s", **options)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 from unittest import mock
 
 import jax
@@ -36,7 +37,7 @@ def compiled(devices, strategy, order, dtype=jnp.float32, tokens=256, which="gra
     attend = functools.partial(mqa_jax.sharded_attention, **options)
     loss = lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32))
     gradient = jax.grad(loss, argnums=(0, 1, 2))
-    functions = {
+    functions: dict[str, Any] = {
         "output": attend,
         "tangents": lambda *arrays: jax.jvp(attend, arrays, arrays),
         "gradient": gradient,
@@ -97,7 +98,9 @@ def memory_is_linear():
     """Temporary memory of all derivatives of twice as many tokens is twice as much."""
     for (strategy, order), which in zip((*WAYS, *WAYS[1:3]), ["gradient"] * 4 + ["tangents", "curvature"]):
         small, large = (
-            compiled(4, strategy, order, tokens=tokens, which=which, is_causal=True).memory_analysis().temp_size_in_bytes
+            compiled(4, strategy, order, tokens=tokens, which=which, is_causal=True)
+            .memory_analysis()
+            .temp_size_in_bytes
             for tokens in (8192, 16384)
         )
         assert large <= 2.1 * small, f"{strategy}, {order}, {which}: {small}, {large}"

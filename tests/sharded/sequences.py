@@ -175,9 +175,7 @@ def inside_shard_map(strategy, order, check_vma):
     def attend(is_causal, query_seq_lengths, **arrays):
         specs = {name: P(None, "s") if name in TOKENS else P() for name in arrays}
         cut = P(None, "s")
-        run = jax.shard_map(
-            part, mesh=mesh_of(2), in_specs=(specs, P()), out_specs=(cut, cut), check_vma=check_vma
-        )
+        run = jax.shard_map(part, mesh=mesh_of(2), in_specs=(specs, P()), out_specs=(cut, cut), check_vma=check_vma)
         return run(arrays, query_seq_lengths)
 
     return in_order(attend, order, 2)
