@@ -119,7 +119,7 @@ def _tangent(
 ) -> tuple[Output, LogSumExp]:
     """With normalizers of whole rows both tangents are sums over keys; those of keys and values travel with them."""
     queries, operands, size = plan.queries(inputs), inputs.operands, inputs.sizes
-    of_rows: Any = out.astype(inputs.score_dtype), normalizer
+    of_rows = out.astype(inputs.score_dtype), normalizer
     moved = replace(inputs, operands=tangents)
 
     def step(keys: list[Chunk], held: Any, sums: tuple) -> tuple:
@@ -128,7 +128,8 @@ def _tangent(
             (key, value), of_keys = held[j]
             problem = pair(inputs, queries[i], keys[j], key, value)
             changes = pair(moved, queries[i], keys[j], *of_keys).operands
-            part = primitives.tangent(plan.kernels, problem, *jax.tree.map(queries[i].of, of_rows), changes)
+            own_out, own_normalizer = jax.tree.map(queries[i].of, of_rows)
+            part = primitives.tangent(plan.kernels, problem, own_out, own_normalizer, changes)
             found[i] = jax.tree.map(jnp.add, found[i], part)
         return tuple(found)
 
