@@ -9,6 +9,7 @@ from mqa_jax.cache.rows import cache_bytes as cache_bytes
 from mqa_jax.cache.rows import check_cache as check_cache
 from mqa_jax.cache.rows import reorder_cache as reorder_cache
 from mqa_jax.cache.rows import reset_cache as reset_cache
+from mqa_jax.layer.cut_sequence import SequenceAxis as SequenceAxis
 from mqa_jax.linen import Attention as Attention
 from mqa_jax.linen import FlashAttention as FlashAttention
 from mqa_jax.linen import FlashMHA as FlashMHA

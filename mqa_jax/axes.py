@@ -62,7 +62,7 @@ def of_leaves(inputs: Any) -> list[str]:
 def check_types(query: Array, key: Array, value: Array) -> None:
     """Checks that `Explicit` mesh axes, which are part of the types of arrays, cut what can be cut."""
     for name, x in dict(query=query, key=key, value=value).items():
-        for letter, names in zip(LETTERS[name], _cuts(x), strict=True):
+        for letter, names in zip(LETTERS[name], cuts_of_type(x), strict=True):
             if names and letter in "hv":
                 raise ValueError(
                     f"Batch, queries and heads may be cut over mesh axes, features may not: {name} has the type "
@@ -73,7 +73,7 @@ def check_types(query: Array, key: Array, value: Array) -> None:
                     f"Keys that are cut along the sequence need mqa_jax.sharded_attention: {name} has the type "
                     f"{jax.typeof(x)}. To gather them, use jax.sharding.reshard first."
                 )
-    cuts, kv_heads = dict(zip(QUERY, _cuts(query), strict=True)), key.shape[-2]
+    cuts, kv_heads = dict(zip(QUERY, cuts_of_type(query), strict=True)), key.shape[-2]
     devices = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in cuts["n"])
     if kv_heads % devices and devices % kv_heads:
         raise ValueError(
@@ -82,7 +82,7 @@ def check_types(query: Array, key: Array, value: Array) -> None:
         )
 
 
-def _cuts(x: Array) -> list[tuple[str, ...]]:
+def cuts_of_type(x: Array) -> list[tuple[str, ...]]:
     """The mesh axes of more than one device that cut each axis, as its type says."""
     sharding = jax.typeof(x).sharding
     names = [each if isinstance(each, tuple) else (each,) for each in sharding.spec]

@@ -32,6 +32,7 @@ PUBLIC = {
     "MultiHeadAttention",
     "MultiQueryAttention",
     "Rope",
+    "SequenceAxis",
     "TableScaling",
     "TemperatureTuning",
     "YarnScaling",

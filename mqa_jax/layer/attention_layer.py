@@ -14,11 +14,11 @@ from jax.nn.initializers import Initializer, zeros
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mqa_jax import shapes
-from mqa_jax.attention import attention_with_weights, dot_product_attention
+from mqa_jax.attention import attention_with_weights
 from mqa_jax.cache import append, layout
 from mqa_jax.cache.append import Keys, Lengths
-from mqa_jax.layer import calls, projection, upstream
+from mqa_jax.layer import calls, cut_sequence, projection, upstream
+from mqa_jax.layer.cut_sequence import Sequence
 from mqa_jax.layer.settings import AttentionSettings
 from mqa_jax.positions import alibi_slopes, falcon_alibi
 
@@ -50,6 +50,10 @@ class AttentionLayer(AttentionSettings, ABC):
     @abstractmethod
     def _dropout_key(self, deterministic: bool | None) -> Array | None:
         """A new random key, or None where this call has no dropout; asked only where there is a rate."""
+
+    @abstractmethod
+    def _makes_parameters(self) -> bool:
+        """Whether this call is there to make the parameters."""
 
     # -- what users call ----------------------------------------------------------------------------------------------
 
@@ -111,23 +115,30 @@ class AttentionLayer(AttentionSettings, ABC):
         call = calls.Call(x, *earlier, segment_ids, seq_lengths, causal, (self.dim, self._kv_heads, self._head_dim))
         cache = self._cache(call)
         call.check(None if cache is None else cache[layout.KEY])
+        sequence = cut_sequence.of_call(
+            self.sequence_axis, call, cache is not None, needs_weights, makes_parameters=self._makes_parameters()
+        )
         upstream.announce(self, x, self._kv_heads, self._head_dim)
         query = self._project("query", x)
         offset = call.query_offset if cache is None else layout.index_of(cache)
         bias = calls.pair_bias(bias, batch=x.shape[:-2])
         mask = calls.pair_mask(*upstream.one_mask(mask, attention_mask), batch=x.shape[:-2])
-        positions = self._positions(x, offset) if positions is None else calls.checked_positions(positions, x)
+        rows = x.shape[-2]
+        if positions is None:
+            positions = self._positions(sequence.positions(rows), offset)
+        else:
+            positions = calls.checked_positions(positions, x)
         if prev_layer_key_value is None:
-            key, value = self._project_keys(x, inputs_k, inputs_v, positions)
+            key, value = self._project_keys(sequence, x, inputs_k, inputs_v, positions)
         else:
             key, value = (jnp.asarray(array, query.dtype) for array in prev_layer_key_value)
         query = query if self.rope is None else self.rope(query, positions)
         query = query if self.attn_temperature_tuning is None else self.attn_temperature_tuning(query, positions)
-        lengths = calls.checked_lengths(seq_lengths, x)
-        rows = x.shape[-2]
+        lengths = calls.checked_lengths(seq_lengths, x, sequence.whole(rows))
         if cache is None:
             keys = self._keys(key, value, offset, lengths, past_key_value)
-            bias = calls.last_rows_and_columns(bias, keys, rows)
+            if self.sequence_axis is None:
+                bias = calls.last_rows_and_columns(bias, keys, rows)
         else:
             limits = calls.limits(rows, layout.RING_INDEX in cache, mask, bias)
             cache, keys = append.append(cache, key, value, lengths, window=self._window, limits=limits)
@@ -139,13 +150,15 @@ class AttentionLayer(AttentionSettings, ABC):
             is_causal=causal, query_segment_ids=segment_ids, key_value_segment_ids=segment_ids
         )
         options |= dict(score_fn=score_fn, mask_fn=mask_fn)
-        out, weights = self._attend(query, keys, bias, mask, needs_weights, **options, **self._dropout(deterministic))
+        options |= self._dropout(deterministic)
+        out, weights = self._attend(sequence, query, keys, bias, mask, needs_weights, **options)
         present = None if past_key_value is None else (keys.key, keys.value)
         return self._project_out(out), weights, present
 
     def new_cache(self, batch: int, max_length: int, dtype: DTypeLike | None = None) -> dict[str, Array]:
         """The arrays of an empty cache, which `init_cache` of each API describes."""
         dtype = dtype or self.cache_dtype or self.dtype or self.param_dtype
+        cut_sequence.no_such(["a cache"], self.sequence_axis)
         length, index = max_length, layout.INDEX
         if self.cache_layout == "ring":
             left, _ = self._window or (None, None)
@@ -184,10 +197,10 @@ class AttentionLayer(AttentionSettings, ABC):
         normed = norm(x if self.qk_gn else x.reshape(*x.shape[:-2], -1))
         return normed.reshape(x.shape).astype(x.dtype)
 
-    def _project_keys(self, x: Array, inputs_k: Any, inputs_v: Any, positions: Array) -> KeyValue:
+    def _project_keys(self, sequence: Sequence, x: Array, inputs_k: Any, inputs_v: Any, positions: Array) -> KeyValue:
         if inputs_k is not None:
             inputs_k = jnp.asarray(inputs_k)
-            positions = shapes.positions(inputs_k.shape[-2])
+            positions = sequence.positions(inputs_k.shape[-2])
         source = x if inputs_k is None else inputs_k
         key = self._project("key", source)
         value = self._project("value", source if inputs_v is None else jnp.asarray(inputs_v))
@@ -197,9 +210,9 @@ class AttentionLayer(AttentionSettings, ABC):
         return self._layer("out")(out) if self.output_projection else out.reshape(*out.shape[:-2], -1)
 
     @staticmethod
-    def _positions(x: Array, offset: int | Array) -> Int[Array, "... T"]:
+    def _positions(positions: Int[Array, " T"], offset: int | Array) -> Int[Array, "... T"]:
         offset = jnp.asarray(offset, jnp.int32)[..., None]
-        return offset + jnp.expand_dims(shapes.positions(x.shape[-2]), range(offset.ndim - 1))
+        return offset + jnp.expand_dims(positions, range(offset.ndim - 1))
 
     @staticmethod
     def _keys(key: Array, value: Array, offset: int | Array, lengths: Lengths | None, past: Any) -> Keys:
@@ -211,7 +224,14 @@ class AttentionLayer(AttentionSettings, ABC):
         return Keys(key, value, lengths=offset + lengths.tokens, query_offset=offset, spoiled=lengths.wrong)
 
     def _attend(
-        self, query: Array, keys: Keys, bias: Array | None, mask: Array | None, needs_weights: bool, **options: Any
+        self,
+        sequence: Sequence,
+        query: Array,
+        keys: Keys,
+        bias: Array | None,
+        mask: Array | None,
+        needs_weights: bool,
+        **options: Any,
     ) -> tuple[Array, Array | None]:
         sinks = self._sinks()
         options |= keys.options()
@@ -224,7 +244,7 @@ class AttentionLayer(AttentionSettings, ABC):
             precision=self.precision,
         )
         if self.alibi == "falcon":
-            added = falcon_alibi(self.heads, self._head_dim, keys.key.shape[-3])
+            added = sequence.in_order(falcon_alibi(self.heads, self._head_dim, sequence.whole(keys.key.shape[-3])))
             bias = added if bias is None else bias.astype(jnp.float32) + added
         arrays = query, keys.key, keys.value, bias, mask
         log_sum_exp: Array | None
@@ -234,9 +254,7 @@ class AttentionLayer(AttentionSettings, ABC):
             out, log_sum_exp, weights = attention_with_weights(*arrays, **options)
         else:
             implementation = upstream.implementation_of(self.attn_impl)
-            found = dot_product_attention(
-                *arrays, **options, implementation=implementation, return_residual=self.add_bias_kv
-            )
+            found = sequence.attend(*arrays, **options, implementation=implementation, return_residual=self.add_bias_kv)
             out, log_sum_exp = found if self.add_bias_kv else (found, None)  # which cuDNN does not have
         if self.add_bias_kv:
             assert log_sum_exp is not None  # for mypy: it was asked for

@@ -154,7 +154,7 @@ def integers(name: str, x: ArrayLike, shape: tuple[int, ...], what: str, remedy:
     return x  # not yet an array of JAX, which would cut it down to 32 bits
 
 
-def checked_lengths(seq_lengths: ArrayLike | None, x: Array) -> Lengths | None:
+def checked_lengths(seq_lengths: ArrayLike | None, x: Array, tokens: int) -> Lengths | None:
     """For each row a number of tokens that is there; see `cache.checks.within` for what cannot be known yet."""
     if seq_lengths is None:
         return None
@@ -162,7 +162,7 @@ def checked_lengths(seq_lengths: ArrayLike | None, x: Array) -> Lengths | None:
     rule = "how many of the T tokens of each row count"
     lengths = integers("seq_lengths", seq_lengths, x.shape[:-2], rule, remedy)
     message = "seq_lengths must lie between 0 and the tokens of the call: seq_lengths={value}, tokens={high}."
-    return Lengths(*within(lengths, 0, x.shape[-2], message))
+    return Lengths(*within(lengths, 0, tokens, message))
 
 
 def checked_positions(positions: ArrayLike, x: Array) -> Int[Array, "..."]:

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from mqa_jax.cache import layout
 from mqa_jax.layer import upstream
+from mqa_jax.layer.cut_sequence import SequenceAxis, SequenceAxisSetting
 from mqa_jax.mask_checks import checked_window
 from mqa_jax.positions import Rope, TemperatureTuning
 from mqa_jax.setting_types import check_types
@@ -55,6 +56,7 @@ class AttentionSettings(upstream.UpstreamSettings):
       deterministic, dtype, param_dtype, precision, kernel_init, bias_init: as in Flax.
       out_kernel_init, out_bias_init: of the output projection, whose kernel `[N, H, D]` and bias `[D]` have other axes
         than those of the others, `[D, N, H]` and `[N, H]`; by default the same.
+      sequence_axis: the mesh axis over which the sequence is cut, its name or a `SequenceAxis`; None does not cut it.
     """
 
     kv_heads: int | None = None
@@ -85,6 +87,7 @@ class AttentionSettings(upstream.UpstreamSettings):
     bias_init: Initializer = zeros
     out_kernel_init: Initializer | None = None
     out_bias_init: Initializer | None = None
+    sequence_axis: SequenceAxisSetting = None
 
     @property
     def _kv_heads(self) -> int:
@@ -133,6 +136,7 @@ def check_settings(settings: AttentionSettings) -> None:
     upstream.check_names(settings)
     _check_heads(settings)
     checked_window(settings.local_window_size)
+    SequenceAxis.of(settings.sequence_axis)
     _check_cache(settings)
     _check_falcon(settings)
     if settings.norm_type not in NORM_TYPES:

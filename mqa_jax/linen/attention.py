@@ -60,6 +60,9 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
     def _dropout_key(self, deterministic: bool | None) -> Array | None:
         return dropout_key(self, deterministic)
 
+    def _makes_parameters(self) -> bool:
+        return self.is_initializing()
+
     def _cache(self, call: Call) -> Cache | None:
         """Also makes it where `mqa_jax.init_cache` traces the model, and one more for each further call in a step."""
         sizes = wanted()

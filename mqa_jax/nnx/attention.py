@@ -151,6 +151,9 @@ class GroupedQueryAttention(AttentionLayer, nnx.Module):
     def _dropout_key(self, deterministic: bool | None) -> Array | None:
         return dropout_key(self, deterministic)
 
+    def _makes_parameters(self) -> bool:
+        return False
+
     def _cache(self, call: Call) -> Cache | None:
         self._check_widths(call)
         if getattr(self, layout.KEY) is None:

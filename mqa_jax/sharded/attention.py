@@ -94,8 +94,9 @@ def sharded_attention(
     Args:
       query, key, value, bias, mask: whole arrays, as for `dot_product_attention`.
       sequence_axis: the mesh axis, or several, that cut T and S. Both are multiples of its size.
-      batch_axis, heads_axis: likewise for B (the last of the leading axes) and N. Where heads are cut, K and the number
-        of devices divide one another; with fewer key/value heads than devices, some devices have the same.
+      batch_axis, heads_axis: likewise for B (the last of the leading axes) and N. None cuts neither; on `Explicit` axes
+        it is what the type of the query says. Where heads are cut, K and the number of devices divide one another; with
+        fewer key/value heads than devices, some devices have the same.
       strategy, order: as for `ring_attention`.
       mesh: a mesh with these axes. Default: that of `jax.set_mesh`, or that of the arrays.
       **options: all others of `dot_product_attention` but `key_value_ring_lengths`.

@@ -1,5 +1,6 @@
 """Checks of what attention over a cut sequence adds to `mqa_jax.checks`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from mqa_jax.arguments import shown
-from mqa_jax.axes import Cut
+from mqa_jax.axes import Cut, cuts_of_type
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels.platforms import Kernels
 from mqa_jax.sharded.chunks import ORDERS, Order
@@ -102,19 +103,26 @@ def belong_together(part: Array, tokens: Array) -> None:
 
 
 def mesh_of(mesh: Any, **arrays: Any) -> Any:
-    """The mesh of the call: the one given, or that of `jax.set_mesh`, or that of the arrays."""
-    given = [mesh] if mesh is not None else [jax.sharding.get_abstract_mesh()]
-    if mesh is None and given[0].empty:
-        found = {name: _mesh_of_array(x) for name, x in arrays.items()}
-        given = list(dict.fromkeys(x for x in found.values() if x is not None))
-        if len(given) > 1:
-            raise ValueError(f"query, key and value must be on one mesh: {found}. Place them with jax.device_put.")
-    if not given:
+    """The mesh of the call: the one given, or the one in use."""
+    mesh = mesh_in_use(**arrays) if mesh is None else mesh
+    if mesh is None:
         raise ValueError(
             "sharded_attention needs a mesh, and neither jax.set_mesh nor the arrays have one: mesh=None. Pass mesh=, "
             "or call inside of jax.set_mesh(mesh)."
         )
-    return given[0]
+    return mesh
+
+
+def mesh_in_use(**arrays: Any) -> Any:
+    """That of `jax.set_mesh`, or that of the arrays; None if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return mesh
+    found = {name: _mesh_of_array(x) for name, x in arrays.items()}
+    given = list(dict.fromkeys(x for x in found.values() if x is not None))
+    if len(given) > 1:
+        raise ValueError(f"query, key and value must be on one mesh: {found}. Place them with jax.device_put.")
+    return given[0] if given else None
 
 
 def _mesh_of_array(x: Any) -> Any:
@@ -130,6 +138,10 @@ def cut_of(mesh: Any, inputs: Inputs, sequence: AxisName, batch: AxisName | None
     """The mesh axes of each axis of the arrays."""
     words = {"sequence_axis": sequence, "batch_axis": batch, "heads_axis": heads}
     names = {name: _names(name, word, mesh) for name, word in words.items()}
+    rows, _, of_heads, _ = ((), *cuts_of_type(inputs.operands.query))[-4:]
+    for name, found in (("batch_axis", rows), ("heads_axis", of_heads)):
+        if words[name] is None:  # then its type says it, on Explicit axes
+            names[name] = tuple(x for x in found if x not in names["sequence_axis"])
     every = [name for group in names.values() for name in group]
     if len(set(every)) < len(every):
         raise ValueError(f"A mesh axis can cut one axis of the arrays: {names}. Give each another mesh axis.")
@@ -160,6 +172,11 @@ def _names(name: str, word: Any, mesh: Any) -> tuple[str, ...]:
             f"{name} must name axes of the mesh: {name}={shown(word)}, unknown {unknown}, mesh {dict(mesh.shape)}."
         )
     return names
+
+
+def count(name: str, word: Any, mesh: Any) -> int:
+    """The devices along these mesh axes, one where there are none."""
+    return math.prod(mesh.shape[x] for x in _names(name, word, mesh))
 
 
 def _check_heads(cut: Cut, inputs: Inputs) -> None:

@@ -1,0 +1,157 @@
+"""The setting `sequence_axis` of the attention modules, and what a call then has of the sequence.
+
+Projections, norms and the output look at one token at a time, so devices that share a sequence compute them on their own.
+What looks further is attention itself, which another function computes, and what counts positions.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from mqa_jax import shapes
+from mqa_jax.attention import dot_product_attention
+from mqa_jax.layer.calls import Call
+from mqa_jax.sharded import checks
+from mqa_jax.sharded.attention import ring_attention, sharded_attention
+from mqa_jax.sharded.strategies import AxisName
+from mqa_jax.sharded.zigzag import zigzag
+
+
+@dataclass(frozen=True)
+class SequenceAxis:
+    """The mesh axis over which the sequence is cut in an attention module, its setting `sequence_axis`.
+
+    Parameters do not depend on it. On a mesh, that of `jax.set_mesh` or of the arrays, a call has whole arrays and
+    computes `sharded_attention`. Inside of a `jax.shard_map` over this axis all mesh axes have to be manual; x and all
+    else with an axis of tokens `[..., T/n, ...]` is then the part of the device, as for `ring_attention`.
+
+    Attributes:
+      name: of the mesh axis, or a tuple of several. T, and S where it differs, are multiples of its size n.
+      strategy: "ring" or "all_gather", how keys and values get to the queries.
+      order: of the tokens in all arrays, "contiguous" or "zigzag" (`mqa_jax.zigzag`), also of both axes of mask and bias
+        and of `positions` that a call gives; positions that it does not give are in this order.
+      batch_axis, heads_axis: the mesh axes that cut B and N of whole arrays, None for none; on `Explicit` axes by
+        default those of the query's type. Not read inside of `jax.shard_map`.
+    """
+
+    name: AxisName
+    strategy: str = field(default="ring", kw_only=True)
+    order: str = field(default="contiguous", kw_only=True)
+    batch_axis: AxisName | None = field(default=None, kw_only=True)
+    heads_axis: AxisName | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        checks.known(self.strategy, self.order)
+        for name, x in (("name", self.name), ("batch_axis", self.batch_axis), ("heads_axis", self.heads_axis)):
+            names = x if isinstance(x, tuple) and x else (x,)
+            if not (x is None and name != "name") and not all(isinstance(each, str) for each in names):
+                raise ValueError(
+                    "sequence_axis must be the name of a mesh axis, a tuple of several, mqa_jax.SequenceAxis with such "
+                    f"names, or None: {name}={x!r}."
+                )
+
+    @classmethod
+    def of(cls, setting: "SequenceAxisSetting") -> "SequenceAxis | None":
+        """Of a setting, which may be the name alone."""
+        return setting if setting is None or isinstance(setting, SequenceAxis) else cls(setting)
+
+
+SequenceAxisSetting = AxisName | SequenceAxis | None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What the arrays of a call are of the sequence, by default all of it.
+
+    Attributes:
+      attend: attention of them, with the arguments of `dot_product_attention`.
+      order: of their tokens.
+      devices: that share the sequence.
+      parts: the arrays are one of so many equal parts, the one with the number `part`.
+    """
+
+    attend: Callable[..., Any] = dot_product_attention
+    order: str = "contiguous"
+    devices: int = 1
+    parts: int = 1
+    part: Int[Array, ""] | int = 0
+
+    def whole(self, length: Any) -> Any:
+        """The length of the sequence of which an array has this length."""
+        return length * self.parts
+
+    def in_order(self, x: Array, axis: int = -1) -> Array:
+        """All of a sequence in the order of the tokens."""
+        return zigzag(x, self.devices, axis) if self.order == "zigzag" else x
+
+    def positions(self, length: Any) -> shapes.Positions:
+        """Of an array with this length."""
+        every = self.in_order(shapes.positions(self.whole(length)))
+        return every if self.parts == 1 else lax.dynamic_slice_in_dim(every, self.part * length, length)
+
+
+def of_call(
+    setting: SequenceAxisSetting, call: Call, is_cached: bool, needs_weights: bool, makes_parameters: bool
+) -> Sequence:
+    """`makes_parameters`: a call in which they are made needs no mesh, and no length that devices can share."""
+    axis = SequenceAxis.of(setting)
+    if axis is None:
+        return Sequence()
+    _check(axis, call, is_cached, needs_weights)
+    options: dict[str, Any] = dict(strategy=axis.strategy, order=axis.order)
+    names = axis.name if isinstance(axis.name, tuple) else (axis.name,)
+    if set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        devices, attend = lax.axis_size(axis.name), functools.partial(ring_attention, axis_name=axis.name, **options)
+        return Sequence(attend, axis.order, devices, devices, lax.axis_index(axis.name))
+    mesh = checks.mesh_in_use(x=call.x)
+    if makes_parameters and (mesh is None or not _divides(axis, mesh, call)):
+        return Sequence()
+    if mesh is None:
+        raise ValueError(
+            "A module with a sequence_axis needs a mesh, and neither jax.set_mesh nor x have one: "
+            f"sequence_axis={setting!r}, x.shape={call.x.shape}. Call it inside of jax.set_mesh(mesh), or of "
+            "jax.shard_map; on one device, make the module with sequence_axis=None."
+        )
+    attend = functools.partial(
+        sharded_attention,
+        sequence_axis=axis.name,
+        batch_axis=axis.batch_axis,
+        heads_axis=axis.heads_axis,
+        mesh=mesh,
+        **options,
+    )
+    return Sequence(attend, axis.order, checks.count("sequence_axis", axis.name, mesh))
+
+
+def _check(axis: SequenceAxis, call: Call, is_cached: bool, needs_weights: bool) -> None:
+    refused = {
+        "a cache": is_cached,
+        "past_key_value": call.past_key_value is not None,
+        "prev_layer_key_value with more tokens than x": call.query_offset != 0,
+        "needs_weights=True": needs_weights,
+    }
+    no_such([name for name, is_given in refused.items() if is_given], axis)
+
+
+def no_such(names: list[str], setting: SequenceAxisSetting) -> None:
+    """What a module with a sequence axis does not have."""
+    if setting is not None and names:
+        raise NotImplementedError(
+            f"A sequence that is cut over devices cannot be combined with {' and '.join(names)}: "
+            f"sequence_axis={setting!r}. A module with sequence_axis=None has the same parameters."
+        )
+
+
+def _divides(axis: SequenceAxis, mesh: Any, call: Call) -> bool:
+    """Whether the devices can share the arrays."""
+    chunks = checks.count("sequence_axis", axis.name, mesh) * (2 if axis.order == "zigzag" else 1)
+    lengths = [jnp.shape(x)[-2] for x in (call.x, call.inputs_k) if x is not None]
+    rows = call.x.shape[-3] if call.x.ndim > 2 else 1
+    return all(n % chunks == 0 for n in lengths) and rows % checks.count("batch_axis", axis.batch_axis, mesh) == 0
