@@ -1,11 +1,10 @@
 """The setting `sequence_axis` of the attention modules, and what a call then has of the sequence.
 
-Projections, norms and the output look at one token at a time, so devices that share a sequence compute them on their own.
-What looks further is attention itself, which another function computes, and what counts positions.
+Projections and norms read one token at a time: nothing changes in them. What reads more is attention itself, which
+another function then computes, and what counts tokens: positions and lengths.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,10 +34,10 @@ class SequenceAxis:
     Attributes:
       name: of the mesh axis, or a tuple of several. T, and S where it differs, are multiples of its size n.
       strategy: "ring" or "all_gather", how keys and values get to the queries.
-      order: of the tokens in all arrays, "contiguous" or "zigzag" (`mqa_jax.zigzag`), also of both axes of mask and bias
-        and of `positions` that a call gives; positions that it does not give are in this order.
-      batch_axis, heads_axis: the mesh axes that cut B and N of whole arrays, None for none; on `Explicit` axes by
-        default those of the query's type. Not read inside of `jax.shard_map`.
+      order: "contiguous" or "zigzag" (`mqa_jax.zigzag`), of the tokens in all arrays: x, segments, positions, both axes
+        of bias and mask. Positions that a call does not give are in this order.
+      batch_axis, heads_axis: the mesh axes that cut B and N of whole arrays, as in `sharded_attention`; not read inside
+        of `jax.shard_map`.
     """
 
     name: AxisName
@@ -52,6 +51,7 @@ class SequenceAxis:
         for name, x in (("name", self.name), ("batch_axis", self.batch_axis), ("heads_axis", self.heads_axis)):
             names = x if isinstance(x, tuple) and x else (x,)
             if not (x is None and name != "name") and not all(isinstance(each, str) for each in names):
+                name = "sequence_axis" if name == "name" else name
                 raise ValueError(
                     "sequence_axis must be the name of a mesh axis, a tuple of several, mqa_jax.SequenceAxis with such "
                     f"names, or None: {name}={x!r}."
@@ -104,7 +104,13 @@ def of_call(
     axis = SequenceAxis.of(setting)
     if axis is None:
         return Sequence()
-    _check(axis, call, is_cached, needs_weights)
+    refused = {
+        "a cache": is_cached,
+        "past_key_value": call.past_key_value is not None,
+        "prev_layer_key_value with more tokens than x": call.query_offset != 0,
+        "needs_weights=True": needs_weights,
+    }
+    no_such([name for name, is_given in refused.items() if is_given], setting)
     options: dict[str, Any] = dict(strategy=axis.strategy, order=axis.order)
     names = axis.name if isinstance(axis.name, tuple) else (axis.name,)
     if set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
@@ -128,16 +134,6 @@ def of_call(
         **options,
     )
     return Sequence(attend, axis.order, checks.count("sequence_axis", axis.name, mesh))
-
-
-def _check(axis: SequenceAxis, call: Call, is_cached: bool, needs_weights: bool) -> None:
-    refused = {
-        "a cache": is_cached,
-        "past_key_value": call.past_key_value is not None,
-        "prev_layer_key_value with more tokens than x": call.query_offset != 0,
-        "needs_weights=True": needs_weights,
-    }
-    no_such([name for name, is_given in refused.items() if is_given], axis)
 
 
 def no_such(names: list[str], setting: SequenceAxisSetting) -> None:

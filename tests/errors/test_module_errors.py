@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -154,6 +155,13 @@ MODULES = {
     ),
     "slopes": (lambda: mqa_jax.alibi_slopes(0), r"alibi_slopes needs heads >= 1 .*: heads=0"),
     "slopes that rise": (lambda: mqa_jax.alibi_slopes(4, -8), r"alibi_bias_max > 0: heads=4, alibi_bias_max=-8"),
+    "no mesh": (
+        lambda: _applied(layer(sequence_axis="seq")),
+        r"a mesh, and neither jax.set_mesh nor x have one: sequence_axis='seq', x.shape=\(2, 5, 16\)",
+    ),
+    "sequence_axis": (lambda: layer(sequence_axis=3), r"name of a mesh axis, .* or None: sequence_axis=3"),
+    "batch_axis": (lambda: mqa_jax.SequenceAxis("s", batch_axis=()), r"mqa_jax.SequenceAxis with .*: batch_axis=\(\)"),
+    "strategy": (lambda: mqa_jax.SequenceAxis("s", strategy="rings"), r"Unknown strategy='rings': use one of"),
     "FlashAttention": (
         lambda: mqa_jax.FlashAttention().apply({}, *(ones((5, 8)),) * 3),
         r"FlashAttention takes q \[B, N, T, H\].*q.shape=\(5, 8\)",
@@ -163,6 +171,11 @@ MODULES = {
         r"bool, or 0 and 1, 0 hides: mask.dtype=float32.*goes to bias=",
     ),
 }
+
+
+def _applied(module):
+    params = jax.eval_shape(module.init, RNG, ones((2, 5, 16)))
+    return jax.eval_shape(module.apply, params, ones((2, 5, 16)))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -241,6 +254,18 @@ NOT_POSSIBLE: dict[str, Any] = {
     "bias_kv and score_fn": (
         lambda: layer(add_bias_kv=True).init(RNG, ones((2, 5, 16)), score_fn=lambda score, *_: score),
         r"add_bias_kv works without score_fn only: its key has no position",
+    ),
+    "cache of a cut sequence": (
+        lambda: layer(sequence_axis="seq").init_cache(2, 7),
+        r"combined with a cache: sequence_axis='seq'. A module with sequence_axis=None has the same parameters",
+    ),
+    "past and weights of a cut sequence": (
+        lambda: call(layer(sequence_axis=("a", "b")), ones((2, 5, 16)), PAST, needs_weights=True),
+        r"combined with past_key_value and .*needs_weights=True: sequence_axis=\('a', 'b'\)",
+    ),
+    "more earlier keys of a cut sequence": (
+        lambda: call(layer(sequence_axis="seq"), prev_layer_key_value=(ones((2, 7, 4, 4)),) * 2),
+        r"combined with prev_layer_key_value with more tokens than x: sequence_axis='seq'",
     ),
     "adapter: sow": (
         lambda: mha().init(RNG, ones((2, 5, 16)), sow_weights=True),

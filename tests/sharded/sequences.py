@@ -187,6 +187,14 @@ def in_shard_map():
         agrees("sinks", inside_shard_map(*way, check_vma))
 
 
+def outside_of_jit():
+    """`jax.shard_map` may run op by op."""
+    one, _, right = problem("causal")
+    attend = functools.partial(mqa_jax.ring_attention, axis_name="s", is_causal=True)
+    run = jax.shard_map(attend, mesh=mesh_of(2), in_specs=P(None, "s"), out_specs=P(None, "s"))
+    np.testing.assert_allclose(run(*one.arrays.values()), right["out"], atol=1e-5)
+
+
 def in_bfloat16():
     """DK and dV are summed over 8 devices in float32, so they err no more than on one."""
     one, *_ = problem("causal")
