@@ -21,8 +21,9 @@ class LlamaConfig:
     `attention_bias`: of queries, keys and values, and of the output unless `attention_out_bias` is set.
     `window`: the number of positions before its own that a query attends to; None is all.
 
-    The last two are only for training: `attn_pdrop` is the dropout rate of the attention weights; with `remat` the
-    backward pass recomputes each layer instead of storing its activations.
+    The last three are only for training: `attn_pdrop` is the dropout rate of the attention weights; with `remat` the
+    backward pass recomputes each layer instead of storing its activations; `sequence_axis` says which devices share a
+    text.
     """
 
     vocabulary: int
@@ -43,6 +44,7 @@ class LlamaConfig:
     cache_dtype: str | None = None
     attn_pdrop: float = 0.0
     remat: bool = False
+    sequence_axis: mqa_jax.SequenceAxis | None = None
 
     def attention(self, **settings: Any) -> mqa_jax.GroupedQueryAttention:
         """The attention of each layer."""
@@ -60,6 +62,7 @@ class LlamaConfig:
             local_window_size=None if self.window is None else (self.window, 0),
             cache_dtype=self.cache_dtype,
             attn_pdrop=self.attn_pdrop,
+            sequence_axis=self.sequence_axis,
         )
 
 

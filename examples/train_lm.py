@@ -27,7 +27,7 @@ from command_line import exit_with_a_sentence
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
-from llama import Llama
+from llama import Llama, LlamaConfig
 from manual import Text, load_text
 from tqdm import tqdm
 from train_checkpoints import check_folder, open_checkpoints, restore, save
@@ -37,6 +37,9 @@ from train_settings import Settings, check_bounds, check_settings, settings_of, 
 from mqa_jax import nnx as mqa_nnx
 
 SHOW_EVERY = 10  # steps; showing a loss waits until it is computed
+
+
+Texts = tuple[Int[Array, "B T"], Int[Array, "B T"]]  # tokens, and the one that follows each
 
 
 class State(NamedTuple):
@@ -51,46 +54,60 @@ class State(NamedTuple):
 @functools.partial(jax.jit, static_argnames="settings")
 def first_state(settings: Settings) -> State:
     if settings.api == "nnx":
-        params = mqa_nnx.to_linen(llama_nnx.Llama(settings.model.config, rngs=nnx.Rngs(settings.seed)))
+        params = mqa_nnx.to_linen(llama_nnx.Llama(settings.config, rngs=nnx.Rngs(settings.seed)))
     else:
         params = settings.model.init(jax.random.key(settings.seed), jnp.zeros((1, 1), jnp.int32))["params"]
     losses = jnp.full(settings.steps, jnp.nan, jnp.float32)
     return State(jnp.int32(0), params, settings.optimizer.init(params), losses)
 
 
-def mean_loss(model: Llama, params: Params, texts: Int[Array, "B T_plus_1"], **options: Any) -> Float[Array, ""]:
+def tokens_and_labels(texts: Int[Array, "B T_plus_1"]) -> Texts:
+    return texts[:, :-1], texts[:, 1:]
+
+
+def mean_loss(model: Llama, params: Params, texts: Texts, **options: Any) -> Float[Array, ""]:
     """The mean loss in nats per byte."""
-    logits = model.apply({"params": params}, texts[:, :-1], **options)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
+    tokens, labels = texts
+    logits = model.apply({"params": params}, tokens, **options)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def mean_loss_nnx(model: Any, params: Params, texts: Int[Array, "B T_plus_1"], dropout: Any) -> Float[Array, ""]:
+def mean_loss_nnx(model: Any, params: Params, texts: Texts, dropout: Any) -> Float[Array, ""]:
     """The same of a model of NNX. Its parameters are those of linen, so checkpoints and measurements serve both."""
-    logits = mqa_nnx.with_params(model, params)(texts[:, :-1], deterministic=False, rngs=nnx.Rngs(dropout=dropout))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:]).mean()
+    tokens, labels = texts
+    logits = mqa_nnx.with_params(model, params)(tokens, deterministic=False, rngs=nnx.Rngs(dropout=dropout))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def loss_function(settings: Settings, config: LlamaConfig) -> Callable[[Params, Texts, Array], Float[Array, ""]]:
+    """The mean loss in training, of parameters, texts and a random key."""
+    if settings.api == "nnx":
+        abstract = nnx.eval_shape(lambda: llama_nnx.Llama(config, rngs=nnx.Rngs(0)))  # shapes for parameters
+        return functools.partial(mean_loss_nnx, abstract)
+    return lambda params, texts, key: mean_loss(
+        Llama(config), params, texts, deterministic=False, rngs={"dropout": key}
+    )
 
 
 def make_step(
-    settings: Settings, place: Callable[[Array], Array] = lambda texts: texts, **compiling: Any
+    settings: Settings,
+    config: LlamaConfig | None = None,
+    place: Callable[[Array], Array] = lambda texts: texts,
+    **compiling: Any,
 ) -> Callable[[State, UInt8[Array, " bytes"]], State]:
     """One compiled step of training; batch and dropout depend only on the seed and the number of the step.
 
-    `place`: what says how devices share the texts of a step. `compiling`: options of `jax.jit`.
+    `config`: of the model, by default that of the settings. `place`: how devices share the tokens of a step, and their
+    labels. `compiling`: options of `jax.jit`.
     """
-    loss_of: Callable[[Params, Array, Array], Array]
-    if settings.api == "nnx":
-        loss_of = functools.partial(mean_loss_nnx, settings.abstract_nnx_model)
-    else:
-        loss_of = lambda params, texts, key: mean_loss(
-            settings.model, params, texts, deterministic=False, rngs={"dropout": key}
-        )
+    loss_of = loss_function(settings, settings.config if config is None else config)
 
     def step(state: State, train: UInt8[Array, " bytes"]) -> State:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         batch_key, dropout_key = jax.random.split(key)
         starts = jax.random.randint(batch_key, (settings.batch, 1), 0, train.size - settings.length)
-        texts = place(train[starts + jnp.arange(settings.length + 1)].astype(jnp.int32))
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, texts, dropout_key)
+        texts = tokens_and_labels(train[starts + jnp.arange(settings.length + 1)].astype(jnp.int32))
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, (place(texts[0]), place(texts[1])), dropout_key)
         updates, optimizer = settings.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, optimizer, state.losses.at[state.step].set(loss))
@@ -104,7 +121,8 @@ def evaluate(settings: Settings, params: Params, held_out: UInt8[Array, " bytes"
     """The mean loss over consecutive texts."""
     size = settings.batch * (settings.length + 1)
     batches = held_out[: held_out.size // size * size].reshape(-1, settings.batch, settings.length + 1)
-    return lax.map(lambda texts: mean_loss(settings.model, params, texts.astype(jnp.int32)), batches).mean()
+    loss = lambda texts: mean_loss(settings.model, params, tokens_and_labels(texts.astype(jnp.int32)))
+    return lax.map(loss, batches).mean()
 
 
 def record_of(settings: Settings, text: Text) -> dict[str, Any]:

@@ -5,10 +5,8 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import llama_nnx
 import optax
 from command_line import Parser, option
-from flax import nnx
 from llama import Llama, LlamaConfig
 from manual import Text
 
@@ -36,8 +34,8 @@ class Settings:
         return {self.heads: "MHA", 1: "MQA"}.get(self.kv_heads, "GQA")
 
     @property
-    def model(self) -> Llama:
-        config = LlamaConfig(
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
             vocabulary=256,
             layers=self.layers,
             dim=self.dim,
@@ -49,12 +47,10 @@ class Settings:
             attn_pdrop=self.dropout,
             remat=self.remat,
         )
-        return Llama(config)
 
     @property
-    def abstract_nnx_model(self) -> llama_nnx.Llama:
-        """The same model in NNX, with shapes for parameters."""
-        return nnx.eval_shape(lambda: llama_nnx.Llama(self.model.config, rngs=nnx.Rngs(0)))
+    def model(self) -> Llama:
+        return Llama(self.config)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

@@ -2,18 +2,20 @@
 
     python examples/train_sharded.py --devices 8 --model-axis 2 --stop-at 125     # 4 x 2 virtual devices of this CPU
     python examples/train_sharded.py --devices 4 --model-axis 1 --resume          # 4 x 1, the same losses
+    python examples/train_sharded.py --devices 8 --sequence-axis 4 --order zigzag --out runs/cut     # 4 share a text
 
     python examples/train_sharded.py --coordinator HOST:PORT --processes 2 --process 0     # and 1, on another machine
 
-The mesh axis `model` cuts the heads of attention, `data` the texts of a batch, the kernels and what the optimizer keeps
-of them. Each process has all devices that JAX finds on its machine, or `--devices` of its CPU. Processes need a folder
-`--out` that all of them see. `loss.png` shows which mesh computed which steps.
+The mesh axis `model` cuts the heads of attention, `sequence` each text, `data` the texts of a batch, the kernels and
+what the optimizer keeps of them. Each process has all devices that JAX finds on its machine, or `--devices` of its CPU.
+Processes need a folder `--out` that all of them see. `loss.png` shows which mesh computed which steps.
 """
 
 import argparse
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import numpy as np
 from command_line import exit_with_a_sentence
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Array, Float
+from llama import LlamaConfig
 from manual import Text, load_text
 from train_checkpoints import check_folder, open_checkpoints, saved_step
 from train_lm import State, evaluate, first_state, make_step, record_of, train
@@ -49,15 +52,32 @@ def start(options: argparse.Namespace) -> None:
 
 def make_mesh(options: argparse.Namespace) -> Mesh:
     """All devices of all processes; neighbours share the heads of a layer."""
-    count, model = jax.device_count(), options.model_axis
-    if model < 1 or count % model:
-        raise ValueError(f"--model-axis must divide the number of devices: model_axis={model}, devices={count}.")
-    if options.heads % model or options.batch % (count // model):
+    count, model, sequence = jax.device_count(), options.model_axis, options.sequence_axis
+    if min(model, sequence) < 1 or count % (model * sequence):
         raise ValueError(
-            "Heads are cut over the model axis, texts over the others: "
-            f"heads={options.heads}, model_axis={model}, batch={options.batch}, data axis={count // model}."
+            "--model-axis times --sequence-axis must divide the number of devices: "
+            f"model_axis={model}, sequence_axis={sequence}, devices={count}."
         )
-    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    data = count // (model * sequence)
+    if options.heads % model or options.batch % data:
+        raise ValueError(
+            "Heads are cut over the model axis, a batch over the data axis: "
+            f"heads={options.heads}, model_axis={model}, batch={options.batch}, data axis={data}."
+        )
+    if options.length % (sequence * (1 + (options.order == "zigzag"))):
+        raise ValueError(
+            "A text is cut over the sequence axis, into two chunks for each device in zigzag order: "
+            f"length={options.length}, sequence_axis={sequence}, order={options.order}."
+        )
+    return jax.make_mesh((data, sequence, model), ("data", "sequence", "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def cut_config(options: argparse.Namespace, settings: Settings) -> LlamaConfig:
+    """That of the same model, with attention over texts that are cut."""
+    if options.sequence_axis == 1:
+        return settings.config
+    axis = mqa_jax.SequenceAxis("sequence", order=options.order, batch_axis="data", heads_axis="model")
+    return replace(settings.config, sequence_axis=axis)
 
 
 def shardings_of(settings: Settings, mesh: Mesh) -> State:
@@ -83,11 +103,16 @@ def run(options: argparse.Namespace, settings: Settings, text: Text, mesh: Mesh)
     with open_checkpoints(options.out) as manager:
         before = saved_step(manager, record_of(settings, text)) or 0
     state = jax.jit(functools.partial(first_state, settings), out_shardings=shardings)()
-    share = lambda texts: lax.with_sharding_constraint(texts, NamedSharding(mesh, PartitionSpec("data")))
-    step = make_step(settings, share, out_shardings=shardings)
+
+    def share(tokens: Array) -> Array:
+        ordered = mqa_jax.zigzag(tokens, mesh.shape["sequence"]) if options.order == "zigzag" else tokens
+        return lax.with_sharding_constraint(ordered, NamedSharding(mesh, PartitionSpec("data", "sequence")))
+
+    step = make_step(settings, cut_config(options, settings), share, out_shardings=shardings)
     print_once(holdings(state.params, mesh))
     text = jax.device_put(jax.tree.map(np.asarray, text), whole)
-    state = train(settings, text, options.out, options.checkpoint_every, state, step, options.stop_at)
+    with jax.set_mesh(mesh):  # where attention finds it
+        state = train(settings, text, options.out, options.checkpoint_every, state, step, options.stop_at)
     held_out = float(evaluate(settings, state.params, text.held_out))
     losses = np.asarray(state.losses)[: int(state.step)]
     print_once(f"step {losses.size}: loss {smooth(losses)[-1]:.3f}, held out {held_out:.3f}, in nats per byte")
@@ -128,6 +153,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__, "runs/train_sharded")
     parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads")
     parser.add_argument("--model-axis", type=int, default=1, help="devices that share the heads of a layer")
+    parser.add_argument("--sequence-axis", type=int, default=1, help="devices that share a text")
+    parser.add_argument("--order", choices=("contiguous", "zigzag"), default="contiguous", help="of its tokens on them")
     parser.add_argument("--devices", type=int, help="virtual devices of this CPU; default: those that JAX finds")
     parser.add_argument("--stop-at", type=int, help="step after which to stop; default: the last")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, where there are several")

@@ -111,11 +111,9 @@ def of_call(
         "needs_weights=True": needs_weights,
     }
     no_such([name for name, is_given in refused.items() if is_given], setting)
-    options: dict[str, Any] = dict(strategy=axis.strategy, order=axis.order)
     names = axis.name if isinstance(axis.name, tuple) else (axis.name,)
     if set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-        devices, attend = lax.axis_size(axis.name), functools.partial(ring_attention, axis_name=axis.name, **options)
-        return Sequence(attend, axis.order, devices, devices, lax.axis_index(axis.name))
+        return _of_part(axis)
     mesh = checks.mesh_in_use(x=call.x)
     if makes_parameters and (mesh is None or not _divides(axis, mesh, call)):
         return Sequence()
@@ -125,13 +123,24 @@ def of_call(
             f"sequence_axis={setting!r}, x.shape={call.x.shape}. Call it inside of jax.set_mesh(mesh), or of "
             "jax.shard_map; on one device, make the module with sequence_axis=None."
         )
+    return _of_whole_arrays(axis, mesh)
+
+
+def _of_part(axis: SequenceAxis) -> Sequence:
+    attend = functools.partial(ring_attention, axis_name=axis.name, strategy=axis.strategy, order=axis.order)
+    devices = lax.axis_size(axis.name)
+    return Sequence(attend, axis.order, devices, parts=devices, part=lax.axis_index(axis.name))
+
+
+def _of_whole_arrays(axis: SequenceAxis, mesh: Any) -> Sequence:
     attend = functools.partial(
         sharded_attention,
         sequence_axis=axis.name,
         batch_axis=axis.batch_axis,
         heads_axis=axis.heads_axis,
+        strategy=axis.strategy,
+        order=axis.order,
         mesh=mesh,
-        **options,
     )
     return Sequence(attend, axis.order, checks.count("sequence_axis", axis.name, mesh))
 

@@ -230,7 +230,7 @@ def test_remat_changes_no_loss(finished, text):
 
 @pytest.mark.slow
 def test_dropout_follows_its_key(params, text):
-    texts = text.train[:66].reshape(2, 33).astype(jnp.int32)
+    texts = train_lm.tokens_and_labels(text.train[:66].reshape(2, 33).astype(jnp.int32))
 
     @jax.jit
     def loss(key):

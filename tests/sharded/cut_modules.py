@@ -25,9 +25,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(**ROPE, kv_heads=2, attn_pdrop=0.3, qk_ln=True),
         dict(deterministic=False, segment_ids=jnp.arange(B * T).reshape(B, T) // 20, seq_lengths=numbers(T, 31)),
     ),
-    "Falcon's ALiBi, one key more, bias, mask, MHA": (
-        dict(alibi="falcon", add_bias_kv=True, add_zero_attn=True),
-        dict(bias=normal(1, N, T, T), mask=normal(B, 1, T, T) > -1),
+    "RoPE, Falcon's ALiBi, one key more, bias, mask, MHA": (
+        dict(**ROPE, alibi="falcon", add_bias_kv=True, add_zero_attn=True),
+        dict(bias=normal(1, N, T, T), mask=normal(B, 1, T, T) > -1, seq_lengths=numbers(T, 31)),
     ),
     "ALiBi, soft cap, sinks, positions, functions, MQA": (
         dict(rope=mqa_jax.Rope(), alibi=True, logits_soft_cap=2.0, sinks=True, kv_heads=1),
@@ -37,17 +37,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(**ROPE, alibi=True, local_window_size=(7, 0)),
         dict(prev_layer_key_value=(normal(B, T, N, D // N), normal(B, T, N, D // N))),
     ),
-    "keys of another text": (dict(**ROPE, kv_heads=2, causal=False), dict(inputs_k=normal(B, 2 * T, 5))),
+    "keys of another text, dropout": (
+        dict(**ROPE, kv_heads=2, causal=False, attn_pdrop=0.3),
+        dict(deterministic=False, inputs_k=normal(B, 2 * T, 5)),
+    ),
 }
 # The number of a case, how it is called, and how many devices share it; first what runs always.
 WAYS: list[tuple[int, str, str, str, str, int]] = [
     (0, "linen", "Auto", "ring", "zigzag", 3),
-    (1, "nnx", "manual", "ring", "zigzag", 3),
+    (1, "nnx", "manual", "all_gather", "zigzag", 3),
     (2, "linen", "Explicit", "ring", "zigzag", 8),
-    (4, "linen", "manual", "all_gather", "contiguous", 8),
-    (0, "linen", "manual", "all_gather", "zigzag", 8),
-    (1, "nnx", "Auto", "all_gather", "contiguous", 8),
     (3, "nnx", "Explicit", "ring", "contiguous", 8),
+    (4, "linen", "manual", "all_gather", "contiguous", 8),
     (4, "linen", "Auto", "ring", "contiguous", 8),
 ]
 # The axes of tokens of all that has them, of a mask [B, S] too.
