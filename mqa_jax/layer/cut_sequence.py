@@ -20,7 +20,7 @@ from mqa_jax.layer.calls import Call
 from mqa_jax.sharded import checks
 from mqa_jax.sharded.attention import ring_attention, sharded_attention
 from mqa_jax.sharded.strategies import AxisName
-from mqa_jax.sharded.zigzag import zigzag
+from mqa_jax.sharded.zigzag import positions_at, zigzag
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Sequence:
 
     def positions(self, length: Any) -> shapes.Positions:
         """Of an array with this length."""
-        every = self.in_order(shapes.positions(self.whole(length)))
-        return every if self.parts == 1 else lax.dynamic_slice_in_dim(every, self.part * length, length)
+        places = shapes.positions(length) + (0 if self.parts == 1 else self.part * length)
+        return positions_at(places, self.whole(length), self.devices) if self.order == "zigzag" else places
 
 
 def of_call(

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import collectives
 from sequences import mesh_of, normal, numbers, reordered
 
 import mqa_jax
@@ -174,3 +175,16 @@ def parameters():
         (out, *_), same = jax.jit(module.init_with_output)(KEY, mqa_jax.zigzag(X, 2))
     jax.tree.map(np.testing.assert_array_equal, same, params)
     np.testing.assert_allclose(mqa_jax.unzigzag(np.asarray(out), 2), expected, atol=1e-5)
+
+
+def nothing_else_is_sent():
+    """Keys in a ring, and the sum of the output over the heads: no tokens, positions or angles."""
+    module = mqa_jax.GroupedQueryAttention(D, N, kv_heads=2, rope=mqa_jax.Rope())
+    params, mesh = jax.jit(module.init)(KEY, X), mesh_of((2, 2, 2), ("b", "s", "n"))
+    module = module.clone(sequence_axis=mqa_jax.SequenceAxis("s", order="zigzag", batch_axis="b", heads_axis="n"))
+    with jax.set_mesh(mesh):
+        specs = mqa_jax.partition_specs(params, heads="n", kv_heads="n"), P("b", "s")
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        run = lambda params, x: module.apply(params, x)[0]
+        program = jax.jit(run, in_shardings=shardings, out_shardings=shardings[1]).lower(params, X).compile()
+    assert collectives(program.as_text()) == {"collective-permute": 1, "all-reduce": 1}
