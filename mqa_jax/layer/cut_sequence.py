@@ -68,7 +68,7 @@ SequenceAxisSetting = AxisName | SequenceAxis | None
 
 @dataclass(frozen=True)
 class Sequence:
-    """What the arrays of a call are of the sequence, by default all of it.
+    """What the arrays of a call are of the sequence; by default all of it, on one device.
 
     Attributes:
       attend: attention of them, with the arguments of `dot_product_attention`.
@@ -77,7 +77,7 @@ class Sequence:
       parts: the arrays are one of so many equal parts, the one with the number `part`.
     """
 
-    attend: Callable[..., Any] = dot_product_attention
+    attend: Callable[..., Any]
     order: str = "contiguous"
     devices: int = 1
     parts: int = 1
@@ -103,7 +103,7 @@ def of_call(
     """`makes_parameters`: a call in which they are made needs no mesh, and no length that devices can share."""
     axis = SequenceAxis.of(setting)
     if axis is None:
-        return Sequence()
+        return Sequence(dot_product_attention)
     refused = {
         "a cache": is_cached,
         "past_key_value": call.past_key_value is not None,
@@ -116,7 +116,7 @@ def of_call(
         return _of_part(axis)
     mesh = checks.mesh_in_use(x=call.x)
     if makes_parameters and (mesh is None or not _divides(axis, mesh, call)):
-        return Sequence()
+        return Sequence(dot_product_attention)
     if mesh is None:
         raise ValueError(
             "A module with a sequence_axis needs a mesh, and neither jax.set_mesh nor x have one: "

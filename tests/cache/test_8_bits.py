@@ -13,7 +13,7 @@ from rings import EIGHT_BITS, OPTIONS, RING, TEXT, cached
 
 import mqa_jax
 from mqa_jax import quantization
-from mqa_jax.layer import attention_layer
+from mqa_jax.layer import cut_sequence
 
 pytestmark = pytest.mark.usefixtures("skin")
 SKINS = ("linen",)  # test_nnx.py compares the bits of NNX with it; test_schedules.py runs with both
@@ -26,7 +26,7 @@ def attending_to(module, params, x, contents, **arguments):
     key = mqa_jax.dequantize(contents["cached_key"], contents["cached_key_scale"])[:, :length]
     value = mqa_jax.dequantize(contents["cached_value"], contents["cached_value_scale"])[:, :length]
     attend = lambda query, _, __, *pairs, **options: mqa_jax.dot_product_attention(query, key, value, *pairs, **options)
-    with mock.patch.object(attention_layer, "dot_product_attention", attend):
+    with mock.patch.object(cut_sequence, "dot_product_attention", attend):
         return module.apply({"params": params}, x, **arguments)[0]
 
 
