@@ -205,6 +205,8 @@ def _automatic(call: Call, context: Any) -> Callable[..., list]:
         if mesh.empty:
             mesh = Mesh(np.array(context.module_context.axis_context.device_assignment), ("devices",))
         cut = _possible(cut_of(call, mesh.shape.items(), [spec_of(x, mesh) for x in arguments]), call)
+        cut = cut.with_axis_of_kv_heads()  # XLA cuts them by a part of a mesh axis
+        mesh = Mesh(mesh.devices.reshape([size for _, size in cut.mesh]), [name for name, _ in cut.mesh])
         specs = [[NamedSharding(mesh, spec) for spec in group] for group in call.specs(cut)]
         return mesh, call.part(cut), specs[1], tuple(specs[0])
 

@@ -111,13 +111,22 @@ class Cut:
 
     def names(self, letter: str) -> tuple[str, ...]:
         """The mesh axes that cut this axis."""
-        if letter == "k":
-            return self.names("n") if self.kv_heads % self.count("n") == 0 else ()
-        return dict(self.axes).get(letter, ())
+        return self._names_of_kv_heads() if letter == "k" else dict(self.axes).get(letter, ())
+
+    def _names_of_kv_heads(self) -> tuple[str, ...]:
+        """Those of the heads, or the first of them, if each of their parts reads one head."""
+        names = self.names("n")
+        if self.kv_heads % self.count("n") == 0:
+            return names
+        first = (names[:end] for end in range(len(names)))
+        return next((some for some in first if self._devices(some) == self.kv_heads), ())
 
     def count(self, letter: str) -> int:
         """How many parts it has."""
-        return math.prod(dict(self.mesh)[name] for name in dict(self.axes).get(letter, ()))
+        return self._devices(self.names(letter))
+
+    def _devices(self, names: Sequence[str]) -> int:
+        return math.prod(dict(self.mesh)[name] for name in names)
 
     def number(self, letter: str) -> Array:
         """Which of them this device has."""
@@ -125,6 +134,25 @@ class Cut:
         for name in dict(self.axes).get(letter, ()):
             number = number * sizes[name] + lax.axis_index(name)
         return number
+
+    def with_axis_of_kv_heads(self) -> "Cut":
+        """With a mesh axis of the heads split in two, if the first ones then have a part for each key/value head."""
+        left = self.kv_heads
+        for name, size in ((name, dict(self.mesh)[name]) for name in self.names("n")):
+            if left > 1 and left < size and size % left == 0:
+                return self._split(name, left)
+            if left % size != 0:
+                break
+            left //= size
+        return self
+
+    def _split(self, name: str, first: int) -> "Cut":
+        halves = f"{name} of kv_heads", f"{name} of groups"
+        sizes = zip(halves, (first, dict(self.mesh)[name] // first))
+        parts = {name: (*sizes,)}
+        mesh = tuple(part for one in self.mesh for part in parts.get(one[0], (one,)))
+        new_names = lambda names: tuple(part for one in names for part in (halves if one == name else (one,)))
+        return replace(self, mesh=mesh, axes=tuple((letter, new_names(names)) for letter, names in self.axes))
 
     def spec(self, letters: str, shape: Sequence[int]) -> PartitionSpec:
         """An axis of size 1 is shared by all devices."""

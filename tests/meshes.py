@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -117,12 +116,6 @@ def placed(arrays, letters, cut, kv_heads, mesh):
     return {name: put(name, x) for name, x in arrays.items()}
 
 
-def collectives(text):
-    names = "all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"
-    found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in names}
-    return {name: count for name, count in found.items() if count}
-
-
 def against_one_device(kinds=(AxisType.Auto, AxisType.Explicit)):
     """Every cut with every option; each with one number of key/value heads."""
     combinations = [*itertools.product(CUTS.items(), kinds)]
@@ -177,27 +170,6 @@ def a_shared_operand_in_shard_map():
         return jax.shard_map(body, mesh=mesh, in_specs=(P(), P("b")), out_specs=P())(slopes, arrays)
 
     close(jax.jit(jax.grad(mapped))(slopes, arrays), jax.grad(loss)(slopes, arrays), "slopes")
-
-
-def counts_of_collectives():
-    """None in the forward pass; in the backward pass sums of gradients of what the devices share."""
-    bar: dict[str, tuple[dict, dict]] = {
-        "batch": ({}, {}),
-        "heads": ({}, {}),
-        "batch and heads": ({}, {}),
-        "queries": ({}, {"all-reduce": 1}),
-    }
-    arrays, letters, _ = problem(8, "causal")
-    function = lambda arrays: mqa_jax.dot_product_attention(**arrays, is_causal=True, implementation="xla")
-    gradient = jax.grad(lambda arrays: jnp.sum(function(arrays)))
-    for (name, expected), kind in itertools.product(bar.items(), (AxisType.Auto, AxisType.Explicit)):
-        sizes, names, cut = CUTS[name]
-        mesh = mesh_of(sizes, names, kind)
-        with jax.set_mesh(mesh):
-            mine = placed(arrays, letters, cut, 8, mesh)
-            programs = [jax.jit(f).lower(mine).compile().as_text() for f in (function, gradient)]
-        found = tuple(map(collectives, programs))
-        assert found == expected, f"{name}, {kind}: {found}"
 
 
 def what_is_refused():

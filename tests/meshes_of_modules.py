@@ -6,10 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from collectives import collectives
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import close, collectives, mesh_of, normal
+from meshes import close, mesh_of, normal
 
 import mqa_jax
 from mqa_jax import nnx as mqa_nnx
@@ -103,24 +104,39 @@ def stack():
     return layers, layers.init(KEY, X, None)["params"]
 
 
-def counts_of_collectives():
-    """Of 2 layers in a loop: sums after `out`, of the gradients of x and of parameters; with `embed` kernels travel."""
-    bar: dict[str | None, tuple[dict, dict]] = {
-        None: ({"all-reduce": 1}, {"all-reduce": 3}),
-        "data": ({"all-gather": 5, "all-reduce": 1}, {"all-gather": 9, "all-reduce": 3}),
-    }
+def sent_by_layers():
+    """Bytes of each message of 2 layers in a loop; with `embed` kernels travel, and the bias of `out`."""
     layers, params = stack()
     function = lambda params, x: layers.apply({"params": params}, x, None)[0]
     gradients = jax.grad(lambda params, x: jnp.sum(function(params, x) ** 2), argnums=(0, 1))
-    for (embed, expected), kind in itertools.product(bar.items(), KINDS):
+    tokens = X.nbytes // 2  # those of a device
+    for embed, kind in itertools.product((None, "data"), KINDS):
         mesh = mesh_of((2, 4), NAMES, kind)
         specs = mqa_jax.partition_specs(params, heads="model", kv_heads="model", embed=embed)
         with jax.set_mesh(mesh):
             mine = placed(params, specs, mesh), placed(X, P("data"), mesh)
             shardings = jax.tree.map(lambda x: x.sharding, mine)
             programs = jax.jit(function, out_shardings=shardings[1]), jax.jit(gradients, out_shardings=shardings)
-            found = tuple(collectives(program.lower(*mine).compile().as_text()) for program in programs)
+            found = tuple(collectives(program.lower(*mine).compile()) for program in programs)
+        layer = jax.tree.map(lambda x: x[0].nbytes // (4 if x.ndim > 2 else 1), next(iter(params.values())))
+        kernels = [part["kernel"] for part in layer.values()]
+        sums, all_gradients = [tokens], sum(jax.tree.leaves(layer))
+        expected = {"all-reduce": sums}, {"all-reduce": sorted([*sums, 3 * tokens, all_gradients])}
+        if embed:
+            gathered = [*kernels, layer["out"]["bias"]]
+            expected[0]["all-gather"], expected[1]["all-gather"] = sorted(gathered), sorted(gathered + kernels)
         assert found == expected, f"{embed=}, {kind}: {found}"
+
+
+def fewer_key_value_heads_send_nothing_more():
+    """In the forward pass: each device computes the only key/value head that it reads."""
+    layer = mqa_jax.GroupedQueryAttention(32, 8, kv_heads=2)
+    params = layer.init(KEY, X)["params"]
+    mesh = mesh_of((2, 4), NAMES)
+    with jax.set_mesh(mesh):
+        cut = placed(params, mqa_jax.partition_specs(params, heads="model"), mesh), placed(X, P("data"), mesh)
+        program = jax.jit(lambda params, x: layer.apply({"params": params}, x)[0]).lower(*cut).compile()
+    assert collectives(program) == {"all-reduce": [X.nbytes // 2]}
 
 
 def decoding():
@@ -148,5 +164,5 @@ def decoding():
             mine, x = placed(cache, mqa_jax.partition_specs(cache, **axes), mesh), placed(X, P("data"), mesh)
             actual = both(cut, mine, x)
             if "sequence" not in axes:
-                assert collectives(step.lower(cut, mine, x[:, :1]).compile().as_text()) == {"all-reduce": 1}
+                assert collectives(step.lower(cut, mine, x[:, :1]).compile()) == {"all-reduce": 1}
         close(actual, expected, f"{kind}, {axes}")

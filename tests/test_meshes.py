@@ -13,7 +13,6 @@ for part in {parts}:
 """
 PARTS = [
     "a_shared_operand_in_shard_map",
-    "counts_of_collectives",
     "the_same_entries_are_dropped",
     "what_is_refused",
     "under_vmap",

@@ -13,9 +13,12 @@ from meshes_of_modules import *
 
 
 def test_parts():
-    own_process.run(
-        PROGRAM.format(calls="counts_of_collectives(); linen_against_one_device(['fewer key/value heads'], ['data'])")
-    )
+    calls = [
+        "sent_by_layers()",
+        "fewer_key_value_heads_send_nothing_more()",
+        "linen_against_one_device(['fewer key/value heads'], ['data'])",
+    ]
+    own_process.run(PROGRAM.format(calls="\n".join(calls)))
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from collectives import collectives
 from jax.sharding import PartitionSpec as P
-from messages import collectives
 from sequences import B, H, K, N, T, mesh_of, normal, numbers, problem
 
 import mqa_jax
@@ -47,9 +47,9 @@ def steps(devices=8, tokens=1, dtype=jnp.float32):
         oracle.judge(actual, oracle.plain_outputs(one), oracle.outputs(one, "reference"))
         jax.tree.map(np.testing.assert_array_equal, cache, whole)
         lengths = lengths + tokens
-    text = run.lower(query, key, value, lengths, cache).compile().as_text()
+    program = run.lower(query, key, value, lengths, cache).compile()
     row = B * tokens * N * 4
-    assert collectives(text) == {"all-reduce": sorted([row, row * (H + 1)])}
+    assert collectives(program) == {"all-reduce": sorted([row, row * (H + 1)])}
     _, cache = run(query, key, value, numbers(slots, 0), cache)  # beyond the end, where nobody can raise
     assert np.isnan(np.asarray(cache[0], np.float32)[0, -1]).all()
     assert not np.isnan(np.asarray(cache[0], np.float32)[1]).any()

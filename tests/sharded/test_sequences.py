@@ -1,22 +1,14 @@
 """Sequences that are cut over 8 CPU devices, in processes of their own: their number is set before JAX uses any."""
 
-import os
-import subprocess
-import sys
-
-import jax
 import own_process
 import pytest
-
-from benchmarks import gpu_compile
-from benchmarks.gpu_compile import compiler
 
 PROGRAM = """
 import os
 import conftest
 os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
 import jax.numpy as jnp
-import decoding, derivatives, messages, sequences
+import decoding, derivatives, messages, sequences, sums
 {calls}
 """
 
@@ -32,6 +24,7 @@ def test_some_of_everything():
         "derivatives.some_second()",
         "messages.collectives_are_those_of_the_formula()",
         "messages.a_window_ends_the_journey()",
+        "sums.on_cpu()",
     )
 
 
@@ -69,13 +62,3 @@ def test_precision_and_memory():
         "sequences.under_transformations()",
         "messages.memory_is_linear()",
     )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="compiles for one device without a GPU, not for eight")
-def test_messages_hide_behind_kernels():
-    environment = compiler.worker_environment()
-    paths = os.pathsep.join([environment["PYTHONPATH"], *sys.path])
-    program = "import on_gpus; on_gpus.messages_hide_behind_kernels()"
-    subprocess.run([sys.executable, "-c", program], env={**environment, "PYTHONPATH": paths}, check=True)
