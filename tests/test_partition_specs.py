@@ -43,6 +43,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(output_projection=False, use_bias=False),
         {k: x for k, x in KERNELS.items() if k != "out"},
     ),
+    "neither, and as many key/value heads": (
+        dict(output_projection=False, use_bias=False, kv_heads=6),
+        {k: x for k, x in KERNELS.items() if k != "out"},
+    ),
+    "neither, as many key/value heads, other features, sinks": (
+        dict(output_projection=False, use_bias=False, kv_heads=6, head_dim=7, sinks=True),
+        {k: x for k, x in KERNELS.items() if k != "out"} | {"sinks": P("n")},
+    ),
     "norms": (dict(qk_ln=True), PROJECTIONS | NORMS),
     "norms without bias": (
         dict(qk_ln=True, norm_type="rmsnorm"),
@@ -168,6 +176,18 @@ def test_axes_that_are_not_given_are_whole():
     assert {name for spec in jax.tree.leaves(mqa_jax.partition_specs(variables)) for name in spec} == {None}
 
 
+def kernels(shape, names=("query", "key", "value")):
+    return {name: {"kernel": jnp.ones(shape)} for name in names}
+
+
+def test_stacked_dense_layers_without_biases():
+    """Their last one says that they are none of attention."""
+    mixed = {"dense": kernels((3, 48, 48), ("query", "key", "value", "out")), "attention": kernels((48, 6, 8))}
+    found = specs_of(mixed)
+    assert set(jax.tree.leaves(found["dense"])) == {P()}
+    assert found["attention"] == {name: KERNELS[name] for name in ("query", "key", "value")}
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "no attention": (
         lambda: specs_of({"params": {"dense": {"kernel": jnp.ones((4, 4))}}}),
@@ -180,6 +200,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "an array more": (
         lambda: specs_of({"query": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4)), "lora": jnp.ones(3)}}),
         r"holds no array of this name: query/lora, shape=\(3,\)\. What a model adds.*scope, or an.*rest of the tree",
+    ),
+    "kernels alone": (
+        lambda: specs_of({"layer": kernels((24, 48, 64))}),
+        r"may be kernels \[D, N, H\].*\[layers, in, out\] .*D is not N \* H: layer/query/kernel, shape=\(24, 48, 64\)\. "
+        r"Leave them out and write their specs: of attention PartitionSpec\(embed, heads, None\)",
     ),
 }
 

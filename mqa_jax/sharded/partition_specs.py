@@ -37,6 +37,7 @@ LETTERS = {
     layout.INDEX: "b",
     layout.RING_INDEX: "b",
 }
+KERNELS = {"query/kernel", "key/kernel", "value/kernel"}
 INDICES = {layout.INDEX, layout.RING_INDEX}
 WHOLE = ("rngs",)  # what NNX modules hold beside arrays with these letters
 
@@ -70,7 +71,8 @@ def partition_specs(
       The same tree, with a `jax.sharding.PartitionSpec` for each array. JAX checks names and sizes against the mesh.
 
     Raises:
-      ValueError: there is no attention module, or one of them holds an array that it does not know.
+      ValueError: there is no attention module, or one of them holds an array that it does not know, or is no more than
+        three kernels that may as well be those of stacked dense layers.
 
     Example:
       >>> import jax, jax.numpy as jnp, mqa_jax
@@ -117,11 +119,11 @@ def _modules(arrays: Mapping[Path, Shape]) -> dict[Path, dict[str, Any]]:
         for depth in (1, 2):
             if len(path) >= depth and _joined(path[-depth:]) in LETTERS:
                 found.setdefault(path[:-depth], {})[_joined(path[-depth:])] = shape
-    sizes = {path: _sizes(named) for path, named in found.items()}
+    sizes = {path: _sizes(path, named) for path, named in found.items()}
     return {path: each for path, each in sizes.items() if each is not None}
 
 
-def _sizes(arrays: Mapping[str, Shape]) -> dict[str, Any] | None:
+def _sizes(path: Path, arrays: Mapping[str, Shape]) -> dict[str, Any] | None:
     """The size of each letter, the axes of stacked layers as "*"; None if these are no arrays of an attention module.
 
     Plain dense layers of the same names, stacked, have kernels of three axes, too; but they do not agree.
@@ -135,8 +137,26 @@ def _sizes(arrays: Mapping[str, Shape]) -> dict[str, Any] | None:
     if "query/kernel" not in arrays:
         return sizes if {layout.KEY, layout.VALUE} <= arrays.keys() and INDICES & arrays.keys() else None
     heads, kv_heads = sizes["n"], sizes.get("k", sizes["n"])
-    is_told = bool({"query/bias", "out/kernel"} & arrays.keys()) or heads == 1 or heads != kv_heads
-    return sizes if is_told and heads % kv_heads == 0 else None
+    if heads % kv_heads == 0 and _is_told(path, arrays, heads, kv_heads):
+        return sizes
+    return None
+
+
+def _is_told(path: Path, arrays: Mapping[str, Shape], heads: int, kv_heads: int) -> bool:
+    """Whether these cannot be kernels [layers, in, out] of stacked dense layers: there are others that agree."""
+    if arrays.keys() - KERNELS or heads == 1 or heads != kv_heads:
+        return True
+    *_, embed, _, features = arrays["query/kernel"]
+    if embed == heads * features:
+        return True
+    if arrays.keys() == KERNELS:
+        raise ValueError(
+            "These may be kernels [D, N, H] of attention without biases, norms and output projection, or [layers, in, "
+            f"out] of dense layers, since D is not N * H: {_joined((*path, 'query/kernel'))}, "
+            f"shape={arrays['query/kernel']}. Leave them out and write their specs: of attention PartitionSpec(embed, "
+            "heads, None), with kv_heads for key and value; of dense layers PartitionSpec()."
+        )
+    return False
 
 
 # -- how they are cut -------------------------------------------------------------------------------------------------

@@ -55,6 +55,19 @@ def steps(devices=8, tokens=1, dtype=jnp.float32):
     assert not np.isnan(np.asarray(cache[0], np.float32)[1]).any()
 
 
+def beyond_the_end():
+    """Of positions near 2**31 the following ones wrap: nobody can raise, so NaN says that the tokens do not fit."""
+    count, cache, tokens = 3, jnp.zeros((4, 16)), jnp.ones((4, 3))
+    cut = P(None, "s")
+    append = functools.partial(mqa_jax.append_to_part, axis_name="s")
+    run = jax.shard_map(append, mesh=mesh_of(8), in_specs=(cut, P(), P()), out_specs=cut)
+    positions = numbers(16 - count, 16 - count + 1, 2**31 - count, 2**31 - 1)
+    written = np.asarray(jax.jit(run)(cache, tokens, positions))
+    np.testing.assert_array_equal(written[0], [0] * 13 + [1] * count)
+    assert not (written[1:] == 1).any()
+    assert np.isnan(written[1:, -1]).all()
+
+
 def gradients():
     """They are summed over devices where the operand is shared."""
     one, plain, right = problem("sinks")

@@ -46,7 +46,7 @@ def test_derivatives(part):
 
 
 def test_decoding():
-    run("decoding.steps()")
+    run("decoding.steps()", "decoding.beyond_the_end()")
 
 
 @pytest.mark.slow
