@@ -203,7 +203,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "kernels alone": (
         lambda: specs_of({"layer": kernels((24, 48, 64))}),
-        r"may be kernels \[D, N, H\].*\[layers, in, out\] .*D is not N \* H: layer/query/kernel, shape=\(24, 48, 64\)\. "
+        r"may be kernels.*\[layers, in, out\] .*D is not N \* H: layer/query/kernel, shape=\(24, 48, 64\)\. "
         r"Leave them out and write their specs: of attention PartitionSpec\(embed, heads, None\)",
     ),
 }

@@ -29,9 +29,9 @@ def test_some_of_everything():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(6))
 def test_everything(part):
-    run(f"sequences.everything({part}, 4)")
+    run(f"sequences.everything({part}, 6)")
 
 
 @pytest.mark.slow
