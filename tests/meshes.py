@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import random
 from typing import Any
 
 import flax.linen as nn
@@ -115,28 +116,35 @@ def placed(arrays, letters, cut, kv_heads, mesh):
     return {name: put(name, x) for name, x in arrays.items()}
 
 
-def against_one_device(kinds=(AxisType.Auto, AxisType.Explicit)):
+@functools.cache
+def solved(kv_heads, options):
+    """A problem with its results on one device."""
+    arrays, letters, rest = problem(kv_heads, options)
+    return arrays, letters, rest, jax.jit(functools.partial(results, options=rest))(arrays)
+
+
+def against_one_device(part=0, parts=1):
     """Every cut with few options and with all; each with one number of key/value heads."""
-    combinations = [*itertools.product(CUTS.items(), kinds)]
-    chosen = enumerate(("causal, dropout", "everything"))
-    for (number, options), (third, kv_heads) in itertools.product(chosen, enumerate((1, 4, 8))):
-        arrays, letters, rest = problem(kv_heads, options)
-        expected = jax.jit(functools.partial(results, options=rest))(arrays)
-        for (name, (sizes, names, cut)), kind in combinations[(number + third) % 3 :: 3]:
-            mesh = mesh_of(sizes, names, kind)
-            with jax.set_mesh(mesh):
-                mine = placed(arrays, letters, cut, kv_heads, mesh)
-                actual = jax.jit(functools.partial(results, options=rest))(mine)
-            close(actual, expected, f"{name}, {kind}, {options}, {kv_heads=}")
-            for x, like in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(mine)):
-                assert kind == AxisType.Auto or x.sharding.spec == like.sharding.spec
+    kinds = AxisType.Auto, AxisType.Explicit
+    every = [*enumerate(itertools.product(CUTS, kinds, ("causal, dropout", "everything")))]
+    random.Random(0).shuffle(every)  # so that a part has some of everything
+    for number, (name, kind, options) in every[part::parts]:
+        kv_heads = (1, 4, 8)[(number + number // 4) % 3]
+        arrays, letters, rest, expected = solved(kv_heads, options)
+        sizes, names, cut = CUTS[name]
+        mesh = mesh_of(sizes, names, kind)
+        with jax.set_mesh(mesh):
+            mine = placed(arrays, letters, cut, kv_heads, mesh)
+            actual = jax.jit(functools.partial(results, options=rest))(mine)
+        close(actual, expected, f"{name}, {kind}, {options}, {kv_heads=}")
+        for x, like in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(mine)):
+            assert kind == AxisType.Auto or x.sharding.spec == like.sharding.spec
 
 
 def in_shard_map():
     """By hand, with the check of varying axes and without."""
     for kv_heads in (2, 8):
-        arrays, letters, rest = problem(kv_heads, "causal")
-        expected = jax.jit(functools.partial(results, options=rest))(arrays)
+        arrays, letters, rest, expected = solved(kv_heads, "causal")
         for sizes, names, cut, check in [
             ((2,), ("b",), ("b", None, None), True),
             ((2,), ("n",), (None, None, "n"), True),

@@ -8,20 +8,19 @@ import os
 import conftest
 os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
 import meshes
-for part in {parts}:
-    getattr(meshes, part)()
+{calls}
 """
 PARTS = [
-    "a_shared_operand_in_shard_map",
-    "the_same_entries_are_dropped",
-    "what_is_refused",
-    "under_vmap",
-    "scanned_modules",
+    "a_shared_operand_in_shard_map()",
+    "the_same_entries_are_dropped()",
+    "what_is_refused()",
+    "under_vmap()",
+    "scanned_modules()",
 ]
 
 
 def run(*parts):
-    own_process.run(PROGRAM.format(parts=list(parts)))
+    own_process.run(PROGRAM.format(calls="\n".join(f"meshes.{part}" for part in parts)))
 
 
 def test_parts():
@@ -29,9 +28,10 @@ def test_parts():
 
 
 def test_in_shard_map():
-    run("in_shard_map")
+    run("in_shard_map()")
 
 
 @pytest.mark.slow
-def test_against_one_device():
-    run("against_one_device")
+@pytest.mark.parametrize("part", range(3))
+def test_against_one_device(part):
+    run(f"against_one_device({part}, 3)")
