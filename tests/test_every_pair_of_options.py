@@ -134,6 +134,7 @@ def _pairs(choices: covering.Choices) -> Iterator[covering.Pair]:
         yield from (((one, a), (other, b)) for a in choices[one] for b in choices[other])
 
 
+@pytest.mark.slow
 def test_the_options_are_all_there_are():
     """An argument of the function that is no choice of the table would be seen by nothing here."""
     arguments = set(inspect.signature(mqa_jax.dot_product_attention).parameters)

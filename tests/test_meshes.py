@@ -27,6 +27,7 @@ def test_parts():
     run(*PARTS)
 
 
+@pytest.mark.slow
 def test_in_shard_map():
     run("in_shard_map()")
 

@@ -48,6 +48,7 @@ def test_what_is_stored_is_rounded_once_and_attended_to_exactly(name, dtype):
         assert error.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_a_ring_in_8_bits_computes_what_a_static_cache_in_8_bits_does(dtype):
     module, params = make(cache_dtype=dtype, rope=mqa_jax.Rope(), alibi=True, sinks=True, **RING)

@@ -146,6 +146,7 @@ def test_a_wrong_entry_of_the_tile_table(monkeypatch, a100):
         judge(problem(columns=4096, rows=512, features=128))
 
 
+@pytest.mark.slow
 def test_the_command_counts_what_is_wrong(monkeypatch, capsys):
     case = emulated_cases.Case("small", "bfloat16", SMALL, gradients=False)
     monkeypatch.setattr(emulated_cases, "cases", lambda: iter([case]))

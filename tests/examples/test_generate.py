@@ -80,6 +80,7 @@ def test_it_stops_at_the_end_of_the_text(folder):
     assert stopped == tokens[: tokens.index(end) + 1]
 
 
+@pytest.mark.slow
 def test_temperature_draws_from_the_distribution(folder):
     generator, text = _generator(folder)
     prompt = text.encode("Once")
@@ -274,6 +275,7 @@ def test_a_hugging_face_folder_is_what_transformers_reads(folder):
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_tokens_are_those_of_transformers(monkeypatch):
     import gguf

@@ -45,6 +45,7 @@ def random_params(settings: meanflow.Settings) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), moved)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_with_textbook_attention():
     params, key = random_params(SMALL), jax.random.key(2)
     data = lobed_curves.draw(key, 8, SMALL.points)

@@ -247,6 +247,7 @@ def test_both_ends_are_out_of_reach(size):
 # -- the warning of the backend ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_deprecation_warning_of_the_backend_is_silent():
     """JAX 0.11 and later give it at each lowering; in this suite every warning is an error."""
     query = jnp.ones((1, 20, 2, 16))

@@ -58,6 +58,7 @@ def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(mon
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradients, expected_gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "least_keys", "kernels"),
     [

@@ -22,6 +22,7 @@ from mqa_jax.kernels.xla.tile import TileShape
 from mqa_jax.masks import Mask
 
 
+@pytest.mark.slow
 @hypothesis.given(problems.problems())
 @hypothesis.settings(max_examples=6)
 def test_every_combination_of_options_as_users_call_it(problem):

@@ -45,6 +45,7 @@ def test_derivatives(part):
     run(f"derivatives.{part}()")
 
 
+@pytest.mark.slow
 def test_decoding():
     run("decoding.steps()", "decoding.beyond_the_end()")
 
