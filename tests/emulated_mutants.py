@@ -102,7 +102,7 @@ MUTANTS = [
     Noticed("triton.forward.attend", "operands.value_scale is not None", "False", "step in 8 bits"),
     Noticed("triton.scores.drop", "weights * spec.scale", "weights", "dropout"),
     Noticed("triton.backward.d_scores", " - rows.delta", "", "causal"),
-    Noticed("triton.backward.d_scores", "(1 - tanh * tanh)", "(1 + tanh * tanh)", "soft cap"),
+    Noticed("triton.scores.times_slope", "(1 - steps.tanh", "(1 + steps.tanh", "soft cap"),
     Noticed("triton.backward.d_scores", "drop(program, d_weight, place)", "d_weight", "dropout"),
     Noticed("triton.backward._one_tile_of_d_query", "x * inputs.scale for", "x for", "causal"),
     Noticed("triton.backward._one_tile_of_d_key", "drop(one, weight, place)", "weight", "dropout"),

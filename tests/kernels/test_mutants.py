@@ -4,6 +4,7 @@ import functools
 import importlib
 
 import covering
+import emulated_mutants
 import pytest
 from mutants import MUTANTS, Mutant, applied
 from ways import WAYS
@@ -38,7 +39,8 @@ def test_every_mutant_is_noticed(mutant):
 
 def test_every_mutant_changes_the_source():
     """All of them, whichever cases of the test above are chosen: what no function has any more proves nothing."""
-    for mutant in MUTANTS:
+    emulated = [Mutant(each.function, each.old, each.new, "") for each in emulated_mutants.MUTANTS]
+    for mutant in (*MUTANTS, *emulated):
         with applied(mutant):
             pass
 
