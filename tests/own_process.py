@@ -17,6 +17,18 @@ def run(program: str) -> None:
     )
 
 
+ON_DEVICES = """
+import os
+import conftest
+os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
+"""
+
+
+def run_on_devices(program: str) -> None:
+    """With 8 CPU devices, whose number is set before JAX uses any, and the suite's settings."""
+    run(ON_DEVICES + program)
+
+
 def read_gguf_once(monkeypatch) -> None:
     """Otherwise transformers reads a GGUF file four times, with a table of names for each module of the model."""
     import gguf

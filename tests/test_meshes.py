@@ -3,13 +3,6 @@
 import own_process
 import pytest
 
-PROGRAM = """
-import os
-import conftest
-os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
-import meshes
-{calls}
-"""
 PARTS = [
     "a_shared_operand_in_shard_map()",
     "the_same_entries_are_dropped()",
@@ -20,7 +13,7 @@ PARTS = [
 
 
 def run(*parts):
-    own_process.run(PROGRAM.format(calls="\n".join(f"meshes.{part}" for part in parts)))
+    own_process.run_on_devices("\n".join(["import meshes", *(f"meshes.{part}" for part in parts)]))
 
 
 def test_parts():

@@ -3,13 +3,7 @@
 import own_process
 import pytest
 
-PROGRAM = """
-import os
-import conftest
-os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
-from meshes_of_modules import *
-{calls}
-"""
+MODULE = "from meshes_of_modules import *\n"
 
 
 def test_parts():
@@ -18,9 +12,9 @@ def test_parts():
         "fewer_key_value_heads_send_nothing_more()",
         "linen_against_one_device(['fewer key/value heads'], ['data'])",
     ]
-    own_process.run(PROGRAM.format(calls="\n".join(calls)))
+    own_process.run_on_devices(MODULE + "\n".join(calls))
 
 
 @pytest.mark.slow
 def test_against_one_device():
-    own_process.run(PROGRAM.format(calls="linen_against_one_device(); nnx_against_one_device(); decoding()"))
+    own_process.run_on_devices(MODULE + "linen_against_one_device(); nnx_against_one_device(); decoding()")

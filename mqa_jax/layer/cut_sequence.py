@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -48,10 +47,11 @@ class SequenceAxis:
 
     def __post_init__(self) -> None:
         checks.known(self.strategy, self.order)
-        for name, x in (("name", self.name), ("batch_axis", self.batch_axis), ("heads_axis", self.heads_axis)):
+        others = {"batch_axis": self.batch_axis, "heads_axis": self.heads_axis}
+        given = {name: x for name, x in others.items() if x is not None}
+        for name, x in {"sequence_axis": self.name, **given}.items():
             names = x if isinstance(x, tuple) and x else (x,)
-            if not (x is None and name != "name") and not all(isinstance(each, str) for each in names):
-                name = "sequence_axis" if name == "name" else name
+            if not all(isinstance(each, str) for each in names):
                 raise ValueError(
                     "sequence_axis must be the name of a mesh axis, a tuple of several, mqa_jax.SequenceAxis with such "
                     f"names, or None: {name}={x!r}."
@@ -111,8 +111,7 @@ def of_call(
         "needs_weights=True": needs_weights,
     }
     no_such([name for name, is_given in refused.items() if is_given], setting)
-    names = axis.name if isinstance(axis.name, tuple) else (axis.name,)
-    if set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    if checks.is_manual(axis.name):
         return _of_part(axis)
     mesh = checks.mesh_in_use(x=call.x)
     if makes_parameters and (mesh is None or not _divides(axis, mesh, call)):

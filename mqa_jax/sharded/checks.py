@@ -32,10 +32,15 @@ def axis_size(axis: AxisName) -> int:
         raise _no_mesh_axis(axis) from error
 
 
+def is_manual(axis: AxisName) -> bool:
+    """Whether it names mesh axes of the `jax.shard_map` around the call."""
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def of_mesh(axis: AxisName) -> None:
     """Not one of `jax.vmap`."""
-    names = axis if isinstance(axis, tuple) else (axis,)
-    if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    if not is_manual(axis):
         raise _no_mesh_axis(axis)
 
 

@@ -3,18 +3,11 @@
 import own_process
 import pytest
 
-PROGRAM = """
-import os
-import conftest
-os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
-import jax.numpy as jnp
-import decoding, derivatives, messages, sequences, sums
-{calls}
-"""
+MODULES = "import jax.numpy as jnp", "import decoding, derivatives, messages, sequences, sums"
 
 
 def run(*parts):
-    own_process.run(PROGRAM.format(calls="\n".join(parts)))
+    own_process.run_on_devices("\n".join([*MODULES, *parts]))
 
 
 def test_some_of_everything():
