@@ -97,8 +97,8 @@ def unchecked(function: Callable[..., Array], *arguments: Array) -> Array:
 
 
 def _shape_of_result(*arguments: Any, function: Callable[..., Array]) -> ShapedArray:
-    out = jax.eval_shape(function, *arguments)
-    return ShapedArray(out.shape, out.dtype)
+    (out,) = jax.make_jaxpr(function)(*arguments).out_avals  # with the mesh axes that cut it, which are in its type
+    return out
 
 
 def _jvp(primals: Any, tangents: Any, function: Callable[..., Array]) -> tuple[Array, Array]:

@@ -88,7 +88,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         r"A mesh axis can cut one axis .*'sequence_axis': \('s',\), 'batch_axis': \('s',\).*Give each another",
     ),
     "no mesh": (lambda: on_mesh(mesh=None), r"sharded_attention needs a mesh, .*mesh=None. Pass mesh=, or call inside"),
-    "two meshes": (on_two_meshes, "query, key and value must be on one mesh: {'query': .*'key': .*jax.device_put"),
+    "two meshes": (on_two_meshes, "query, key, value must be on one mesh: {'query': .*'key': .*jax.device_put"),
     "T": (
         lambda: on_mesh(dict(rows=18)),
         r"The query length T must be a multiple .*T=18, mesh axes \('s',\), devices=4. Pad",

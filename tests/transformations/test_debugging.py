@@ -103,7 +103,7 @@ def test_what_checkify_does_not_look_into_can_be_mapped_and_differentiated():
     """Writing into a static cache is a primitive of ours, with the rules that JAX asks of one."""
     old, new = jnp.zeros((3, 2, 7, 1, 4)), jax.random.normal(jax.random.key(0), (3, 2, 2, 1, 4))
     start = jnp.array([[0, 5], [2, 3], [1, 1]])
-    write = lambda old, new, start: append._write(old, new, start, jnp.ones(2, bool))
+    write = lambda old, new, start: append.write(old, new, start, jnp.ones(2, bool))
     written = jax.vmap(write)(old, new, start)
     for row, (old_row, new_row, at) in enumerate(zip(old, new, start)):
         np.testing.assert_array_equal(written[row], write(old_row, new_row, at))
