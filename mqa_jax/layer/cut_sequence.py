@@ -33,11 +33,16 @@ class SequenceAxis:
     computes `sharded_attention`. Inside of a `jax.shard_map` over this axis all mesh axes have to be manual; x and all
     else with an axis of tokens `[..., T/n, ...]` is then the part of the device, as for `ring_attention`.
 
+    With a cache the tokens of a call are whole, any number of them, and the positions of the cache are cut, of which
+    there are a multiple of n: a device writes and attends to its own, `[B, max_length/n, K, H]`, and two small sums are
+    sent (`decode_attention`). On a mesh the cache is a whole array, cut by `partition_specs(cache, sequence=name)`;
+    inside of `jax.shard_map` it is the part of the device, and x is the same on all.
+
     Attributes:
       name: of the mesh axis, or a tuple of several. T, and S where it differs, are multiples of its size n.
-      strategy: "ring" or "all_gather", how keys and values get to the queries.
+      strategy: "ring" or "all_gather", how keys and values get to the queries; not read with a cache.
       order: "contiguous" or "zigzag" (`mqa_jax.zigzag`), of the tokens in all arrays: x, segments, positions, both axes
-        of bias and mask. Positions that a call does not give are in this order.
+        of bias and mask. Positions that a call does not give are in this order. A cache is "contiguous".
       batch_axis, heads_axis: the mesh axes that cut B and N of whole arrays, as in `sharded_attention`; not read inside
         of `jax.shard_map`.
     """
