@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -114,12 +113,7 @@ def of_call(
     axis = SequenceAxis.of(setting)
     if axis is None:
         return Sequence(dot_product_attention)
-    refused = {
-        "past_key_value": call.past_key_value is not None,
-        "prev_layer_key_value with more tokens than x": call.query_offset != 0,
-        "needs_weights=True": needs_weights,
-    }
-    _no_such([name for name, is_given in refused.items() if is_given], setting)
+    _check_call(setting, call, needs_weights)
     key = None if cache is None else cache[layout.KEY]
     if cache is not None:
         check_cache(setting, in_ring=layout.RING_INDEX in cache)
@@ -160,8 +154,7 @@ def _of_whole_arrays(axis: SequenceAxis, mesh: Any) -> Sequence:
 
 
 def _of_part_of_cache(axis: SequenceAxis, x: Array) -> Sequence:
-    names = axis.name if isinstance(axis.name, tuple) else (axis.name,)
-    if cut := sorted(set(names) & set(jax.typeof(x).manual_axis_type.varying)):
+    if cut := checks.varying(axis.name, x):
         raise ValueError(
             "With a cache that is cut over devices each of them has all tokens of the call: x.shape="
             f"{x.shape}, which varies over the mesh axes {cut}, sequence_axis={axis.name!r}. Cut the cache, and "
@@ -205,9 +198,13 @@ def check_cache(setting: SequenceAxisSetting, in_ring: bool) -> None:
         )
 
 
-def _no_such(names: list[str], setting: SequenceAxisSetting) -> None:
-    """What a module with a sequence axis does not have."""
-    if setting is not None and names:
+def _check_call(setting: SequenceAxisSetting, call: Call, needs_weights: bool) -> None:
+    refused = {
+        "past_key_value": call.past_key_value is not None,
+        "prev_layer_key_value with more tokens than x": call.query_offset != 0,
+        "needs_weights=True": needs_weights,
+    }
+    if names := [name for name, is_given in refused.items() if is_given]:
         raise NotImplementedError(
             f"A sequence that is cut over devices cannot be combined with {' and '.join(names)}: "
             f"sequence_axis={setting!r}. A module with sequence_axis=None has the same parameters."

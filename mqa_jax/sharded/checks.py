@@ -34,8 +34,16 @@ def axis_size(axis: AxisName) -> int:
 
 def is_manual(axis: AxisName) -> bool:
     """Whether it names mesh axes of the `jax.shard_map` around the call."""
-    names = axis if isinstance(axis, tuple) else (axis,)
-    return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    return _as_set(axis) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying(axis: AxisName, x: Array) -> list[str]:
+    """Those of these mesh axes of the `jax.shard_map` along which its type says that devices have other parts."""
+    return sorted(_as_set(axis) & set(jax.typeof(x).manual_axis_type.varying))
+
+
+def _as_set(axis: AxisName) -> set[str]:
+    return set(axis) if isinstance(axis, tuple) else {axis}
 
 
 def of_mesh(axis: AxisName) -> None:

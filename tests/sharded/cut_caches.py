@@ -18,11 +18,11 @@ from sequences import mesh_of, normal, numbers
 import mqa_jax
 from mqa_jax import nnx as mqa_nnx
 
-B, T, S, D, N, H = 2, 13, 24, 16, 4, 4
+B, T, S, D, N, H = 2, 13, 24, 16, 4, 32
 X = normal(B, T, D)
 KEY = jax.random.key(0)
 # Tokens of each call, and how many of them count: with padding, over the borders of parts of the cache, and a step.
-CALLS = [(0, 7, numbers(7, 2)), (7, 5, numbers(4, 5)), (12, 1, None)]
+CALLS = [(0, 6, numbers(6, 2)), (6, 6, numbers(4, 6)), (12, 1, None)]
 # Settings, and arguments of each call.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all at once, GQA": (
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dropout": (dict(attn_pdrop=0.3), dict(deterministic=False)),
     "bias": ({}, dict(bias=normal(1, N, S, S))),
     "mask": ({}, dict(mask=normal(B, N, S, S) > -1)),
-    "functions": ({}, dict(score_fn=(mqa_jax.functions.t5, normal(8, N)), mask_fn=mqa_jax.functions.dilated(2))),
+    "functions": ({}, dict(score_fn=(mqa_jax.functions.t5, normal(8, N)), mask_fn=(mqa_jax.functions.dilated, 2))),
 }
 ALONE = [*CASES][3:]
 # The case, the API, the kind of mesh axes, and how many cut batch, positions and heads; first what runs always.
@@ -99,9 +99,10 @@ def step_of(api, module, params, rest):
 def results(step, cache, params, arrays, calls=CALLS, place=lambda x: x):
     """Outputs of all calls."""
     step, outputs = jax.jit(step, donate_argnums=1), {}
+    x = X.astype(jax.tree.leaves(params)[0].dtype)
     for start, count, lengths in calls:
         given = {**arrays, "seq_lengths": lengths}
-        outputs[f"from {start}"], cache = step(params, cache, place(X[:, start : start + count]), given)
+        outputs[f"from {start}"], cache = step(params, cache, place(x[:, start : start + count]), given)
     return jax.tree.map(np.asarray, outputs), cache
 
 
@@ -112,7 +113,7 @@ def problem(name, calls=3):
     arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
     rest = {name: x for name, x in options.items() if name not in arrays}
     module = mqa_jax.GroupedQueryAttention(D, N, **settings)
-    params = module.init({"params": KEY, "dropout": KEY}, X)["params"]
+    params = module.init({"params": KEY, "dropout": KEY}, X, deterministic=True)["params"]
     params = jax.tree.map(lambda x: x + normal(*x.shape) / 8, params)
     run = lambda module, params, arrays: results(*step_of("linen", module, params, rest), arrays, CALLS[:calls])[0]
     plain = run(module.clone(attn_impl="reference"), params, arrays)
@@ -169,12 +170,9 @@ def each_alone():
         check(name, "linen", ("manual", "Auto")[i % 2], (1, (3, 8, 2)[i % 3], 1), calls=2)
 
 
-SETTINGS: Any = dict(kv_heads=2, rope=mqa_jax.Rope())
-
-
 def whole_and_cut(**axes):
     """A module, its parameters, and the same with a `sequence_axis`."""
-    module = mqa_jax.GroupedQueryAttention(D, N, **SETTINGS)
+    module = mqa_jax.GroupedQueryAttention(D, N, kv_heads=2, head_dim=H, rope=mqa_jax.Rope())
     return module, module.init(KEY, X)["params"], module.clone(sequence_axis=mqa_jax.SequenceAxis("s", **axes))
 
 
@@ -184,9 +182,11 @@ def the_cache_stays():
     mesh, length = mesh_of((2, 2, 2), ("b", "s", "n")), 4096
     step, _, _ = step_of("linen", cut, params, {})
 
-    def steps(params, cache, x):
-        turn = lambda cache, x: step(params, cache, x[:, None], {})[::-1]
-        return jax.lax.scan(turn, cache, jnp.moveaxis(x, 1, 0))
+    def one(params, cache, x):
+        return step(params, cache, x, {})[::-1]
+
+    def several(params, cache, x):
+        return jax.lax.scan(lambda cache, x: one(params, cache, x[:, None]), cache, jnp.moveaxis(x, 1, 0))
 
     cache = jax.eval_shape(lambda: cut.init_cache(B, length))
     specs = (
@@ -196,16 +196,16 @@ def the_cache_stays():
     )
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        for run, tokens in ((lambda *x: step(*x, {})[::-1], 1), (lambda *x: step(*x, {})[::-1], 5), (steps, 1)):
-            compiled = jax.jit(run, in_shardings=shardings, donate_argnums=1)
-            x = jax.ShapeDtypeStruct((B, 3 if run is steps else tokens, D), jnp.float32)
+        for function, tokens in ((one, 1), (one, 5), (several, 1)):
+            x = jax.ShapeDtypeStruct((B, 3 if function is several else tokens, D), jnp.float32)
+            compiled = jax.jit(function, in_shardings=shardings, donate_argnums=1)
             program = compiled.lower(params, cache, x).compile()
             rows = B // 2 * tokens
             sums = [rows * N // 2 * 4, rows * N // 2 * (H + 1) * 4, rows * D * 4]  # the last is that of the output
             assert collectives(program) == {"all-reduce": sorted(sums)}, collectives(program)
             assert program.as_text().partition("\n")[0].count("-alias)") == len(cache), "not in place"
-            part = B // 2 * length // 2 * H * 4  # of the keys of a device
-            assert program.memory_analysis().temp_size_in_bytes < part // 2
+            keys = B // 2 * length // 2 * H * 4  # bytes of those of a device
+            assert program.memory_analysis().temp_size_in_bytes < keys // 2
 
 
 def applied(module, params, cache, x, **options):
