@@ -96,7 +96,7 @@ def unchecked(function: Callable[..., Array], *arguments: Array) -> Array:
       function: of a module, so that a program traced with it is found again. No index in it may leave an array. Its
         result has the type of the first argument, with the mesh axes that cut it.
     """
-    return _unchecked_p.bind(*alike(arguments), function=function)
+    return _unchecked_p.bind(*alike([*map(jnp.asarray, arguments)]), function=function)
 
 
 def _type_of_result(first: ShapedArray, *_: ShapedArray, function: Callable[..., Array]) -> ShapedArray:
