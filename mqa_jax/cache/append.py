@@ -92,8 +92,8 @@ class Slots(NamedTuple):
     """Where the positions of a static cache are: all in its arrays, unless devices share them.
 
     Attributes:
-      parts: as of `Keys`, of what `append` is given.
-      write: what writes to each array.
+      parts: the arrays that `append` is given are one of so many equal parts.
+      write: what is called as `write` is, with each array, new tokens, the position of the first, and where they fit.
     """
 
     parts: int = 1
