@@ -76,7 +76,7 @@ WAYS: list[tuple[str, str, str, tuple[int, int, int]]] = [
 ]
 
 
-def step_of(api, module, params, rest):
+def step_of(api, module, params, rest) -> tuple[Any, Any, Any]:
     """`step(params, cache, x, arrays)` is the output and the next cache; an empty cache; its parameters."""
     if api == "linen":
 
@@ -87,7 +87,7 @@ def step_of(api, module, params, rest):
 
         return step, module.init_cache(B, S), params
     model = nnx.view(mqa_nnx.from_linen(module, params), decode=True, batch_size=B, max_length=S)
-    graph, cache, params = nnx.split(model, nnx.Cache, ...)
+    graph, cache, params = nnx.split(model, nnx.Cache, ...)  # type: ignore[misc]
 
     def step_of_model(params, cache, x, arrays):
         model = nnx.merge(graph, cache, params)
@@ -199,7 +199,7 @@ def the_cache_stays():
         for function, tokens in ((one, 1), (one, 5), (several, 1)):
             x = jax.ShapeDtypeStruct((B, 3 if function is several else tokens, D), jnp.float32)
             compiled = jax.jit(function, in_shardings=shardings, donate_argnums=1)
-            program = compiled.lower(params, cache, x).compile()
+            program: Any = compiled.lower(params, cache, x).compile()
             rows = B // 2 * tokens
             sums = [rows * N // 2 * 4, rows * N // 2 * (H + 1) * 4, rows * D * 4]  # the last is that of the output
             assert collectives(program) == {"all-reduce": sorted(sums)}, collectives(program)
