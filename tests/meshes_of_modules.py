@@ -166,5 +166,3 @@ def decoding():
             if "sequence" not in axes:
                 assert collectives(step.lower(cut, mine, x[:, :1]).compile()) == {"all-reduce": [X[:, :1].nbytes // 2]}
         close(actual, expected, f"{kind}, {axes}")
-        for x, like in zip(jax.tree.leaves(actual[-1]), jax.tree.leaves(mine), strict=True):
-            assert kind == AxisType.Auto or jax.typeof(x).sharding.spec == jax.typeof(like).sharding.spec
