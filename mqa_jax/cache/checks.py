@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from mqa_jax.kernels.devices import alike
+from mqa_jax.axes import alike
 
 MAX_INT32 = 2**31 - 1
 
