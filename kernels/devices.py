@@ -274,11 +274,3 @@ def like(x: Any, shape: Sequence[Any], dtype: Any) -> Any:
     """An array whose first axes are those of x and cut as they are, and that varies over the same manual axes."""
     spec = [*x.sharding.spec, *[None] * len(x.shape)][: len(shape)]
     return x.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=x.sharding.update(spec=spec))
-
-
-def alike(arrays: Sequence[Array]) -> list[Array]:
-    """Inside `jax.shard_map`: all vary over the axes over which one of them does, which is transposed to a sum."""
-    varying = lambda x: set(jax.typeof(x).manual_axis_type.varying)
-    union = set().union(*map(varying, arrays))
-    missing = [tuple(sorted(union - varying(x))) for x in arrays]
-    return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, missing)]

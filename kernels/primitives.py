@@ -62,7 +62,7 @@ def backward(
     numbers: Any = _operands(inputs, dict(enumerate(range(len(leaves)))))
     constant: Any = dict.fromkeys(inputs.constant)
     wanted = tuple(jax.tree.leaves(replace(numbers, **constant)))
-    arguments = devices.alike([*leaves, out, *normalizer, d_out, d_log_sum_exp])
+    arguments = axes.alike([*leaves, out, *normalizer, d_out, d_log_sum_exp])
     found = backward_p.bind(*arguments, kernels=kernels, tree=tree, wanted=wanted, maps=())
     return replace(_operands(inputs, dict(zip(wanted, found))), **constant)
 
@@ -74,7 +74,7 @@ def tangent(
     leaves, tree = jax.tree.flatten(inputs)
     structure: Any = jax.tree.structure(inputs.operands)
     moved = {i: x for i, x in enumerate(structure.flatten_up_to(tangents)) if x is not None}
-    arguments = devices.alike([*leaves, out, *normalizer, *moved.values()])
+    arguments = axes.alike([*leaves, out, *normalizer, *moved.values()])
     saved, changes = arguments[: -len(moved)], arguments[-len(moved) :]
     d_out, d_log_sum_exp = _tangent_bind(saved, tuple(moved), changes, kernels, tree)
     return d_out, d_log_sum_exp
@@ -83,7 +83,7 @@ def tangent(
 def _bind_forward(kernels: Kernels, inputs: Inputs) -> list[Array]:
     axes.check_types(inputs.operands.query, inputs.operands.key, inputs.operands.value)
     leaves, tree = jax.tree.flatten(inputs)
-    return attention_p.bind(*devices.alike(leaves), kernels=kernels, tree=tree, maps=())
+    return attention_p.bind(*axes.alike(leaves), kernels=kernels, tree=tree, maps=())
 
 
 # -- what they compute ------------------------------------------------------------------------------------------------

@@ -89,6 +89,14 @@ def cuts_of_type(x: Array) -> list[tuple[str, ...]]:
     return [tuple(name for name in each if sharding.mesh.shape.get(name, 1) > 1) for each in names]
 
 
+def alike(arrays: Sequence[Array]) -> list[Array]:
+    """Inside `jax.shard_map`: all vary over the axes over which one of them does, which is transposed to a sum."""
+    varying = lambda x: set(jax.typeof(x).manual_axis_type.varying)
+    union = set().union(*map(varying, arrays))
+    missing = [tuple(sorted(union - varying(x))) for x in arrays]
+    return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, missing)]
+
+
 def expanded(letters: str, axes: int) -> str:
     """With a letter for each axis."""
     return letters[:-1].ljust(axes, "x") if letters.endswith(WHOLE) else letters

@@ -1,7 +1,7 @@
 """How new tokens get into a cache (`mqa_jax.cache`), and what the queries of the same call attend to."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ class Keys(NamedTuple):
       positions: int32 `[B, S]`, of keys whose position is not their index; None: it is.
       start: with a cache, the position of the first query.
       spoiled: bool `[B]`, rows whose result is worthless: tokens did not fit, or something was out of range.
+      parts: these keys are one of so many equal parts, the others of which are on other devices.
     """
 
     key: Real[Array, "... S K H"]
@@ -41,6 +42,12 @@ class Keys(NamedTuple):
     positions: Int[Array, "B S"] | None = None
     start: Int[Array, " B"] | None = None
     spoiled: Bool[Array, "..."] | None = None
+    parts: int = 1
+
+    @property
+    def columns(self) -> int:
+        """How many keys there are on all devices."""
+        return self.key.shape[-3] * self.parts
 
     @classmethod
     def cached(cls, contents: Contents, dtype: DTypeLike, **fields: Any) -> "Keys":
@@ -72,6 +79,30 @@ class New(NamedTuple):
     dtype: DTypeLike  # in which the module computes
 
 
+def write(old: Array, new: Array, start: Int[Array, " B"], fits: Bool[Array, " B"]) -> Array:
+    """A static cache, or a part of one, with new tokens, those from position `start` on, in the rows where they fit.
+
+    Row by row; XLA does it in place where the old array is donated or a loop carry, on the device that has the row. Of
+    the tokens those are written whose position is in the array. Padding may overhang its end even where tokens fit.
+    """
+    return unchecked(_write_rows, old, new, start, fits)
+
+
+class Slots(NamedTuple):
+    """Where the positions of a static cache are: all in its arrays, unless devices share them.
+
+    Attributes:
+      parts: the arrays that `append` is given are one of so many equal parts.
+      write: what is called as `write` is, with each array, new tokens, the position of the first, and where they fit.
+    """
+
+    parts: int = 1
+    write: Callable[[Array, Array, Int[Array, " B"], Bool[Array, " B"]], Array] = write
+
+
+ALL_HERE = Slots()
+
+
 def append(
     cache: Mapping[str, Any],
     key: Float[Array, "B T K H"],
@@ -80,6 +111,7 @@ def append(
     *,
     window: tuple[int | None, int | None] | None = None,
     limits: Sequence[tuple[int, str]] = (),
+    slots: Slots = ALL_HERE,
 ) -> tuple[dict[str, Any], Keys]:
     """Writes new keys and values behind what is there; returns the new cache, and what to attend to.
 
@@ -92,6 +124,7 @@ def append(
       lengths: how many of the T are tokens; the rest is padding, which the next call overwrites. None is all.
       window: of the module. A ring buffer needs one.
       limits: how many positions the masks and biases of this call reach, and what to say where that is too few.
+      slots: of a static cache.
     """
     others = cache.get(OTHER_CALLS, ())
     cache = {name: x for name, x in cache.items() if name != OTHER_CALLS}
@@ -103,11 +136,11 @@ def append(
         count, spoiled = lengths.tokens, spoiled | lengths.wrong
     start, count = jnp.where(spoiled, 0, start), jnp.where(spoiled, 0, count)
     in_ring = RING_INDEX in cache
-    length = cache[KEY].shape[1]
+    length = cache[KEY].shape[1] * slots.parts
     stop, full = within(start + count, 0, MAX_INT32 if in_ring else length, FULL)
     new = New(_contents(cache, key, value), start, stop, key.dtype)
     if not in_ring:
-        contents, keys = _into_static(cache, new, ~(full | spoiled))
+        contents, keys = _into_static(cache, new, ~(full | spoiled), slots)
     elif key.shape[1] <= length - _window_left(cache, window):
         # All that the first query sees is still there once the last token is written.
         contents, keys = _into_ring(cache, new)
@@ -129,9 +162,10 @@ def _behind(written: Contents, others: Sequence[Contents]) -> dict[str, Any]:
 # -- three ways -------------------------------------------------------------------------------------------------------
 
 
-def _into_static(cache: Mapping[str, Array], new: New, fits: Bool[Array, " B"]) -> tuple[Contents, Keys]:
-    contents = {name: _write(cache[name], x, new.start, fits) for name, x in new.contents.items()}
-    return contents, Keys.cached(contents, new.dtype, lengths=new.stop, query_offset=new.start)
+def _into_static(cache: Mapping[str, Array], new: New, fits: Bool[Array, " B"], slots: Slots) -> tuple[Contents, Keys]:
+    contents = {name: slots.write(cache[name], x, new.start, fits) for name, x in new.contents.items()}
+    fields: dict[str, Any] = dict(lengths=new.stop, query_offset=new.start, parts=slots.parts)
+    return contents, Keys.cached(contents, new.dtype, **fields)
 
 
 def _into_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
@@ -161,7 +195,7 @@ def _past_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     first = new.start - held
     in_line = lax.rem(first[:, None] + positions(slots)[None], jnp.int32(slots))
     line = {
-        name: _write(_padded(_gather(cache[name], in_line), tokens), x, held, jnp.ones_like(held, bool))
+        name: write(_padded(_gather(cache[name], in_line), tokens), x, held, jnp.ones_like(held, bool))
         for name, x in new.contents.items()
     }
     in_ring = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots) - first[:, None]
@@ -184,23 +218,19 @@ def _contents(cache: Mapping[str, Array], key: Array, value: Array) -> Contents:
     return contents
 
 
-def _write(old: Array, new: Array, start: Array, fits: Array) -> Array:
-    """Row by row; XLA does it in place where the old array is donated or a loop carry, on the device that has the row.
-
-    Padding may overhang the end even where the tokens fit. `dynamic_update_slice` then moves the slice back, so it is
-    rolled forward by as much, and what was there before the first token is written back.
-    """
-    return unchecked(_write_rows, old, new, start, fits)
-
-
 def _write_row(old: Array, new: Array, start: Array, fits: Array) -> Array:
+    """Of tokens that begin before the array or overhang its end, the slice is moved to where `dynamic_update_slice`
+    leaves it. So tokens are rolled by as much, and where there are none, what was there is written back.
+    """
     length = min(new.shape[0], old.shape[0])
+    if new.shape[0] > length:  # then no more of them can be in the array
+        first = jnp.clip(-start, 0, new.shape[0] - length)
+        new, start = lax.dynamic_slice_in_dim(new, first, length), start + first
     at = jnp.clip(start, 0, old.shape[0] - length)
-    moved = start - at
     before = lax.dynamic_slice_in_dim(old, at, length)
-    place = positions(length)
-    is_new = ((place >= moved) & fits).reshape(-1, *[1] * (old.ndim - 1))
-    new = new[:length] if length == 1 else jnp.roll(new[:length], moved, axis=0)
+    token = positions(length) + (at - start)
+    is_new = ((token >= 0) & (token < length) & fits).reshape(-1, *[1] * (old.ndim - 1))
+    new = new if length == 1 else jnp.roll(new, start - at, axis=0)
     return lax.dynamic_update_slice_in_dim(old, jnp.where(is_new, new, before), at, axis=0)
 
 

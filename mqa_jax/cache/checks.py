@@ -20,6 +20,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from mqa_jax.axes import alike
+
 MAX_INT32 = 2**31 - 1
 
 FULL = (
@@ -91,14 +93,14 @@ def unchecked(function: Callable[..., Array], *arguments: Array) -> Array:
     """`function(*arguments)`, into which `checkify` does not look: its rules for indices fail on those under `vmap`.
 
     Args:
-      function: of a module, so that a program traced with it is found again. No index in it may leave an array.
+      function: of a module, so that a program traced with it is found again. No index in it may leave an array. Its
+        result has the type of the first argument, with the mesh axes that cut it.
     """
-    return _unchecked_p.bind(*arguments, function=function)
+    return _unchecked_p.bind(*alike([*map(jnp.asarray, arguments)]), function=function)
 
 
-def _shape_of_result(*arguments: Any, function: Callable[..., Array]) -> ShapedArray:
-    out = jax.eval_shape(function, *arguments)
-    return ShapedArray(out.shape, out.dtype)
+def _type_of_result(first: ShapedArray, *_: ShapedArray, function: Callable[..., Array]) -> ShapedArray:
+    return first.update(weak_type=False)
 
 
 def _jvp(primals: Any, tangents: Any, function: Callable[..., Array]) -> tuple[Array, Array]:
@@ -111,7 +113,7 @@ def _mapped(arguments: Any, axes: Any, function: Callable[..., Array]) -> tuple[
 
 _unchecked_p = Primitive("unchecked")
 _unchecked_p.def_impl(jax.jit(lambda *arguments, function: function(*arguments), static_argnames="function"))
-_unchecked_p.def_abstract_eval(_shape_of_result)
+_unchecked_p.def_abstract_eval(_type_of_result)
 mlir.register_lowering(
     _unchecked_p, mlir.lower_fun(lambda *arguments, function: function(*arguments), multiple_results=False)
 )

@@ -115,11 +115,11 @@ class AttentionLayer(AttentionSettings, ABC):
         call = calls.Call(x, *earlier, segment_ids, seq_lengths, causal, (self.dim, self._kv_heads, self._head_dim))
         cache = self._cache(call)
         call.check(None if cache is None else cache[layout.KEY])
-        sequence = cut_sequence.of_call(
-            self.sequence_axis, call, cache is not None, needs_weights, makes_parameters=self._makes_parameters()
-        )
         upstream.announce(self, x, self._kv_heads, self._head_dim)
         query = self._project("query", x)
+        sequence = cut_sequence.of_call(
+            self.sequence_axis, call, query, cache, needs_weights, makes_parameters=self._makes_parameters()
+        )
         offset = call.query_offset if cache is None else layout.index_of(cache)
         bias = calls.pair_bias(bias, batch=x.shape[:-2])
         mask = calls.pair_mask(*upstream.one_mask(mask, attention_mask), batch=x.shape[:-2])
@@ -136,19 +136,20 @@ class AttentionLayer(AttentionSettings, ABC):
         query = query if self.attn_temperature_tuning is None else self.attn_temperature_tuning(query, positions)
         lengths = calls.checked_lengths(seq_lengths, x, sequence.whole(rows))
         if cache is None:
-            keys = self._keys(key, value, offset, lengths, past_key_value)
+            keys = self._keys(key, value, offset, lengths, past_key_value)._replace(parts=sequence.parts)
             if self.sequence_axis is None:
                 bias = calls.last_rows_and_columns(bias, keys, rows)
         else:
             limits = calls.limits(rows, layout.RING_INDEX in cache, mask, bias)
-            cache, keys = append.append(cache, key, value, lengths, window=self._window, limits=limits)
+            cache, keys = append.append(
+                cache, key, value, lengths, window=self._window, limits=limits, slots=sequence.slots
+            )
             self._store(cache)
         bias, mask = calls.by_position("bias", bias, keys, rows), calls.by_position("mask", mask, keys, rows)
         if self.add_bias_kv and score_fn is not None:
             raise NotImplementedError("add_bias_kv works without score_fn only: its key has no position.")
-        options: dict[str, Any] = dict(
-            is_causal=causal, query_segment_ids=segment_ids, key_value_segment_ids=segment_ids
-        )
+        options: dict[str, Any] = dict(is_causal=causal)
+        options |= dict(query_segment_ids=segment_ids, key_value_segment_ids=segment_ids)
         options |= dict(score_fn=score_fn, mask_fn=mask_fn)
         options |= self._dropout(deterministic)
         out, weights = self._attend(sequence, query, keys, bias, mask, needs_weights, **options)
@@ -158,7 +159,7 @@ class AttentionLayer(AttentionSettings, ABC):
     def new_cache(self, batch: int, max_length: int, dtype: DTypeLike | None = None) -> dict[str, Array]:
         """The arrays of an empty cache, which `init_cache` of each API describes."""
         dtype = dtype or self.cache_dtype or self.dtype or self.param_dtype
-        cut_sequence.no_such(["a cache"], self.sequence_axis)
+        cut_sequence.check_cache(self.sequence_axis, in_ring=self.cache_layout == "ring")
         length, index = max_length, layout.INDEX
         if self.cache_layout == "ring":
             left, _ = self._window or (None, None)
@@ -244,7 +245,7 @@ class AttentionLayer(AttentionSettings, ABC):
             precision=self.precision,
         )
         if self.alibi == "falcon":
-            added = sequence.in_order(falcon_alibi(self.heads, self._head_dim, sequence.whole(keys.key.shape[-3])))
+            added = sequence.in_order(falcon_alibi(self.heads, self._head_dim, keys.columns))
             bias = added if bias is None else bias.astype(jnp.float32) + added
         arrays = query, keys.key, keys.value, bias, mask
         log_sum_exp: Array | None

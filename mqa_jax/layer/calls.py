@@ -235,12 +235,12 @@ def by_position(name: str, pairs: Array | None, keys: Keys, rows: int) -> Array 
     if keys.positions is not None:
         existing = jnp.clip(keys.positions, 0, columns - 1)  # other slots are hidden, or the row is worthless
         return jnp.take_along_axis(pairs, existing[:, None, None], axis=-1)
-    if columns < keys.key.shape[1]:
+    if columns < keys.columns:
         raise ValueError(
             f"With a static cache {name} has a column for each of its positions: {name}.shape={pairs.shape}, "
-            f"max_length={keys.key.shape[1]}. Pad it; what lies behind the last token is never seen."
+            f"max_length={keys.columns}. Pad it; what lies behind the last token is never seen."
         )
-    return pairs[..., : keys.key.shape[1]]
+    return pairs[..., : keys.columns]
 
 
 def check_weights(keys: Keys) -> None:

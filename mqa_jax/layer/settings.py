@@ -57,6 +57,7 @@ class AttentionSettings(upstream.UpstreamSettings):
       out_kernel_init, out_bias_init: of the output projection, whose kernel `[N, H, D]` and bias `[D]` have other axes
         than those of the others, `[D, N, H]` and `[N, H]`; by default the same.
       sequence_axis: the mesh axis over which the sequence is cut, its name or a `SequenceAxis`; None does not cut it.
+        A cache is then cut over its positions.
     """
 
     kv_heads: int | None = None

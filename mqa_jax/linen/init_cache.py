@@ -37,6 +37,7 @@ def init_cache(
         that the model calls several times gets a cache for each call. Cross-attention gets none.
       batch: rows.
       max_length: positions of each row. Ring buffers take any number: they have as many slots as their windows need.
+        With a `sequence_axis` it is a multiple of the devices that share them.
       *args: sample inputs of the model, as for `model.init`; `jax.ShapeDtypeStruct`s will do for arrays. Whatever is
         no array, such as a flag `train`, reaches the model as it is.
       dtype: of the cached keys and values: a float dtype, "int8" or "float8_e4m3fn". Default: each module's

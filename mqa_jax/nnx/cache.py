@@ -24,6 +24,7 @@ def init_cache(
       model: any `flax.nnx` module; its attention modules may be nested, or stacked for `nnx.scan`.
       batch: rows.
       max_length: positions of each row. Ring buffers take any number: they have as many slots as their windows need.
+        With a `sequence_axis` it is a multiple of the devices that share them.
       dtype: of the cached keys and values: a float dtype, "int8" or "float8_e4m3fn". Default: each module's
         `cache_dtype`, or the dtype in which it computes.
       calls: how often one step calls each module (ALBERT, Zamba), each time with a cache of its own.

@@ -3,20 +3,15 @@
 import functools
 from typing import Any
 
-import jax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from mqa_jax import axes
 from mqa_jax.attention import compute_of, inputs_of, inputs_of_part
-from mqa_jax.axes import Cut
 from mqa_jax.batch_axes import over_flat_batch
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import flash
-from mqa_jax.sharded import checks, ring
+from mqa_jax.sharded import checks, on_mesh, ring
 from mqa_jax.sharded.chunks import Order
 from mqa_jax.sharded.strategies import AllGather, AxisName, Ring
 
@@ -111,8 +106,9 @@ def sharded_attention(
     checks.known(strategy, order)
     mesh = checks.mesh_of(mesh, query=query, key=key, value=value)
     inputs = inputs_of(query, key, value, bias, mask, **options)
-    cut = checks.cut_of(mesh, inputs, sequence_axis, batch_axis, heads_axis)
-    run = functools.partial(_on_mesh, mesh, cut, strategy, order, options.get("implementation"))
+    operands, settings = inputs.operands, (strategy, order, options.get("implementation"))
+    cut = checks.cut_of(mesh, operands.query, operands.key, sequence_axis, batch_axis, heads_axis)
+    run = functools.partial(on_mesh.attend, mesh, cut, _attend, settings)
     return checks.results(inputs, over_flat_batch(run, inputs))
 
 
@@ -126,26 +122,3 @@ def _attend(
     how = Order(order, lax.axis_size(axis))
     checks.divides(how, inputs)
     return ring.attend(kernels, Ring.make(axis, how, inputs) if strategy == "ring" else AllGather(axis, how), inputs)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))  # so that a call outside jit is one program
-def _on_mesh(
-    mesh: Any, cut: Cut, strategy: str, order: str, implementation: str | None, inputs: Inputs
-) -> tuple[Array, Array | None]:
-    leaves, tree = jax.tree.flatten(inputs)
-    letters = axes.of_leaves(inputs)
-    # Rows are cut, and their columns are not.
-    columns = [x.replace("s", "x") if "t" in x else x for x in letters]
-    specs = [cut.spec(axes.expanded(x, leaf.ndim), leaf.shape) for x, leaf in zip(columns, leaves, strict=True)]
-    heads = Cut(cut.mesh, tuple(each for each in cut.axes if each[0] == "n"), cut.heads, cut.kv_heads)
-
-    def part(*leaves: Array) -> tuple[Array, Array | None]:
-        own = [heads.own_kv_head(x, leaf) for x, leaf in zip(letters, leaves, strict=True)]
-        inputs = heads.local(jax.tree.unflatten(tree, own))
-        return _attend(cut.names("t"), strategy, order, implementation, inputs)
-
-    rows = P(*(cut.names(x) or None for x in "btn"))
-    run = jax.shard_map(part, mesh=mesh, in_specs=tuple(specs), out_specs=(rows, rows if inputs.residual else None))
-    if AxisType.Explicit in mesh.axis_types:
-        leaves = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs, strict=True)]
-    return run(*leaves)

@@ -34,8 +34,16 @@ def axis_size(axis: AxisName) -> int:
 
 def is_manual(axis: AxisName) -> bool:
     """Whether it names mesh axes of the `jax.shard_map` around the call."""
-    names = axis if isinstance(axis, tuple) else (axis,)
-    return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    return _as_set(axis) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying(axis: AxisName, x: Array) -> list[str]:
+    """Those of these mesh axes of the `jax.shard_map` along which its type says that devices have other parts."""
+    return sorted(_as_set(axis) & set(jax.typeof(x).manual_axis_type.varying))
+
+
+def _as_set(axis: AxisName) -> set[str]:
+    return set(axis) if isinstance(axis, tuple) else {axis}
 
 
 def of_mesh(axis: AxisName) -> None:
@@ -126,7 +134,7 @@ def mesh_in_use(**arrays: Any) -> Any:
     found = {name: _mesh_of_array(x) for name, x in arrays.items()}
     given = list(dict.fromkeys(x for x in found.values() if x is not None))
     if len(given) > 1:
-        raise ValueError(f"query, key and value must be on one mesh: {found}. Place them with jax.device_put.")
+        raise ValueError(f"{', '.join(found)} must be on one mesh: {found}. Place them with jax.device_put.")
     return given[0] if given else None
 
 
@@ -139,25 +147,34 @@ def _mesh_of_array(x: Any) -> Any:
     return None
 
 
-def cut_of(mesh: Any, inputs: Inputs, sequence: AxisName, batch: AxisName | None, heads: AxisName | None) -> Cut:
-    """The mesh axes of each axis of the arrays."""
+def cut_of(
+    mesh: Any,
+    query: Array,
+    key: Array,
+    sequence: AxisName,
+    batch: AxisName | None,
+    heads: AxisName | None,
+    whole_queries: bool = False,
+) -> Cut:
+    """The mesh axes of each axis of the arrays; queries may be whole where keys are cut."""
     words = {"sequence_axis": sequence, "batch_axis": batch, "heads_axis": heads}
     names = {name: _names(name, word, mesh) for name, word in words.items()}
-    rows, _, of_heads, _ = ((), *cuts_of_type(inputs.operands.query))[-4:]
-    for name, found in (("batch_axis", rows), ("heads_axis", of_heads)):
+    of_rows, _, of_heads, _ = ((), *cuts_of_type(query))[-4:]
+    for name, found in (("batch_axis", of_rows), ("heads_axis", of_heads)):
         if words[name] is None:  # then its type says it, on Explicit axes
             names[name] = tuple(x for x in found if x not in names["sequence_axis"])
     every = [name for group in names.values() for name in group]
     if len(set(every)) < len(every):
         raise ValueError(f"A mesh axis can cut one axis of the arrays: {names}. Give each another mesh axis.")
-    size, by_letter = inputs.sizes, dict(zip("tbn", names.values()))
-    cut = Cut(tuple(mesh.shape.items()), tuple({**by_letter, "s": by_letter["t"]}.items()), size.N, size.K)
-    *leading, _, _, _ = inputs.operands.query.shape
-    lengths: dict[str, tuple[str, Any]] = {
-        "query length T": ("t", size.T),
-        "key length S": ("s", size.S),
-        "batch B": ("b", leading[-1] if leading else 1),
-        "number of query heads N": ("n", size.N),
+    (*_, rows, queries, query_heads, _), (*_, keys, kv_heads, _) = (1, *query.shape), key.shape
+    by_letter = dict(zip("sbn", names.values()))
+    by_letter["t"] = () if whole_queries else by_letter["s"]
+    cut = Cut(tuple(mesh.shape.items()), tuple(by_letter.items()), query_heads, kv_heads)
+    lengths = {
+        "query length T": ("t", queries),
+        "key length S": ("s", keys),
+        "batch B": ("b", rows),
+        "number of query heads N": ("n", query_heads),
     }
     for name, (letter, length) in lengths.items():
         if length % cut.count(letter):
@@ -165,7 +182,7 @@ def cut_of(mesh: Any, inputs: Inputs, sequence: AxisName, batch: AxisName | None
                 f"The {name} must be a multiple of the devices that share it: {letter.upper()}={length}, mesh axes "
                 f"{cut.names(letter)}, devices={cut.count(letter)}. Pad the arrays, or use fewer devices."
             )
-    _check_heads(cut, inputs)
+    _check_heads(cut)
     return cut
 
 
@@ -184,7 +201,7 @@ def count(name: str, word: Any, mesh: Any) -> int:
     return math.prod(mesh.shape[x] for x in _names(name, word, mesh))
 
 
-def _check_heads(cut: Cut, inputs: Inputs) -> None:
+def _check_heads(cut: Cut) -> None:
     devices = cut.count("n")
     if cut.kv_heads % devices and devices % cut.kv_heads:
         raise ValueError(

@@ -1,10 +1,11 @@
-"""Decoding with a cache whose positions are cut over devices, inside of `jax.shard_map`.
+"""Decoding with a cache whose positions are cut over devices, inside of `jax.shard_map` or of whole arrays on a mesh.
 
 The queries are few and the keys are many, so keys stay where they are: each device attends to its own, and what is
 summed over devices are its output and the sum of its weights (Dao et al. 2023, "Flash-Decoding"). A new token is
 written by the device that has its position.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Shaped
 
 from mqa_jax.arguments import array, in_32_bits, integers
-from mqa_jax.attention import compute_of, inputs_of_part
+from mqa_jax.attention import compute_of, inputs_of, inputs_of_part
+from mqa_jax.axes import Cut
 from mqa_jax.batch_axes import over_flat_batch
+from mqa_jax.cache import append
 from mqa_jax.inputs import Inputs
 from mqa_jax.kernels import flash, online_softmax
 from mqa_jax.kernels.online_softmax import State
-from mqa_jax.sharded import checks, ring
+from mqa_jax.sharded import checks, on_mesh, ring
 from mqa_jax.sharded.chunks import Chunk, Order, pair
 from mqa_jax.sharded.strategies import AxisName
 
@@ -52,19 +55,26 @@ def decode_attention(
     """
     devices, implementation = checks.axis_size(axis_name), options.get("implementation")
     inputs = inputs_of_part((1, devices), query, key, value, bias, mask, **options)
-    checks.no_ring_buffer(inputs)
+    return checks.results(inputs, over_flat_batch(functools.partial(_attend, axis_name, implementation), inputs))
 
-    def run(inputs: Inputs) -> tuple[Array, Array | None]:
-        kernels = checks.kernels(implementation, compute_of(implementation, inputs))
-        first = jnp.int32(0)
-        (keys,) = Order("contiguous", devices).chunks(lax.axis_index(axis_name), inputs.sizes.S)
-        operands, queries = inputs.operands, Chunk(first, 0, first, inputs.sizes.T)
-        part = pair(inputs, queries, keys, operands.key, operands.value, is_part=False)
-        state = _summed(axis_name, *flash.attend(kernels, part))
-        out, normalizer = ring.finish(inputs, state)
-        return out, normalizer.log_sum_exp if inputs.residual else None
 
+def attend_on_mesh(mesh: Any, cut: Cut, *arrays: Any, **options: Any) -> Any:
+    """`decode_attention` of whole arrays, of which a mesh cuts the keys, and batch and heads of all."""
+    inputs = inputs_of(*arrays, **options)
+    run = functools.partial(on_mesh.attend, mesh, cut, _attend, (options.get("implementation"),))
     return checks.results(inputs, over_flat_batch(run, inputs))
+
+
+def _attend(axis: AxisName, implementation: str | None, inputs: Inputs) -> on_mesh.Found:
+    checks.no_ring_buffer(inputs)
+    kernels = checks.kernels(implementation, compute_of(implementation, inputs))
+    first = jnp.int32(0)
+    (keys,) = Order("contiguous", lax.axis_size(axis)).chunks(lax.axis_index(axis), inputs.sizes.S)
+    operands, queries = inputs.operands, Chunk(first, 0, first, inputs.sizes.T)
+    part = pair(inputs, queries, keys, operands.key, operands.value, is_part=False)
+    state = _summed(axis, *flash.attend(kernels, part))
+    out, normalizer = ring.finish(inputs, state)
+    return out, normalizer.log_sum_exp if inputs.residual else None
 
 
 def _summed(axis: AxisName, out: Array, log_sum_exp: Array | None) -> State:
@@ -74,6 +84,23 @@ def _summed(axis: AxisName, out: Array, log_sum_exp: Array | None) -> State:
     weight = jnp.exp(log_sum_exp[..., None] - online_softmax.finite(highest))
     total = lax.psum(jnp.concatenate([out.astype(weight.dtype) * weight, weight], axis=-1), axis)
     return State(highest, total[..., -1:], total[..., :-1])
+
+
+# -- new tokens -------------------------------------------------------------------------------------------------------
+
+
+def write_to_part(axis: AxisName, old: Array, new: Array, start: Array, fits: Array) -> Array:
+    """`mqa_jax.cache.append.write` of the part that a device has of a cache."""
+    return append.write(old, new, start - lax.axis_index(axis) * old.shape[1], fits)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def write_on_mesh(mesh: Any, cut: Cut, old: Array, new: Array, start: Array, fits: Array) -> Array:
+    """The same of a whole cache on a mesh, whose parts stay where they are."""
+    letters = "bskh"[: old.ndim], "bxkh"[: old.ndim], "b", "b"
+    arrays = [old, new, start, fits]
+    specs = [cut.spec(x, array.shape) for x, array in zip(letters, arrays, strict=True)]
+    return on_mesh.over(mesh, functools.partial(write_to_part, cut.names("s")), specs, specs[0], arrays)
 
 
 def append_to_part(
@@ -104,11 +131,7 @@ def append_to_part(
         rule = f"leave all {count} tokens in the cache"
         first = in_32_bits("position", first, rule, f"the cache has {end} positions", 0, end - count)
     start = jnp.broadcast_to(jnp.asarray(first, jnp.int32), (batch,))
-    index = start[:, None] + jnp.arange(count, dtype=jnp.int32)
     if jnp.issubdtype(tokens.dtype, jnp.inexact):
-        # All tokens of a row or none: which of two writes to the last slot counts is not defined.
         fits = (start >= 0) & (start <= end - count)
         tokens = jnp.where(fits.reshape(batch, *[1] * (tokens.ndim - 1)), tokens, jnp.nan)
-    slot = jnp.clip(index, 0, end - 1) - lax.axis_index(axis_name) * slots
-    slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)  # beyond the end: not written
-    return part.at[jnp.arange(batch)[:, None], slot].set(tokens, mode="drop")
+    return write_to_part(axis_name, part, tokens, jnp.clip(start, 0, end - 1), jnp.ones(batch, bool))

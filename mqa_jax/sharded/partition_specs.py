@@ -65,7 +65,8 @@ def partition_specs(
       kv_heads: of K: `key`, `value`, caches, `bias_k`, `bias_v`, the norm of all key/value heads together. None where
         the mesh axis has more devices than there are key/value heads.
       embed: of D: kernels, and the bias of `out`.
-      sequence: of S, of caches. Ring buffers stay whole, because their slots are not in the order of positions.
+      sequence: of S, of caches of modules with this `sequence_axis`. Ring buffers stay whole, because their slots are
+        not in the order of positions.
 
     Returns:
       The same tree, with a `jax.sharding.PartitionSpec` for each array. JAX checks names and sizes against the mesh.

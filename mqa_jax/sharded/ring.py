@@ -17,8 +17,9 @@ from jax import lax
 from jaxtyping import Array
 
 from mqa_jax import reference
+from mqa_jax.axes import alike
 from mqa_jax.inputs import Inputs, Operands
-from mqa_jax.kernels import devices, online_softmax, primitives, row_blocks, row_terms
+from mqa_jax.kernels import online_softmax, primitives, row_blocks, row_terms
 from mqa_jax.kernels.online_softmax import Normalizer, State
 from mqa_jax.kernels.platforms import Kernels
 from mqa_jax.shapes import LogSumExp, Output
@@ -61,7 +62,7 @@ def passes(plan: Plan) -> Kernels:
 def _varying(axis: AxisName, tree: Any) -> Any:
     """As the index of the device varies."""
     leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, devices.alike([*leaves, lax.axis_index(axis)])[:-1])
+    return jax.tree.unflatten(structure, alike([*leaves, lax.axis_index(axis)])[:-1])
 
 
 def _with_numbers_of_keys(axis: AxisName, inputs: Inputs) -> Inputs:

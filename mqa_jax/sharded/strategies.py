@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from mqa_jax.axes import alike
 from mqa_jax.inputs import Inputs
-from mqa_jax.kernels.devices import alike
 from mqa_jax.sharded.chunks import Chunk, Order
 from mqa_jax.sharded.zigzag import unzigzag, zigzag
 

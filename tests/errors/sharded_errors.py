@@ -42,6 +42,21 @@ def append(position=0, tokens=(2, 1, 4, 8), dtype=jnp.float32):
     return jax.eval_shape(run, shapes()[1], jax.ShapeDtypeStruct(tokens, dtype))
 
 
+def decode_in_a_module(axis="s", max_length=16, cut_x=None, **settings):
+    """Inside of `jax.shard_map` where it is said how x is cut, else on a mesh."""
+    layer = mqa_jax.GroupedQueryAttention(16, 4, sequence_axis=axis, **settings)
+    whole = layer.clone(sequence_axis=None)
+    variables = jax.eval_shape(lambda: whole.init(jax.random.key(0), jnp.zeros((2, 4, 16))))
+    cache = jax.eval_shape(lambda: whole.init_cache(2, max_length))
+    arguments = variables, cache, jax.ShapeDtypeStruct((2, 4, 16), jnp.float32)
+    call = lambda variables, cache, x: layer.apply({**variables, "cache": cache}, x, mutable=["cache"])[0][0]
+    if cut_x is not None:
+        specs = P(), mqa_jax.partition_specs(cache, sequence="s"), cut_x
+        return jax.eval_shape(jax.shard_map(call, mesh=MESH, in_specs=specs, out_specs=cut_x), *arguments)
+    with jax.sharding.use_abstract_mesh(MESH):
+        return jax.eval_shape(call, *arguments)
+
+
 def on_two_meshes():
     arrays = [jnp.zeros(x.shape, x.dtype) for x in shapes()]
     for i, name in enumerate("sx"):
@@ -88,7 +103,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         r"A mesh axis can cut one axis .*'sequence_axis': \('s',\), 'batch_axis': \('s',\).*Give each another",
     ),
     "no mesh": (lambda: on_mesh(mesh=None), r"sharded_attention needs a mesh, .*mesh=None. Pass mesh=, or call inside"),
-    "two meshes": (on_two_meshes, "query, key and value must be on one mesh: {'query': .*'key': .*jax.device_put"),
+    "two meshes": (on_two_meshes, "query, key, value must be on one mesh: {'query': .*'key': .*jax.device_put"),
     "T": (
         lambda: on_mesh(dict(rows=18)),
         r"The query length T must be a multiple .*T=18, mesh axes \('s',\), devices=4. Pad",
@@ -147,6 +162,18 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: decode(key_value_seq_lengths=np.array([3, 17])),
         "key_value_seq_lengths must lie between 0 and .*length=16",
     ),
+    "max_length of a module": (
+        lambda: decode_in_a_module(max_length=18),
+        r"the same number of positions on each: max_length=18, sequence_axis='s', devices=4. Make it with init_cache",
+    ),
+    "batch of a module": (
+        lambda: decode_in_a_module(mqa_jax.SequenceAxis("b", batch_axis="s")),
+        "The batch B must be a multiple .*B=2,.*devices=4",
+    ),
+    "tokens that are cut": (
+        lambda: decode_in_a_module(cut_x=P(None, "s")),
+        r"has all tokens of the call: x.shape=\(2, 1, 16\), which varies over .*\['s'\], sequence_axis='s'. Cut the c",
+    ),
     "wrong call": (lambda: in_shard_map(dropout_rate=2), "dropout_rate must lie between 0 and 1"),
     "rows of other devices": (
         lambda: in_shard_map(bias=jnp.zeros((20, 20))),
@@ -165,6 +192,18 @@ NOT_POSSIBLE: dict[str, tuple[Callable[[], object], str]] = {
     "ring buffer in decoding": (
         lambda: decode(key_value_ring_lengths=np.array([3, 4])),
         "cannot be combined .*slots=16",
+    ),
+    "ring buffer in a module": (
+        lambda: decode_in_a_module(cache_layout="ring", local_window_size=3),
+        "A ring buffer, .* cannot be cut over devices: cache_layout='ring', sequence_axis='s'",
+    ),
+    "zigzag in a module": (
+        lambda: decode_in_a_module(mqa_jax.SequenceAxis("s", order="zigzag")),
+        "positions in their order: sequence_axis=.*A module with order='contiguous'",
+    ),
+    "reference in a module": (
+        lambda: decode_in_a_module(attn_impl="reference"),
+        "implementation='reference' has no passes that could run on a part of the keys",
     ),
     "reference": (
         lambda: on_mesh(implementation="reference"),

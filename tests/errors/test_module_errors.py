@@ -255,9 +255,13 @@ NOT_POSSIBLE: dict[str, Any] = {
         lambda: layer(add_bias_kv=True).init(RNG, ones((2, 5, 16)), score_fn=lambda score, *_: score),
         r"add_bias_kv works without score_fn only: its key has no position",
     ),
-    "cache of a cut sequence": (
-        lambda: layer(sequence_axis="seq").init_cache(2, 7),
-        r"combined with a cache: sequence_axis='seq'. A module with sequence_axis=None has the same parameters",
+    "cache in zigzag order": (
+        lambda: layer(sequence_axis=mqa_jax.SequenceAxis("seq", order="zigzag")).init_cache(2, 7),
+        r"positions in their order: sequence_axis=.*order='zigzag'.*module with order='contiguous' has the same param",
+    ),
+    "ring buffer of a cut sequence": (
+        lambda: layer(sequence_axis="seq", cache_layout="ring", local_window_size=3).init_cache(2, 7),
+        r"cannot be cut over devices: cache_layout='ring', sequence_axis='seq'. A module with cache_layout='static'",
     ),
     "past and weights of a cut sequence": (
         lambda: call(layer(sequence_axis=("a", "b")), ones((2, 5, 16)), PAST, needs_weights=True),

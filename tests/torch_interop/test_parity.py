@@ -124,8 +124,8 @@ def test_a_wrong_cache_is_caught(monkeypatch, compiled_anew):
     from mqa_jax.cache import append
 
     layer = hf_layer("llama")
-    really = append._write
-    monkeypatch.setattr(append, "_write", lambda old, new, start, fits: really(old, new, start * 0, fits))
+    really = append._write_rows
+    monkeypatch.setattr(append, "_write_rows", lambda old, new, start, fits: really(old, new, start * 0, fits))
     report = compare(layer, *from_torch(layer))
     assert [x.name for x in report.differences if not x.passed] == ["decoded"]
     assert report.worst.name == "decoded"

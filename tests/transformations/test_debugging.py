@@ -11,6 +11,8 @@ import oracle
 import pytest
 from causal_problem import ARRAYS
 from jax.experimental import checkify
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import mqa_jax
 from mqa_jax.cache import append
@@ -103,10 +105,28 @@ def test_what_checkify_does_not_look_into_can_be_mapped_and_differentiated():
     """Writing into a static cache is a primitive of ours, with the rules that JAX asks of one."""
     old, new = jnp.zeros((3, 2, 7, 1, 4)), jax.random.normal(jax.random.key(0), (3, 2, 2, 1, 4))
     start = jnp.array([[0, 5], [2, 3], [1, 1]])
-    write = lambda old, new, start: append._write(old, new, start, jnp.ones(2, bool))
+    write = lambda old, new, start: append.write(old, new, start, jnp.ones(2, bool))
     written = jax.vmap(write)(old, new, start)
     for row, (old_row, new_row, at) in enumerate(zip(old, new, start)):
         np.testing.assert_array_equal(written[row], write(old_row, new_row, at))
     gradient = jax.grad(lambda new: jnp.sum(write(old[0], new, start[0]) ** 2))(new[0])
     np.testing.assert_allclose(gradient, 2 * new[0])
     jax.test_util.check_grads(lambda new: write(old[0], new, start[0]), (new[0],), order=2)
+
+
+def test_a_written_cache_has_the_type_of_the_cache():
+    """On Explicit mesh axes how it is cut; inside of `jax.shard_map` over which axes it varies."""
+    arrays = jnp.zeros((4, 6, 1, 2)), jnp.zeros((4, 1, 1, 2)), jnp.zeros(4, int), jnp.ones(4, bool)
+    mesh = AbstractMesh((2,), ("b",), axis_types=(AxisType.Explicit,))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("b"))) for x in arrays]
+    found = []
+
+    def write(*arrays):
+        written = append.write(*arrays)
+        found.append(jax.typeof(written) == jax.typeof(arrays[0]))
+        return written
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(write, *shapes)
+        jax.eval_shape(jax.shard_map(write, in_specs=P("b"), out_specs=P("b")), *shapes)
+    assert found == [True, True]
