@@ -22,9 +22,9 @@ def test_some_of_everything():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(8))
 def test_everything(part):
-    run(f"sequences.everything({part}, 6)")
+    run(f"sequences.everything({part}, 8)")
 
 
 @pytest.mark.slow
@@ -33,9 +33,18 @@ def test_batch_and_heads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["everything", "second", "in_shard_map", "under_transformations", "in_bfloat16"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(f"everything({part}, 4)" for part in range(4)),
+        "second()",
+        "in_shard_map()",
+        "under_transformations()",
+        "in_bfloat16()",
+    ],
+)
 def test_derivatives(part):
-    run(f"derivatives.{part}()")
+    run(f"derivatives.{part}")
 
 
 @pytest.mark.slow
