@@ -94,5 +94,6 @@ def functions(implementation: str, mesh: Mesh, specs: dict[str, P], is_manual: b
     return jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=specs["query"]) if is_manual else attend
 
 
-def on_cpu() -> None:
-    check(jax.devices()[:8], jnp.float32, "xla", lambda function, arrays: jax.jit(function).lower(arrays).compile())
+def on_cpu(one_in: int = 1) -> None:
+    compiled = lambda function, arrays: jax.jit(function).lower(arrays).compile()
+    check(jax.devices()[:8], jnp.float32, "xla", compiled, one_in)

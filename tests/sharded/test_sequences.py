@@ -10,14 +10,14 @@ def run(*parts):
     own_process.run_on_devices("\n".join([*MODULES, *parts]))
 
 
-def test_some_of_everything():
+def test_some_of_everything(one_in):
     run(
         "sequences.some_of_everything()",
         "derivatives.some_of_everything()",
         "derivatives.some_second()",
         "messages.collectives_are_those_of_the_formula()",
         "messages.a_window_ends_the_journey()",
-        "sums.on_cpu()",
+        f"sums.on_cpu({one_in})",
     )
 
 
@@ -58,10 +58,10 @@ def test_decoding_more():
 
 
 @pytest.mark.slow
-def test_precision_and_memory():
+def test_precision_and_memory(one_in):
     run(
         "sequences.in_bfloat16()",
         "sequences.in_8_bits()",
         "sequences.under_transformations()",
-        "messages.memory_is_linear()",
+        f"messages.memory_is_linear({one_in})",
     )
