@@ -185,6 +185,7 @@ def test_few_queries(rows, interpret):
     tangents.judge(problem, interpret=interpret)
 
 
+@pytest.mark.slow
 def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(monkeypatch):
     """On a strict model of a GPU's memory, see `strict_gpu`; interpret mode would hide it."""
     problem = everything(batch=(2,), rows=19, columns=35, heads=2, kv_heads=1)
