@@ -134,6 +134,7 @@ def test_a_product_with_what_does_not_move_is_left_out(names, products):
 # -- what a tangent is ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_the_transpose_of_the_backward_pass():
     """<cotangents, tangents of the results> is <gradients, tangents of the operands>, in float32 but for rounding."""
     problem = everything()
