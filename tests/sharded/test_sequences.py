@@ -22,9 +22,9 @@ def test_some_of_everything(one_in):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(16))
 def test_everything(part):
-    run(f"sequences.everything({part}, 8)")
+    run(f"sequences.everything({part}, 16)")
 
 
 @pytest.mark.slow
