@@ -108,6 +108,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
+    look_for_garbage_rarely()
+
+
+def look_for_garbage_rarely():
     """Each test traces programs, of which little is garbage: looking for it took a tenth.
 
     Without `gc.freeze`: Hypothesis would not find what refers to its random numbers, and warns of it in some test.

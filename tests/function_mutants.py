@@ -8,7 +8,12 @@ _FEW_OF_TRITON = "triton, few queries"
 FUNCTIONS = [
     Mutant("tile_bounds._of_function", "jnp.any(visible", "jnp.all(visible", "triton", ("mask_fn",)),
     Mutant("tile_bounds._of_function", "jnp.all(visible", "jnp.any(visible", "triton", ("mask_fn",)),
-    Mutant("tile_bounds._of_function", "stop - 1)", "stop - 2)", _FEW_OF_TRITON, ("mask_fn",)),
+    Mutant(
+        "tile_bounds._of_function",
+        "stop - 1)",
+        "stop - 2)",
+        "test_tiles_of_a_mask_fn.test_what_the_last_query_alone_sees",
+    ),
     Mutant("xla.tile.Tiling._is_uniform", "mask.function, ", "", "xla", ("mask_fn",)),
     Mutant("xla.tile.Tiling.mask_of_row", "cut(function.batch)", "function.batch[:1]", "xla", ("mask_fn",)),
     Mutant("xla.tile.Tiling.query_heads", "place.head * self.sizes.G + ", "", "xla", ("score_fn",)),

@@ -20,6 +20,7 @@ def run(program: str) -> None:
 ON_DEVICES = """
 import os
 import conftest
+conftest.look_for_garbage_rarely()
 os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *conftest.FAST_TO_COMPILE])
 """
 

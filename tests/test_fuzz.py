@@ -23,12 +23,14 @@ def few(monkeypatch):
     monkeypatch.setattr(fuzz, "WAYS", {name: fuzz.WAYS[name] for name in ["xla, few queries"]})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_it_judges_and_counts(capsys):
     assert fuzz.main(["--minutes", "0.001", "--seed", "5", "--implementation", "xla"]) == 0
     assert "2 problems judged with --seed 5, 0 failed." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_a_broken_kernel_is_found_and_replayed(monkeypatch, capsys):
     finish = online_softmax.finish

@@ -26,6 +26,6 @@ def test_in_shard_map():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(16))
 def test_against_one_device(part):
-    run(f"against_one_device({part}, 3)")
+    run(f"against_one_device({part}, 16)")

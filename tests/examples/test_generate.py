@@ -219,6 +219,7 @@ PROMPTS = [
     "Once upon a time, there was a little girl who",
     "def fibonacci(n):\n    ",
 ]
+TOKENS = 31  # behind each prompt
 
 
 def _transformers():
@@ -229,7 +230,7 @@ def _transformers():
 
     path = default_model()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # all 64 tokens, whatever they are
+    model.generation_config.eos_token_id = None  # all tokens, whatever they are
     return model
 
 
@@ -237,7 +238,7 @@ def _write_answers(path: str) -> None:
     """Of the real model."""
     generator, text = _generator(None)
     prompts = [text.encode(prompt) for prompt in PROMPTS]
-    answers = [generator(ids, generate.Sampling(max_tokens=64)).tokens for ids in prompts]
+    answers = [generator(ids, generate.Sampling(max_tokens=TOKENS)).tokens for ids in prompts]
     long = text.encode(" ".join(PROMPTS) * 4)[:64]
     logits = jax.jit(generator.model.apply)({"params": generator.params}, jnp.array([long]))
     np.savez(path, prompts=np.array(prompts, object), answers=np.array(answers), long=long, logits=logits)
@@ -246,14 +247,14 @@ def _write_answers(path: str) -> None:
 @pytest.mark.slow
 @pytest.mark.torch
 def test_the_real_model_is_that_of_transformers(tmp_path, monkeypatch):
-    """64 greedy tokens of each prompt, and the logits of a text of 64 tokens."""
+    """Greedy tokens of each prompt, and the logits of a text of 64 tokens."""
     import torch
 
     own_process.read_gguf_once(monkeypatch)
     own_process.run(f"import test_generate; test_generate._write_answers({str(tmp_path / 'ours.npz')!r})")
     ours, peer = np.load(tmp_path / "ours.npz", allow_pickle=True), _transformers()
     for ids, answer in zip(ours["prompts"], ours["answers"]):
-        expected = peer.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
+        expected = peer.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)
         assert answer.tolist() == expected[0, len(ids) :].tolist()
     assert len(ours["long"]) == 64
     with torch.no_grad():

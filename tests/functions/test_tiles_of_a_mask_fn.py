@@ -76,6 +76,15 @@ def test_bounds_of_a_function_are_the_hull_of_what_is_seen(name, group):
             assert [tuple(x) for x in bounds[batch, :, [0, 3]].T] == hull_of_tiles(some[batch].T)
 
 
+def test_what_the_last_query_alone_sees():
+    """Two heads of three queries in a tile of 16 rows."""
+    of_last = lambda batch, head, query, key: (key < 8) | (query == 2)
+    query, key = jnp.zeros((1, 3, 2, 8)), jnp.zeros((1, 24, 1, 8))
+    inputs = inputs_of(query, key, key, mask_fn=of_last)
+    table = np.asarray(tile_bounds.key_tiles(inputs.mask, inputs.sizes, 16, 8, group=2))
+    assert table.tolist() == [[[0, 0, 1, 3]]]
+
+
 def len_of(tile: int, size: int, length: int) -> int:
     return min(size, length - tile * size)
 

@@ -31,6 +31,7 @@ TOUCHING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOUCHING)
 def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(monkeypatch, name):
     """On a strict model of a GPU's memory, see `strict_gpu`; interpret mode would hide it."""

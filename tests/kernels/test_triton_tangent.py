@@ -134,6 +134,7 @@ def test_a_product_with_what_does_not_move_is_left_out(names, products):
 # -- what a tangent is ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_the_transpose_of_the_backward_pass():
     """<cotangents, tangents of the results> is <gradients, tangents of the operands>, in float32 but for rounding."""
     problem = everything()
@@ -185,6 +186,7 @@ def test_few_queries(rows, interpret):
     tangents.judge(problem, interpret=interpret)
 
 
+@pytest.mark.slow
 def test_every_entry_read_exists_and_every_entry_of_a_result_is_written_once(monkeypatch):
     """On a strict model of a GPU's memory, see `strict_gpu`; interpret mode would hide it."""
     problem = everything(batch=(2,), rows=19, columns=35, heads=2, kv_heads=1)

@@ -4,6 +4,7 @@ import functools
 from dataclasses import replace
 
 import covering
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,10 +49,11 @@ def some_inputs() -> list[tuple[Inputs, tuple[int, int]]]:
 @pytest.mark.slow
 def test_no_tile_is_visited_in_vain():
     """Where visible keys follow each other: from the first tile with one to the last, and none for padding alone."""
+    both = lambda *arguments: (tile_bounds.key_tiles(*arguments), tile_bounds.row_tiles(*arguments))
+    compiled = jax.jit(both, static_argnums=(1, 2, 3))  # here, as a mutant has to be traced anew
     for inputs, (rows, columns) in some_inputs():
         size = inputs.sizes
-        of_rows = np.asarray(tile_bounds.key_tiles(inputs.mask, size, rows, columns))
-        of_columns = np.asarray(tile_bounds.row_tiles(inputs.mask, size, rows, columns))
+        of_rows, of_columns = map(np.asarray, compiled(inputs.mask, size, rows, columns))
         for batch in range(size.B):
             _check(inputs, batch, replace(inputs.mask, query_lengths=None), of_rows, rows, columns, False)
             _check(inputs, batch, replace(inputs.mask, key_lengths=None), of_columns, columns, rows, True)

@@ -47,13 +47,16 @@ def some_of_everything():
     check(agrees, "functions", "all_gather", "zigzag", 2)
 
 
-def everything():
+def everything(part=0, parts=1):
     """Each option with one way on one number of devices; and tangents of some operands alone."""
+    every: list[Any] = []
     for number, (name, devices) in enumerate(zip(OPTIONS, itertools.cycle((8, 3, 1, 3, 8)))):
         ways = ways_of(name)
-        check(agrees, name, *ways[number % len(ways)], devices)
-    for operands in (("query",), ("value", "alibi_slopes"), ("sinks",)):
-        check(agrees, "everything", "ring", "zigzag", 3, operands)
+        every.append((name, *ways[number % len(ways)], devices))
+    some = ("query",), ("value", "alibi_slopes"), ("sinks",)
+    every += [("everything", "ring", "zigzag", 3, operands) for operands in some]
+    for one in every[part::parts]:
+        check(agrees, *one)
 
 
 # -- second derivatives -----------------------------------------------------------------------------------------------

@@ -81,9 +81,10 @@ def a_window_ends_the_journey():
         assert found == expected, f"{window}: {found}"
 
 
-def memory_is_linear():
+def memory_is_linear(one_in=1):
     """Temporary memory of all derivatives of twice as many tokens is twice as much."""
-    for (strategy, order), which in zip((*WAYS, *WAYS[1:3]), ["gradient"] * 4 + ["tangents", "curvature"]):
+    every = [*zip((*WAYS, *WAYS[1:3]), ["gradient"] * 4 + ["tangents", "curvature"])]
+    for (strategy, order), which in every[::one_in]:
         small, large = (
             compiled(4, strategy, order, tokens=tokens, which=which, is_causal=True)
             .memory_analysis()

@@ -10,21 +10,21 @@ def run(*parts):
     own_process.run_on_devices("\n".join([*MODULES, *parts]))
 
 
-def test_some_of_everything():
+def test_some_of_everything(one_in):
     run(
         "sequences.some_of_everything()",
         "derivatives.some_of_everything()",
         "derivatives.some_second()",
         "messages.collectives_are_those_of_the_formula()",
         "messages.a_window_ends_the_journey()",
-        "sums.on_cpu()",
+        f"sums.on_cpu({one_in})",
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(16))
 def test_everything(part):
-    run(f"sequences.everything({part}, 6)")
+    run(f"sequences.everything({part}, 16)")
 
 
 @pytest.mark.slow
@@ -33,9 +33,18 @@ def test_batch_and_heads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["everything", "second", "in_shard_map", "under_transformations", "in_bfloat16"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(f"everything({part}, 4)" for part in range(4)),
+        "second()",
+        "in_shard_map()",
+        "under_transformations()",
+        "in_bfloat16()",
+    ],
+)
 def test_derivatives(part):
-    run(f"derivatives.{part}()")
+    run(f"derivatives.{part}")
 
 
 @pytest.mark.slow
@@ -49,10 +58,10 @@ def test_decoding_more():
 
 
 @pytest.mark.slow
-def test_precision_and_memory():
+def test_precision_and_memory(one_in):
     run(
         "sequences.in_bfloat16()",
         "sequences.in_8_bits()",
         "sequences.under_transformations()",
-        "messages.memory_is_linear()",
+        f"messages.memory_is_linear({one_in})",
     )
