@@ -166,3 +166,29 @@ def decoding():
             if "sequence" not in axes:
                 assert collectives(step.lower(cut, mine, x[:, :1]).compile()) == {"all-reduce": [X[:, :1].nbytes // 2]}
         close(actual, expected, f"{kind}, {axes}")
+
+
+def caches_on_explicit_axes():
+    """Biases for all positions; prompts for which a ring buffer has no room, and room; rows go to other devices."""
+    for layout, shape in (("static", (8, 24, 24)), ("ring", (24, 24)), ("ring", (4, 8, 24, 24))):
+        bias = normal(*shape)
+        layer = mqa_jax.GroupedQueryAttention(32, 8, kv_heads=4, local_window_size=(3, 0), cache_layout=layout)
+        params, cache = layer.init(KEY, X)["params"], layer.init_cache(4, 24)
+
+        @jax.jit
+        def steps(params, cache, x, bias, layer=layer):
+            outputs: list[Any] = []
+            for start, stop in ((0, 20), (20, 22), (22, 23)):
+                variables = {"params": params, "cache": cache}
+                (out, *_), state = layer.apply(variables, x[:, start:stop], bias=bias, mutable=["cache"])
+                outputs, cache = [*outputs, out], mqa_jax.reorder_cache(state["cache"], jnp.array([2, 0, 3, 1]))
+            return outputs
+
+        x = normal(4, 23, 32)
+        expected = steps(params, cache, x, bias)
+        mesh = mesh_of((2, 4), NAMES, AxisType.Explicit)
+        with jax.set_mesh(mesh):
+            specs = mqa_jax.partition_specs(cache, batch="data", kv_heads="model")
+            mine = placed(params, mqa_jax.partition_specs(params, heads="model", kv_heads="model"), mesh)
+            actual = steps(mine, placed(cache, specs, mesh), placed(x, P("data"), mesh), placed(bias, P(), mesh))
+        close(actual, expected, f"{layout}, {shape}")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from skins import needs_modes
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
@@ -26,6 +27,7 @@ def with_code() -> list[Any]:
     marks = lambda page: [
         *([] if page.name in ("README.md", "index.md") else [pytest.mark.slow]),
         *([pytest.mark.torch] if "import torch" in pages[page] else []),
+        *([needs_modes] if "nnx.view" in pages[page] else []),
     ]
     return [pytest.param(page, id=name_of(page), marks=marks(page)) for page in pages]
 

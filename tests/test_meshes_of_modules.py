@@ -18,3 +18,7 @@ def test_parts():
 @pytest.mark.slow
 def test_against_one_device():
     own_process.run_on_devices(MODULE + "linen_against_one_device(); nnx_against_one_device(); decoding()")
+
+
+def test_caches():
+    own_process.run_on_devices(MODULE + "caches_on_explicit_axes()")

@@ -173,13 +173,13 @@ def _into_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     slots = cache[KEY].shape[1]
     position = jnp.maximum(new.start, 0)[:, None] + positions(new.contents[KEY].shape[1])[None]
     at, is_token = lax.rem(position, jnp.int32(slots)), position < new.stop[:, None]
-    rows = positions(at.shape[0])[:, None]
 
-    def written(old: Array, new: Array) -> Array:
-        new = jnp.where(_aligned(is_token, new), new, old[rows, at])  # padding leaves what is there
-        return old.at[rows, at].set(new, unique_indices=True)
+    @jax.vmap  # mesh axes may cut the rows
+    def written(old: Array, new: Array, at: Array, is_token: Array) -> Array:
+        new = jnp.where(is_token.reshape(-1, *[1] * (new.ndim - 1)), new, old[at])  # padding leaves what is there
+        return old.at[at].set(new, unique_indices=True)
 
-    contents = {name: written(cache[name], x) for name, x in new.contents.items()}
+    contents = {name: written(cache[name], x, at, is_token) for name, x in new.contents.items()}
     held = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots)
     fields: dict[str, Any] = dict(lengths=new.stop, in_ring=True, query_offset=new.start, positions=held)
     return contents, Keys.cached(contents, new.dtype, **fields)
@@ -237,13 +237,9 @@ def _write_row(old: Array, new: Array, start: Array, fits: Array) -> Array:
 _write_rows = jax.vmap(_write_row)
 
 
-def _aligned(x: Bool[Array, "B X"], like: Array) -> Bool[Array, "B X ..."]:
-    return x.reshape(*x.shape, *[1] * (like.ndim - 2))
-
-
 def _gather(x: Array, index: Int[Array, "B X"]) -> Array:
     """Of each row the entries at these places, or any others where there are none."""
-    return x[positions(x.shape[0])[:, None], jnp.clip(index, 0, x.shape[1] - 1)]
+    return jax.vmap(lambda x, index: x[index])(x, jnp.clip(index, 0, x.shape[1] - 1))
 
 
 def _padded(x: Array, more: int) -> Array:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
@@ -52,10 +53,20 @@ def reorder_cache(cache: Any, rows: Int[ArrayLike, " B"], *, batch_axis: int | N
 
     def reorder(leaf: Leaf) -> Array:
         axis = caches.axis_of(leaf)
-        taken = jnp.take(leaf.array, rows, axis=axis, mode="clip")
+        taken = _take(leaf.array, rows, axis)
         return jnp.where(_along(axis, outside, taken), -1, taken) if leaf.name in (INDEX, RING_INDEX) else taken
 
     return caches.map(reorder)
+
+
+def _take(array: Array, rows: Array, axis: int) -> Array:
+    """Rows of an axis; where Explicit mesh axes cut it, it is gathered, as any device may have them, and cut again."""
+    spec = jax.typeof(array).sharding.spec
+    if not spec[axis]:
+        return jnp.take(array, rows, axis=axis, mode="clip")
+    gathered = jax.sharding.reshard(array, P(*spec[:axis], None, *spec[axis + 1 :]))
+    taken = jnp.take(gathered, jax.sharding.reshard(rows, P(None)), axis=axis, mode="clip")
+    return jax.sharding.reshard(taken, spec)
 
 
 def reset_cache(cache: Any, rows: Bool[ArrayLike, " B"], *, batch_axis: int | None = None) -> Any:

@@ -2,10 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from mqa_jax.cache.append import Keys, Lengths
 from mqa_jax.cache.checks import SHORT_COLUMNS, SHORT_ROWS, within
@@ -227,20 +229,33 @@ def by_position(name: str, pairs: Array | None, keys: Keys, rows: int) -> Array 
         return pairs
     pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
     if pairs.shape[-2] > rows:
-        place = jnp.minimum(keys.start[:, None] + np.arange(rows, dtype=np.int32)[None], pairs.shape[-2] - 1)
-        pairs = jnp.take_along_axis(pairs, place[:, None, :, None], axis=-2)  # beyond its end the row is worthless
+        place = keys.start[:, None] + np.arange(rows, dtype=np.int32)[None]
+        pairs = _at(pairs, place, axis=-2)  # beyond its end the row is worthless
     columns = pairs.shape[-1]
     if columns == 1:
         return pairs
     if keys.positions is not None:
-        existing = jnp.clip(keys.positions, 0, columns - 1)  # other slots are hidden, or the row is worthless
-        return jnp.take_along_axis(pairs, existing[:, None, None], axis=-1)
+        return _at(pairs, keys.positions, axis=-1)  # slots without a position are hidden, or the row is worthless
     if columns < keys.columns:
         raise ValueError(
             f"With a static cache {name} has a column for each of its positions: {name}.shape={pairs.shape}, "
             f"max_length={keys.columns}. Pad it; what lies behind the last token is never seen."
         )
     return pairs[..., : keys.columns]
+
+
+def _at(pairs: Shaped[Array, "#B N T S"], index: Int[Array, "B X"], axis: int) -> Shaped[Array, "B N _ _"]:
+    """Of an axis, the nearest entries to the places of each batch row, which mesh axes cut as the places."""
+    index = jnp.clip(index, 0, pairs.shape[axis] - 1)
+    sharding, rows = jax.typeof(pairs).sharding, jax.typeof(index).sharding.spec[0]
+    if pairs.shape[0] > 1:
+        if sharding.spec[0] != rows:
+            pairs = jax.sharding.reshard(pairs, P(rows, *sharding.spec[1:]))
+        return jax.vmap(lambda pairs, index: jnp.take(pairs, index, axis, mode="clip"))(pairs, index)
+    (_, *of_table), before = sharding.spec, (slice(None),) * (3 + axis)
+    spec = P(*of_table[: 3 + axis], rows, None, *of_table[4 + axis :])
+    taken = pairs[0].at[*before, index].get(mode="clip", out_sharding=spec if rows else None)
+    return jnp.moveaxis(taken, axis - 1, 0)
 
 
 def check_weights(keys: Keys) -> None:

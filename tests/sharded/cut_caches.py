@@ -86,7 +86,8 @@ def step_of(api, module, params, rest) -> tuple[Any, Any, Any]:
             return out, state["cache"]
 
         return step, module.init_cache(B, S), params
-    model = nnx.view(mqa_nnx.from_linen(module, params), decode=True, batch_size=B, max_length=S)
+    model = mqa_nnx.from_linen(module, params)
+    mqa_nnx.init_cache(model, B, S)
     graph, cache, params = nnx.split(model, nnx.Cache, ...)  # type: ignore[misc]
 
     def step_of_model(params, cache, x, arrays):
