@@ -51,7 +51,8 @@ class Costs:
 
 # Fitted to the times of 300 tiles on 2 cores with AVX-512, float32 (shapes of GPT-2, BERT, SmolLM2, Falcon, Llama and
 # of 8/1 heads), then rounded: differences between neighbouring tiles are within the noise of those timings.
-# From JAX 0.11 on, XLA multiplies the heads of a step on all cores; before, one after the other.
+# From JAX 0.11 on, XLA multiplies the heads of a step on all cores; before, one after the other. HEADS_AT_ONCE was
+# fitted to 350 tiles with JAX 0.12.
 HEADS_IN_TURN = Costs(start=2e3, row=0.5, key=0.6, parallel_from=1 << 19, parallel=0.7, in_cache=1 << 14, spilled=0.75)
 HEADS_AT_ONCE = Costs(start=2e3, row=0.3, key=0.3, parallel_from=1 << 18, parallel=0.8, in_cache=1 << 19, spilled=0.2)
 FORWARD = HEADS_AT_ONCE if jax.__version_info__ >= (0, 11) else HEADS_IN_TURN
