@@ -173,13 +173,7 @@ def _into_ring(cache: Mapping[str, Array], new: New) -> tuple[Contents, Keys]:
     slots = cache[KEY].shape[1]
     position = jnp.maximum(new.start, 0)[:, None] + positions(new.contents[KEY].shape[1])[None]
     at, is_token = lax.rem(position, jnp.int32(slots)), position < new.stop[:, None]
-
-    @jax.vmap  # mesh axes may cut the rows
-    def written(old: Array, new: Array, at: Array, is_token: Array) -> Array:
-        new = jnp.where(is_token.reshape(-1, *[1] * (new.ndim - 1)), new, old[at])  # padding leaves what is there
-        return old.at[at].set(new, unique_indices=True)
-
-    contents = {name: written(cache[name], x, at, is_token) for name, x in new.contents.items()}
+    contents = {name: unchecked(_write_ring, cache[name], x, at, is_token) for name, x in new.contents.items()}
     held = masks.ring_positions(positions(slots)[None], new.stop[:, None], slots)
     fields: dict[str, Any] = dict(lengths=new.stop, in_ring=True, query_offset=new.start, positions=held)
     return contents, Keys.cached(contents, new.dtype, **fields)
@@ -237,9 +231,18 @@ def _write_row(old: Array, new: Array, start: Array, fits: Array) -> Array:
 _write_rows = jax.vmap(_write_row)
 
 
+@jax.vmap  # mesh axes may cut the rows
+def _write_ring(old: Array, new: Array, at: Array, is_token: Array) -> Array:
+    new = jnp.where(is_token.reshape(-1, *[1] * (new.ndim - 1)), new, old[at])  # padding leaves what is there
+    return old.at[at].set(new, unique_indices=True)
+
+
 def _gather(x: Array, index: Int[Array, "B X"]) -> Array:
     """Of each row the entries at these places, or any others where there are none."""
-    return jax.vmap(lambda x, index: x[index])(x, jnp.clip(index, 0, x.shape[1] - 1))
+    return unchecked(_gather_rows, x, jnp.clip(index, 0, x.shape[1] - 1))
+
+
+_gather_rows = jax.vmap(lambda x, index: x[index])
 
 
 def _padded(x: Array, more: int) -> Array:
