@@ -239,10 +239,7 @@ def _write_ring(old: Array, new: Array, at: Array, is_token: Array) -> Array:
 
 def _gather(x: Array, index: Int[Array, "B X"]) -> Array:
     """Of each row the entries at these places, or any others where there are none."""
-    return unchecked(_gather_rows, x, jnp.clip(index, 0, x.shape[1] - 1))
-
-
-_gather_rows = jax.vmap(lambda x, index: x[index])
+    return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="clip"))(x, index)
 
 
 def _padded(x: Array, more: int) -> Array:

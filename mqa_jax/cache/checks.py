@@ -94,13 +94,13 @@ def unchecked(function: Callable[..., Array], *arguments: Array) -> Array:
 
     Args:
       function: of a module, so that a program traced with it is found again. No index in it may leave an array. Its
-        result has the type of the first argument, with the mesh axes that cut it, and a shape of its own.
+        result has the type of the first argument, with the mesh axes that cut it.
     """
     return _unchecked_p.bind(*alike([*map(jnp.asarray, arguments)]), function=function)
 
 
-def _type_of_result(*types: ShapedArray, function: Callable[..., Array]) -> ShapedArray:
-    return types[0].update(shape=jax.eval_shape(function, *types).shape, weak_type=False)
+def _type_of_result(first: ShapedArray, *_: ShapedArray, function: Callable[..., Array]) -> ShapedArray:
+    return first.update(weak_type=False)
 
 
 def _jvp(primals: Any, tangents: Any, function: Callable[..., Array]) -> tuple[Array, Array]:
